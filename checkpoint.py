@@ -1,0 +1,182 @@
+"""Checkpoints: written as a whole or not at all, verified before use, loaded without a decomposition.
+
+    out/checkpoints/step_00001000/   model.safetensors  optimizer.safetensors  config.json  state.json
+                                     tokenizer.json  manifest.json (sha256 of each of the others)
+
+A checkpoint is a temporary folder until one rename gives it its name. The folder of a dense model is a Hugging Face model
+folder as it stands; Hugging Face's LLaMA folders load here. No pickle: safetensors and JSON only."""
+import glob
+import json
+import os
+import shutil
+import sys
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from data import Tokenizer, sha256_file, sync_folder
+from lost import LOSTLinear
+from model import Llama, LlamaConfig
+
+def _root(out_dir: str) -> str:
+    return os.path.join(out_dir, "checkpoints")
+
+def checkpoints(out_dir: str) -> list[str]:
+    """Folders of the finished checkpoints, oldest first."""
+    return sorted(glob.glob(os.path.join(_root(out_dir), "step_*")))
+
+def sweep(out_dir: str):
+    """Remove what an interrupted save or deletion left."""
+    for leftover in glob.glob(os.path.join(_root(out_dir), ".tmp_*")):
+        shutil.rmtree(leftover)
+
+def _remove(folder: str):
+    """Delete a checkpoint so that a half-deleted one never has a checkpoint's name."""
+    doomed = os.path.join(os.path.dirname(folder), ".tmp_old_" + os.path.basename(folder))
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
+
+def save_checkpoint(out_dir: str, step: int, model: Llama, optimizers: list, state: dict, tokenizer: Tokenizer,
+                    keep: int) -> str:
+    """Write step_XXXXXXXX and, once it verifies, delete all but the newest `keep`. Returns its folder."""
+    name = f"step_{step:08d}"
+    folder, final = os.path.join(_root(out_dir), ".tmp_" + name), os.path.join(_root(out_dir), name)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.makedirs(folder)
+    save_file(model_tensors(model), os.path.join(folder, "model.safetensors"), {"format": "pt"})
+    save_file(optimizer_tensors(model, optimizers), os.path.join(folder, "optimizer.safetensors"))
+    _write_json(folder, "config.json", describe(model))
+    _write_json(folder, "state.json", state)
+    tokenizer.save(os.path.join(folder, "tokenizer.json"))
+    _write_json(folder, "manifest.json", {f: sha256_file(os.path.join(folder, f)) for f in sorted(os.listdir(folder))})
+    for file in os.listdir(folder):
+        with open(os.path.join(folder, file), "rb") as f:
+            os.fsync(f.fileno())
+    sync_folder(folder)
+    if os.path.exists(final):                  # a damaged one of the same step, which an earlier good one replaced
+        _remove(final)
+    os.rename(folder, final)
+    sync_folder(_root(out_dir))
+    if fault := verify(final):
+        raise OSError(f"{final} does not read back as it was written ({fault}): is the disk failing?")
+    for old in checkpoints(out_dir)[:-keep]:
+        _remove(old)
+    return final
+
+def _write_json(folder: str, name: str, content: dict):
+    with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
+        json.dump(content, f, indent=1)
+
+def _read_json(folder: str, name: str) -> dict:
+    try:
+        with open(os.path.join(folder, name), encoding="utf-8") as f:
+            return json.load(f)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"cannot read {os.path.join(folder, name)}: {e}") from None
+
+def verify(folder: str) -> str | None:
+    """What is wrong with a checkpoint by its manifest, or None."""
+    try:
+        for file, digest in _read_json(folder, "manifest.json").items():
+            if sha256_file(os.path.join(folder, file)) != digest:
+                return f"{file} has changed since it was written"
+    except (ValueError, AttributeError):
+        return "manifest.json is missing or damaged"
+    except OSError as e:
+        return f"{os.path.basename(e.filename)} cannot be read: {e.strerror}"
+    return None
+
+def newest_checkpoint(out_dir: str) -> str | None:
+    """The newest checkpoint that verifies; None if there is none at all. Each damaged one is named on stderr.
+    Raises ValueError if all are damaged: training must not silently start again from nothing."""
+    found = checkpoints(out_dir)
+    for folder in reversed(found):
+        if (fault := verify(folder)) is None:
+            return folder
+        print(f"WARNING: {folder} is damaged ({fault}): looking for an earlier one", file=sys.stderr, flush=True)
+    if found:
+        raise ValueError(f"all {len(found)} checkpoints of {out_dir} are damaged: restore one, or start again with "
+                         "--resume never --overwrite")
+    return None
+
+# --- what is in the files ---
+
+def model_tensors(model: Llama) -> dict[str, torch.Tensor]:
+    """The state dict under plain names; a tied head is left out, as Hugging Face does."""
+    tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
+    if model.config.tie_embeddings:
+        del tensors["lm_head.weight"]
+    return tensors
+
+def describe(model: Llama) -> dict:
+    """Content of config.json: Hugging Face's for a dense model; else also the settings of each LOST layer, under a model
+    type of our own, so that no other program takes the folder for a dense LLaMA."""
+    layers = {name: m.settings() for name, m in model.named_modules() if isinstance(m, LOSTLinear)}
+    if not layers:
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32", **model.config.to_hf()}
+    return {"model_type": "lost_llama", "dtype": "float32", **model.config.to_hf(), "lost": layers}
+
+def optimizer_tensors(model: Llama, optimizers: list) -> dict[str, torch.Tensor]:
+    """The optimizers' state as "parameter name.state name", for example model.norm.weight.exp_avg."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {f"{names[p]}.{key}": value.contiguous() for o in optimizers for p, s in o.state.items() for key, value in s.items()}
+
+def load_optimizer(folder: str, model: Llama, optimizers: list):
+    """Put the saved state back: the inverse of `optimizer_tensors`."""
+    saved: dict[str, dict] = {}
+    for name, value in _load_tensors(os.path.join(folder, "optimizer.safetensors")).items():
+        parameter, _, key = name.rpartition(".")
+        saved.setdefault(parameter, {})[key] = value
+    names = {p: name for name, p in model.named_parameters()}
+    for optimizer in optimizers:
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            if names[p] not in saved:
+                raise ValueError(f"{folder} has no optimizer state for {names[p]}: it is another optimizer's")
+            optimizer.state[p] = {key: value.to(p.device) for key, value in saved[names[p]].items()}
+
+def _load_tensors(path: str) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f"cannot read {path}: {e}") from None
+
+def checkpoint_folder(path: str) -> str:
+    """The folder with a model's files: `path` itself, or the newest good checkpoint of the out_dir `path`."""
+    if os.path.isfile(path):
+        raise ValueError(f"{path} is a file: give an out_dir or a checkpoint folder (pickled checkpoints are refused, "
+                         "since loading one can run any code; convert it to safetensors)")
+    if glob.glob(os.path.join(path, "*.safetensors")):
+        if os.path.exists(os.path.join(path, "manifest.json")) and (fault := verify(path)):
+            raise ValueError(f"{path} is damaged: {fault}; use an earlier checkpoint")
+        return path
+    folder = newest_checkpoint(path)
+    if folder is None:
+        pickles = [os.path.basename(p) for e in ("bin", "pt", "pth", "ckpt") for p in glob.glob(os.path.join(path, "*." + e))]
+        raise ValueError(f"{path} holds only pickled weights ({pickles[0]}), which are refused: convert them to safetensors"
+                         if pickles else f"no checkpoint in {path}: give an out_dir of train.py or a checkpoint folder")
+    return folder
+
+def load_model(path: str) -> tuple[Llama, dict]:
+    """Model and state.json (empty for a folder of Hugging Face) from an out_dir or a checkpoint folder, on the CPU in
+    float32. Nothing is decomposed: the layers are built empty and filled. Raises ValueError if anything does not fit."""
+    folder = checkpoint_folder(path)
+    content = _read_json(folder, "config.json")
+    with torch.device("meta"):                 # shapes only
+        model = Llama(LlamaConfig.from_hf(content))
+        for name, settings in content.get("lost", {}).items():
+            model.set_submodule(name, LOSTLinear(**settings))
+    tensors = {}
+    for file in sorted(glob.glob(os.path.join(folder, "model*.safetensors"))):
+        tensors.update(_load_tensors(file))
+    tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    if model.config.tie_embeddings:
+        tensors["lm_head.weight"] = tensors.get("model.embed_tokens.weight")
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as e:
+        raise ValueError(f"the weights in {folder} do not fit its config.json: {e}") from None
+    if model.config.tie_embeddings:            # assigning made two parameters of one
+        model.lm_head.weight = model.model["embed_tokens"].weight
+    has_state = os.path.exists(os.path.join(folder, "state.json"))
+    return model, _read_json(folder, "state.json") if has_state else {}

@@ -1,0 +1,260 @@
+"""A plain LLaMA (Touvron et al. 2023, arXiv 2302.13971) with the module names of Hugging Face's LlamaForCausalLM,
+so that a state dict of one loads into the other. RMSNorm, rotary positions (rotate-half), SwiGLU, no bias.
+
+In shapes: B sequences, T tokens of them, S tokens that are attended to, C = n_embd, H heads of D = C / H, V words."""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+@dataclass
+class LlamaConfig:
+    vocab_size: int = 50257
+    seq_len: int = 256                         # tokens of a training window; longer inputs run, but were never trained
+    n_layer: int = 8
+    n_head: int = 8
+    n_kv_head: int | None = None               # heads of K and V, shared by groups of query heads; None: n_head
+    n_embd: int = 512
+    n_ffn: int = 1376
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False               # lm_head shares its weight with embed_tokens
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(f"n_embd {self.n_embd} must be an even multiple of n_head {self.n_head}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
+
+    def to_hf(self) -> dict:
+        """The same sizes under the names of Hugging Face's config.json."""
+        ours = {hf: getattr(self, name) for name, hf in HF_NAMES.items()}
+        rope = {"rope_theta": self.rope_theta, "rope_type": "default"}       # read by transformers 5, the flat one by 4
+        return {**ours, "rope_parameters": rope, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+
+    @classmethod
+    def from_hf(cls, hf: dict) -> "LlamaConfig":
+        """From the content of a config.json. Raises ValueError for what this model does not compute."""
+        hf = {**hf, **{k: v for k, v in (hf.get("rope_parameters") or {}).items() if k == "rope_theta"}}
+        scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+        heads = hf.get("num_attention_heads") or 1
+        wrong = [
+            ("rope_scaling", scaling.get("rope_type", scaling.get("type", "default")), "default"),
+            ("hidden_act", hf.get("hidden_act", "silu"), "silu"),
+            ("attention_bias", hf.get("attention_bias") or False, False), ("mlp_bias", hf.get("mlp_bias") or False, False),
+            ("head_dim", hf.get("head_dim") or hf.get("hidden_size", 0) // heads, hf.get("hidden_size", 0) // heads),
+        ]
+        for name, value, only in wrong:
+            if value != only:
+                raise ValueError(f"config.json: {name} = {value!r} is not supported, only {only!r}")
+        missing = [k for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers") if k not in hf]
+        if missing:
+            raise ValueError(f"config.json lacks {', '.join(missing)}: is it a LLaMA?")
+        return cls(**{name: hf[key] for name, key in HF_NAMES.items() if key in hf})
+
+HF_NAMES = {
+    "vocab_size": "vocab_size", "seq_len": "max_position_embeddings", "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
+    "n_ffn": "intermediate_size", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+
+# The sizes of GaLore (Zhao et al. 2024, arXiv 2403.03507, table 5) and two of our own: tiny for a CPU, 13b as LLaMA's
+MODELS = {
+    "tiny": dict(n_embd=128,  n_ffn=344,   n_layer=4,  n_head=4),
+    "60m":  dict(n_embd=512,  n_ffn=1376,  n_layer=8,  n_head=8),
+    "130m": dict(n_embd=768,  n_ffn=2048,  n_layer=12, n_head=12),
+    "350m": dict(n_embd=1024, n_ffn=2736,  n_layer=24, n_head=16),
+    "1b":   dict(n_embd=2048, n_ffn=5461,  n_layer=24, n_head=32),
+    "7b":   dict(n_embd=4096, n_ffn=11008, n_layer=32, n_head=32),
+    "13b":  dict(n_embd=5120, n_ffn=13824, n_layer=40, n_head=40),
+}
+
+def rope_table(positions: torch.Tensor, dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of the rotary angles, each (T, D), float32: dimension d and d + D/2 turn by the same angle."""
+    frequency = theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / -dim)
+    angle = (positions[:, None] * frequency).repeat(1, 2)
+    return angle.cos(), angle.sin()
+
+def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Su et al. 2021 (arXiv 2104.09864), eq. 34, in the rotate-half layout. x: (B, H, T, D)."""
+    cos, sin = rope
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)   # float32 inside, also under autocast
+
+class KVCache:
+    """Keys and values of the tokens seen so far, in tensors allocated once for `size` tokens."""
+
+    def __init__(self, config: LlamaConfig, batch: int, size: int, device=None, dtype=None):
+        shape = (config.n_layer, 2, batch, config.n_kv_head, size, config.n_embd // config.n_head)
+        self.kv, self.length = torch.zeros(shape, device=device, dtype=dtype), 0
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store k, v (B, n_kv_head, T, D) of one layer; returns all S of its keys and values."""
+        end = self.length + k.shape[2]
+        self.kv[layer, 0, :, :, self.length:end] = k
+        self.kv[layer, 1, :, :, self.length:end] = v
+        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.layer, self.n_head, self.n_kv_head = layer, config.n_head, config.n_kv_head
+        kv_dim = config.n_embd // config.n_head * config.n_kv_head
+        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.k_proj = nn.Linear(config.n_embd, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.n_embd, kv_dim, bias=False)
+        self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, rope, cache=None):
+        B, T, C = x.shape
+        q = rotate(self.q_proj(x).view(B, T, self.n_head, -1).transpose(1, 2), rope)       # (B, H, T, D)
+        k = rotate(self.k_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2), rope)    # (B, n_kv_head, T, D)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)
+        mask = None
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)                                          # (B, n_kv_head, S, D)
+            if 1 < T < k.shape[2]:             # a piece of text after earlier text: is_causal would align it wrongly
+                mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1,
+                                           enable_gqa=self.n_kv_head != self.n_head)       # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202, eq. 6)."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.n_ffn, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.n_ffn, bias=False)
+        self.down_proj = nn.Linear(config.n_ffn, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+class Llama(nn.Module):
+    """`Llama(config)(idx, targets)` → (logits, loss).
+
+    idx, targets: (B, T) token ids; a target of -1 is left out. With targets: logits (B, T, V) and the mean
+    cross-entropy in nats. Without: logits of the last position only, (B, 1, V), and None. Parameters are drawn on
+    the CPU from torch's global generator, so that a seed means the same model on every device."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.n_embd),
+            "layers": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+            "norm": nn.RMSNorm(config.n_embd, eps=config.norm_eps),
+        })
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model["embed_tokens"].weight
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, std: float = 0.02):
+        """N(0, std²) for matrices and embeddings, 1 for norms; a parameter that no rule names is an error."""
+        for name, p in self.named_parameters():
+            if name.endswith("norm.weight"):
+                p.fill_(1.0)
+            elif name.endswith(("_proj.weight", "embed_tokens.weight", "lm_head.weight")):
+                p.normal_(0.0, std)
+            else:
+                raise ValueError(f"no rule says how to initialise {name}: add one to Llama.init_weights")
+
+    def forward(self, idx, targets=None, cache: KVCache | None = None):
+        T, past = idx.shape[1], cache.length if cache else 0
+        positions = torch.arange(past, past + T, device=idx.device)
+        rope = rope_table(positions, self.config.n_embd // self.config.n_head, self.config.rope_theta)
+        x = self.model["embed_tokens"](idx)                                                # (B, T, C)
+        for block in self.model["layers"]:
+            x = block(x, rope, cache)
+        if cache is not None:
+            cache.length += T
+        x = self.model["norm"](x)
+        if targets is None:
+            return self.lm_head(x[:, -1:]), None                                           # (B, 1, V)
+        logits = self.lm_head(x)                                                           # (B, T, V)
+        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    @torch.inference_mode()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, eot=None,
+                 use_cache=True):
+        """Continue idx (B, T ≥ 1) by up to max_new_tokens; returns (B, T + new). temperature 0 takes the likeliest token.
+
+        The context is never longer than the seq_len the model was trained on: when it is full, its older half
+        is dropped and the rest read again from position 0, so a token costs the same however long the text.
+        use_cache=False runs the full forward over the same context at each token: the slow form of the same function.
+        With eot a row that has produced it is filled up with eot, and the loop ends when all rows have."""
+        window, start, cache = self.config.seq_len, max(0, idx.shape[1] - self.config.seq_len), None
+        done = torch.zeros(idx.shape[0], 1, dtype=torch.bool, device=idx.device)
+        for _ in range(max_new_tokens):
+            if idx.shape[1] - start > window:
+                start, cache = idx.shape[1] - max(1, window // 2), None
+            if not use_cache:
+                logits, _ = self(idx[:, start:])
+            elif cache is None:
+                cache = KVCache(self.config, idx.shape[0], window, idx.device, self._activation_dtype())
+                logits, _ = self(idx[:, start:], cache=cache)
+            else:
+                logits, _ = self(idx[:, -1:], cache=cache)
+            token = pick_token(logits[:, -1].float(), temperature, top_k, top_p, generator)   # (B, 1)
+            if eot is not None:
+                token = torch.where(done, eot, token)
+                done |= token == eot
+            idx = torch.cat((idx, token), dim=1)
+            if done.all():
+                break
+        return idx
+
+    def _activation_dtype(self) -> torch.dtype:
+        device = self.lm_head.weight.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.lm_head.weight.dtype
+
+def pick_token(logits, temperature, top_k=None, top_p=None, generator=None):
+    """One token a row from logits (B, V): the likeliest at temperature 0, else drawn from the top_k likeliest, or from
+    the fewest whose probabilities sum to top_p (Holtzman et al. 2020, arXiv 1904.09751), or from all. Returns (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if top_p is not None:
+        probs, order = logits.softmax(-1).sort(descending=True)
+        drop = probs.cumsum(-1) - probs >= top_p                                  # the first one always stays
+        logits = logits.masked_fill(drop.scatter(1, order, drop), float("-inf"))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+# --- counts, from the modules present ---
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+def multiplications_per_token(model: nn.Module) -> int:
+    """Of the matrix products: each element of a matrix is used once a token, whatever layer it is in. The embedding
+    is a look-up, except where the head shares it."""
+    matrices = {id(p): p.numel() for m in model.modules() if not isinstance(m, nn.Embedding)
+                for p in m.parameters(recurse=False) if p.dim() == 2}
+    return sum(matrices.values())
+
+def flops_per_token(model: Llama) -> int:
+    """Of one training step, forward and backward: 6 a multiplication and 12 n_layer n_embd seq_len for attention
+    without its causal half taken off (Chowdhery et al. 2022, arXiv 2204.02311, appendix B)."""
+    c = model.config
+    return 6 * multiplications_per_token(model) + 12 * c.n_layer * c.n_embd * c.seq_len
