@@ -3,8 +3,9 @@
     out/checkpoints/step_00001000/   model.safetensors  optimizer.safetensors  config.json  state.json
                                      tokenizer.json  manifest.json (sha256 of each of the others)
 
-A checkpoint is a temporary folder until one rename gives it its name. The folder of a dense model is a Hugging Face model
-folder as it stands; Hugging Face's LLaMA folders load here. No pickle: safetensors and JSON only."""
+A checkpoint is a temporary folder until one rename gives it its name. The folder of a dense model is a
+Hugging Face model folder as it stands; Hugging Face's LLaMA folders load here. No pickle: safetensors and
+JSON only."""
 import glob
 import json
 import os
@@ -37,8 +38,8 @@ def _remove(folder: str):
     os.rename(folder, doomed)
     shutil.rmtree(doomed)
 
-def save_checkpoint(out_dir: str, step: int, model: Llama, optimizers: list, state: dict, tokenizer: Tokenizer,
-                    keep: int) -> str:
+def save_checkpoint(out_dir: str, step: int, model: Llama, optimizers: list, state: dict,
+                    tokenizer: Tokenizer, keep: int) -> str:
     """Write step_XXXXXXXX and, once it verifies, delete all but the newest `keep`. Returns its folder."""
     name = f"step_{step:08d}"
     folder, final = os.path.join(_root(out_dir), ".tmp_" + name), os.path.join(_root(out_dir), name)
@@ -49,12 +50,13 @@ def save_checkpoint(out_dir: str, step: int, model: Llama, optimizers: list, sta
     _write_json(folder, "config.json", describe(model))
     _write_json(folder, "state.json", state)
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
-    _write_json(folder, "manifest.json", {f: sha256_file(os.path.join(folder, f)) for f in sorted(os.listdir(folder))})
+    digests = {file: sha256_file(os.path.join(folder, file)) for file in sorted(os.listdir(folder))}
+    _write_json(folder, "manifest.json", digests)
     for file in os.listdir(folder):
         with open(os.path.join(folder, file), "rb") as f:
             os.fsync(f.fileno())
     sync_folder(folder)
-    if os.path.exists(final):                  # a damaged one of the same step, which an earlier good one replaced
+    if os.path.exists(final):                  # a damaged one: the run went back to an earlier step
         _remove(final)
     os.rename(folder, final)
     sync_folder(_root(out_dir))
@@ -94,10 +96,10 @@ def newest_checkpoint(out_dir: str) -> str | None:
     for folder in reversed(found):
         if (fault := verify(folder)) is None:
             return folder
-        print(f"WARNING: {folder} is damaged ({fault}): looking for an earlier one", file=sys.stderr, flush=True)
+        print(f"WARNING: {folder} is damaged ({fault}): looking for an earlier one", file=sys.stderr)
     if found:
-        raise ValueError(f"all {len(found)} checkpoints of {out_dir} are damaged: restore one, or start again with "
-                         "--resume never --overwrite")
+        raise ValueError(f"all {len(found)} checkpoints of {out_dir} are damaged: restore one, or start "
+                         "again with --resume never --overwrite")
     return None
 
 # --- what is in the files ---
@@ -110,17 +112,18 @@ def model_tensors(model: Llama) -> dict[str, torch.Tensor]:
     return tensors
 
 def describe(model: Llama) -> dict:
-    """Content of config.json: Hugging Face's for a dense model; else also the settings of each LOST layer, under a model
-    type of our own, so that no other program takes the folder for a dense LLaMA."""
+    """Content of config.json: Hugging Face's for a dense model; else also the settings of each LOST layer,
+    under a model type of our own, so that no other program takes the folder for a dense LLaMA."""
     layers = {name: m.settings() for name, m in model.named_modules() if isinstance(m, LOSTLinear)}
-    if not layers:
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32", **model.config.to_hf()}
-    return {"model_type": "lost_llama", "dtype": "float32", **model.config.to_hf(), "lost": layers}
+    kind = {"model_type": "lost_llama", "lost": layers} if layers else \
+           {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    return {"dtype": "float32", **model.config.to_hf(), **kind}
 
 def optimizer_tensors(model: Llama, optimizers: list) -> dict[str, torch.Tensor]:
     """The optimizers' state as "parameter name.state name", for example model.norm.weight.exp_avg."""
     names = {p: name for name, p in model.named_parameters()}
-    return {f"{names[p]}.{key}": value.contiguous() for o in optimizers for p, s in o.state.items() for key, value in s.items()}
+    return {f"{names[p]}.{key}": value.contiguous()
+            for o in optimizers for p, state in o.state.items() for key, value in state.items()}
 
 def load_optimizer(folder: str, model: Llama, optimizers: list):
     """Put the saved state back: the inverse of `optimizer_tensors`."""
@@ -144,22 +147,23 @@ def _load_tensors(path: str) -> dict[str, torch.Tensor]:
 def checkpoint_folder(path: str) -> str:
     """The folder with a model's files: `path` itself, or the newest good checkpoint of the out_dir `path`."""
     if os.path.isfile(path):
-        raise ValueError(f"{path} is a file: give an out_dir or a checkpoint folder (pickled checkpoints are refused, "
-                         "since loading one can run any code; convert it to safetensors)")
+        raise ValueError(f"{path} is a file: give an out_dir or a checkpoint folder (a pickled checkpoint is "
+                         "refused, since loading it can run any code: convert it to safetensors)")
     if glob.glob(os.path.join(path, "*.safetensors")):
-        if os.path.exists(os.path.join(path, "manifest.json")) and (fault := verify(path)):
+        if os.path.exists(os.path.join(path, "state.json")) and (fault := verify(path)):       # ours
             raise ValueError(f"{path} is damaged: {fault}; use an earlier checkpoint")
         return path
     folder = newest_checkpoint(path)
     if folder is None:
-        pickles = [os.path.basename(p) for e in ("bin", "pt", "pth", "ckpt") for p in glob.glob(os.path.join(path, "*." + e))]
-        raise ValueError(f"{path} holds only pickled weights ({pickles[0]}), which are refused: convert them to safetensors"
-                         if pickles else f"no checkpoint in {path}: give an out_dir of train.py or a checkpoint folder")
+        pickled = any(glob.glob(os.path.join(path, f"*.{kind}")) for kind in ("bin", "pt", "pth", "ckpt"))
+        raise ValueError(f"{path} holds pickled weights, which are refused: convert them to safetensors"
+                         if pickled else f"no checkpoint in {path}: give an out_dir or a checkpoint folder")
     return folder
 
 def load_model(path: str) -> tuple[Llama, dict]:
-    """Model and state.json (empty for a folder of Hugging Face) from an out_dir or a checkpoint folder, on the CPU in
-    float32. Nothing is decomposed: the layers are built empty and filled. Raises ValueError if anything does not fit."""
+    """Model and state.json (empty for a folder of Hugging Face) from an out_dir or a checkpoint folder, on
+    the CPU in float32. Nothing is decomposed: the layers are built empty and filled. Raises ValueError if
+    anything does not fit."""
     folder = checkpoint_folder(path)
     content = _read_json(folder, "config.json")
     with torch.device("meta"):                 # shapes only

@@ -1,9 +1,10 @@
-"""Tokens on disk and the order in which they are read: shards, tokenizers, samples. Torch, numpy and tiktoken only.
+"""Tokens on disk and the order in which they are read: shards, tokenizers, samples. Torch, numpy and tiktoken
+only.
 
 A shard is llm.c's file (dev/data/data_common.py): 256 little-endian int32 (magic, version, number of tokens,
-zeros), then the tokens: uint16 under magic 20240520 version 1, uint32 under 20240801 version 7.
-A sample is a window of seq_len + 1 tokens inside one shard; neighbours share one token, so that each token but a
-shard's first is a target once an epoch. Which window is read when is a pure function (`SampleOrder`)."""
+zeros), then the tokens: uint16 under magic 20240520 version 1, uint32 under 20240801 version 7. A sample is a
+window of seq_len + 1 tokens inside one shard; neighbours share one token, so that each token but a shard's
+first is a target once an epoch. Which window is read when is a pure function (`SampleOrder`)."""
 import base64
 import binascii
 import glob
@@ -12,6 +13,7 @@ import json
 import os
 
 import numpy as np
+import tiktoken
 import torch
 
 HEADER_BYTES = 256 * 4
@@ -23,7 +25,8 @@ END_OF_TEXT = "<|endoftext|>"
 # --- files ---
 
 def write_atomic(path: str, data: bytes):
-    """Write a small file so that `path` holds either its old or its new content whole, also after a power cut."""
+    """Write a small file so that `path` holds either its old or its new content whole, also after a power
+    cut."""
     with open(path + ".tmp", "wb") as f:
         f.write(data)
         f.flush()
@@ -49,7 +52,8 @@ def sha256_file(path: str) -> str:
 # --- shards ---
 
 class ShardWriter:
-    """Appends tokens to `path`.tmp and gives the file its name only in `close()`: no half-written shard has one."""
+    """Appends tokens to `path`.tmp and gives the file its name only in `close()`: no half-written shard has
+    one."""
 
     def __init__(self, path: str, dtype: np.dtype):
         self.path, self.dtype, self.tokens = path, np.dtype(dtype), 0
@@ -77,20 +81,22 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
 
 def write_shard(path: str, tokens, vocab_size: int | None = None):
-    """Write one shard atomically. tokens: (n,) integers; they are stored as uint16 where `vocab_size` (by default
-    one more than the largest token) fits, else as uint32. Raises ValueError for tokens outside the vocabulary."""
+    """Write one shard atomically. tokens: (n,) integers; they are stored as uint16 where `vocab_size` (by
+    default one more than the largest token) fits, else as uint32. Raises ValueError for tokens outside the
+    vocabulary."""
     tokens = np.asarray(tokens)
     vocab_size = vocab_size or int(tokens.max(initial=0)) + 1
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(f"tokens of shape {tokens.shape} and type {tokens.dtype}: give one row of integers")
     if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
-        raise ValueError(f"tokens from {tokens.min()} to {tokens.max()} do not fit a vocabulary of {vocab_size}")
+        raise ValueError(f"tokens {tokens.min()} to {tokens.max()} do not fit a vocabulary of {vocab_size}")
     writer = ShardWriter(os.fspath(path), token_dtype(vocab_size))
     writer.append(tokens)
     writer.close()
 
 def read_shard(path: str) -> np.ndarray:
-    """Memory-map the tokens of a shard: (n,) uint16 or uint32. Raises ValueError if the file is not a whole shard."""
+    """Memory-map the tokens of a shard: (n,) uint16 or uint32. Raises ValueError if the file is not a whole
+    shard."""
     try:
         size = os.path.getsize(path)
         header = np.fromfile(path, "<i4", 256)
@@ -101,8 +107,8 @@ def read_shard(path: str) -> np.ndarray:
         raise ValueError(f"{path} is not a token shard (wrong magic or version): make it with prepare_c4.py")
     count = int(header[2])
     if size != HEADER_BYTES + count * dtype.itemsize:
-        raise ValueError(f"{path} has {size} bytes but its header promises {count} tokens of {dtype.itemsize} bytes: "
-                         "the file is cut or damaged; delete it and run prepare_c4.py again")
+        raise ValueError(f"{path} has {size} bytes but promises {count} tokens of {dtype.itemsize}: it is "
+                         "cut or damaged; delete it and run prepare_c4.py again")
     if count == 0:
         return np.empty(0, dtype)
     return np.asarray(np.memmap(path, dtype, "r", HEADER_BYTES, (count,)))
@@ -117,10 +123,10 @@ class Tokenizer:
     `decode(encode(text)) == text` for any text."""
 
     def __init__(self, tokens: list[bytes], pattern: str = GPT2_PATTERN, name: str = ""):
-        import tiktoken                        # not needed by a program that only reads shards
         self.tokens, self.pattern, self.name, self.eot = tokens, pattern, name, len(tokens)
         self.vocab_size = len(tokens) + 1
-        self._bpe = tiktoken.Encoding(name or "ours", pat_str=pattern, mergeable_ranks={t: i for i, t in enumerate(tokens)},
+        ranks = {token: i for i, token in enumerate(tokens)}
+        self._bpe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
                                       special_tokens={END_OF_TEXT: self.eot})
 
     def encode(self, text: str) -> list[int]:
@@ -147,7 +153,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str) -> "Tokenizer":
-        """From a tokenizer.json of ours or a .tiktoken file (which holds no split pattern: GPT-2's is taken)."""
+        """From a tokenizer.json of ours or a .tiktoken file (which holds no split pattern: GPT-2's is
+        taken)."""
         path = os.fspath(path)
         try:
             with open(path, "rb") as f:
@@ -163,20 +170,19 @@ class Tokenizer:
         except OSError as e:
             raise ValueError(f"cannot read the tokenizer {path}: {e.strerror}") from None
         except (AssertionError, KeyError, TypeError, ValueError, binascii.Error):
-            raise ValueError(f"{path} is no tokenizer: give a tokenizer.json that prepare_c4.py wrote, or a .tiktoken "
+            raise ValueError(f"{path} is no tokenizer: give a tokenizer.json of prepare_c4.py or a .tiktoken "
                              "file with ranks 0, 1, 2, …") from None
 
     @classmethod
     def gpt2(cls) -> "Tokenizer":
         """GPT-2's vocabulary through tiktoken, which fetches it once from the network."""
-        import tiktoken
         try:
             encoding = tiktoken.get_encoding("gpt2")
         except Exception as e:                 # requests' errors, or a damaged cache
             raise ValueError(
-                f"tiktoken could not fetch GPT-2's vocabulary ({type(e).__name__}). Without a network give --tokenizer "
-                "a .tiktoken file with its ranks, set TIKTOKEN_CACHE_DIR to a folder that holds it, or "
-                "use --tokenizer train:N (trained on your text) or byte") from None
+                f"tiktoken could not fetch GPT-2's vocabulary ({type(e).__name__}). Without a network give "
+                "--tokenizer a .tiktoken file with its ranks, set TIKTOKEN_CACHE_DIR to a folder that has it, "
+                "or use --tokenizer train:N (trained on your text) or byte") from None
         return cls([encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)], name="gpt2")
 
     @classmethod
@@ -199,9 +205,9 @@ def _mix(z: np.ndarray) -> np.ndarray:
 class SampleOrder:
     """`SampleOrder(n, seed)[i]`: the i-th sample of an endless sequence of epochs over n samples.
 
-    Each epoch is another permutation of 0 … n - 1, computed by a keyed 6-round Feistel network on the next power
-    of four, walked again while the result is outside [0, n). Nothing is stored and nothing replayed: a resumed run
-    continues at any i at no cost. i may be an integer or an array of them."""
+    Each epoch is another permutation of 0 … n - 1, computed by a keyed 6-round Feistel network on the next
+    power of four, walked again while the result is outside [0, n). Nothing is stored and nothing replayed: a
+    resumed run continues at any i at no cost. i may be an integer or an array of them."""
 
     def __init__(self, n: int, seed: int):
         if n < 1:
@@ -228,7 +234,8 @@ class SampleOrder:
         return left << self.half | right
 
 def load_manifest(data_dir: str, unfinished: bool = False) -> dict | None:
-    """The manifest.json of prepare_c4.py, or None where there is none. ValueError if it is damaged or unfinished."""
+    """The manifest.json of prepare_c4.py, or None where there is none. ValueError if it is damaged or
+    unfinished."""
     path = os.path.join(data_dir, "manifest.json")
     if not os.path.exists(path):
         return None
@@ -239,35 +246,37 @@ def load_manifest(data_dir: str, unfinished: bool = False) -> dict | None:
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is damaged: delete {data_dir} and run prepare_c4.py again") from None
     if not complete and not unfinished:
-        raise ValueError(f"{data_dir} is not finished: run the same prepare_c4.py command again, it continues")
+        raise ValueError(f"{data_dir} is not finished: run the same prepare_c4.py command again to continue")
     return manifest
 
 class TokenDataset:
     """The windows of one split ("train" or "val") of a folder of shards.
 
-    Shards and their sizes are checked against manifest.json where there is one; a folder without it (ready-made
-    shards) is read by the names *train*.bin and *val*.bin. Raises ValueError for anything missing or damaged."""
+    Shards and their sizes are checked against manifest.json where there is one; a folder without it
+    (ready-made shards) is read by the names *train*.bin and *val*.bin. Raises ValueError for anything missing
+    or damaged."""
 
-    RELEASE_EVERY = 4096                       # samples; drops the mapped pages, or resident memory would grow for ever
+    RELEASE_EVERY = 4096                       # samples; mapped pages would else stay resident for ever
 
     def __init__(self, data_dir: str, split: str, seq_len: int):
         self.manifest, self.seq_len = load_manifest(data_dir), seq_len
         if self.manifest:
             listed = {s["name"]: s["tokens"] for s in self.manifest["shards"] if s["split"] == split}
         else:
-            listed = {os.path.basename(p): None for p in sorted(glob.glob(os.path.join(data_dir, f"*{split}*.bin")))}
+            found = sorted(glob.glob(os.path.join(data_dir, f"*{split}*.bin")))
+            listed = {os.path.basename(path): None for path in found}
         if not listed:
             raise ValueError(f"no {split} shards in {data_dir}: run prepare_c4.py --out_dir {data_dir} first")
         self.paths = [os.path.join(data_dir, name) for name in listed]
         self.lengths = [len(read_shard(path)) for path in self.paths]
         for path, length, tokens in zip(self.paths, self.lengths, listed.values(), strict=True):
             if tokens not in (None, length):
-                raise ValueError(f"{path} has {length} tokens, its manifest says {tokens}: delete the folder and "
-                                 "run prepare_c4.py again")
-        self.ends = np.cumsum([max(0, (n - 1) // seq_len) for n in self.lengths])   # windows up to each shard's end
+                raise ValueError(f"{path} has {length} tokens, its manifest says {tokens}: delete the folder "
+                                 "and run prepare_c4.py again")
+        self.ends = np.cumsum([max(0, (n - 1) // seq_len) for n in self.lengths])  # windows so far, by shard
         if not len(self):
-            raise ValueError(f"the {split} shards of {data_dir} hold fewer than {seq_len + 1} tokens each: prepare more "
-                             "text or lower --seq_len")
+            raise ValueError(f"the {split} shards of {data_dir} hold fewer than {seq_len + 1} tokens each: "
+                             "prepare more text or lower --seq_len")
         self._maps, self._reads = {}, 0
 
     def __len__(self) -> int:
@@ -285,8 +294,8 @@ class TokenDataset:
             tokens = read_shard(path)
             for i in range(0, len(tokens), 1 << 24):
                 if (largest := int(tokens[i:i + (1 << 24)].max())) >= vocab_size:
-                    raise ValueError(f"{path} holds the token {largest}, the vocabulary ends at {vocab_size - 1}: these "
-                                     "shards were made with another tokenizer")
+                    raise ValueError(f"{path} holds token {largest}, the last one is {vocab_size - 1}: "
+                                     "it was made with another tokenizer; prepare it again")
 
     def batch(self, samples) -> tuple[torch.Tensor, torch.Tensor]:
         """Windows `samples` as inputs and targets, two int64 tensors of shape (len(samples), seq_len)."""

@@ -1,7 +1,8 @@
 """Command lines from dataclasses, and the exit codes that every command shares.
 
-A command's flags are the fields of one dataclass, each made by `flag(default, help)`: the type is the annotation, the
-help text and the default stand once. `command` turns a ValueError into one line `error: …` and exit code 2."""
+A command's flags are the fields of one dataclass, each made by `flag(default, help)`: the type is the
+annotation, the help text and the default stand once. `command` turns a ValueError into one line `error: …`
+and exit code 2."""
 import argparse
 import dataclasses
 import difflib
@@ -40,7 +41,8 @@ def by_module(kind):
     return read
 
 KINDS = {int: ("INT", integer), float: ("NUMBER", float), bool: ("true|false", boolean), str: ("TEXT", str),
-         int | dict: ("INT|NAME=INT,…", by_module(integer)), float | dict: ("NUMBER|NAME=NUMBER,…", by_module(float)),
+         int | dict: ("INT|NAME=INT,…", by_module(integer)),
+         float | dict: ("NUMBER|NAME=NUMBER,…", by_module(float)),
          tuple[float, float]: ("X,Y", pair), list[str]: ("TEXT …", str)}
 
 class Parser(argparse.ArgumentParser):
@@ -50,8 +52,8 @@ class Parser(argparse.ArgumentParser):
 def parse(cls, argv: list[str], description: str = "") -> dict:
     """The flags given in argv, name → value, typed by the dataclass `cls`; the other fields are absent.
 
-    Raises ValueError for an unknown or abbreviated flag (with the nearest known ones) and for a wrong value. `--help`
-    prints every flag with meaning, type and default, and exits 0."""
+    Raises ValueError for an unknown or abbreviated flag (with the nearest known ones) and for a wrong value.
+    `--help` prints every flag with meaning, type and default, and exits 0."""
     parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [--FLAG VALUE …]")
     hints = typing.get_type_hints(cls)
@@ -60,17 +62,18 @@ def parse(cls, argv: list[str], description: str = "") -> dict:
         if type(None) in typing.get_args(kind):                    # None is only ever a default
             kind = functools.reduce(operator.or_, [k for k in typing.get_args(kind) if k is not type(None)])
         (metavar, convert), choices = KINDS[kind], f.metadata["choices"]
-        default = "" if f.default is None else f" (default {str(f.default).lower() if kind is bool else f.default})"
+        shown = str(f.default).lower() if kind is bool else f.default
+        default = "" if f.default is None else f" (default {shown})"
         extra = {"nargs": "?", "const": True} if kind is bool else {"nargs": "+"} if kind == list[str] else {}
-        parser.add_argument(f"--{f.name}", type=_named(convert, f"--{f.name} {metavar}"), choices=choices, **extra,
-                            metavar="|".join(choices) if choices else metavar,
+        parser.add_argument(f"--{f.name}", type=_named(convert, f"--{f.name} {metavar}"), choices=choices,
+                            metavar="|".join(choices) if choices else metavar, **extra,
                             help=(f.metadata["help"] + default).replace("%", "%%"))
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
         near = difflib.get_close_matches(name, [f"--{f.name}" for f in dataclasses.fields(cls)], 3, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
-        raise ValueError(f"unknown flag {name}: {hint}" if name.startswith("-") else f"unexpected {name!r}: {hint}")
+        raise ValueError(f"{'unknown flag' if name.startswith('-') else 'unexpected'} {name}: {hint}")
     return vars(given)
 
 def _named(convert, what: str):
@@ -82,8 +85,8 @@ def _named(convert, what: str):
     return checked
 
 def command(main):
-    """Run main() as a program: ValueError → `error: …` on one line and exit 2; any other exception keeps its traceback
-    and exit 1."""
+    """Run main() as a program: ValueError → `error: …` on one line and exit 2; any other exception keeps its
+    traceback and exit 1."""
     try:
         main()
     except ValueError as e:

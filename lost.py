@@ -1,14 +1,15 @@
 """LOST: low-rank plus channel-sparse linear layers (arXiv 2508.02668). Needs torch alone, knows no model.
 
-For a weight W (out, in) and an input x (..., in), with one decomposition at the start, then plain training:
+For a weight W (out, in) and an input x (..., in), with one decomposition at the start, then plain training
+of A, B, W_s (and γ where asked for):
 
     W      = U Σ Vᵀ                                                     (1)
-    A      = Σ_r^½ V_rᵀ,   B = U_r Σ_r^½,   so that B A = W_r           (2)   the best rank-r approximation
+    A      = Σ_r^½ V_rᵀ,   B = U_r Σ_r^½,   so that B A = W_r           (2)   the best rank-r part
     W_comp = W − W_r                                                    (3)   the residual
     CI_j   = ‖W_comp[:, j]‖₂                                            (4)   importance of input channel j
     I      = the k channels of largest CI, sorted;  k = max(1, ⌊ρ·in⌋)  (5)   fixed for the run
     W_s    = W[:, I]                                                    (6)
-    y      = γ · SiLU(x Aᵀ) Bᵀ + (1 − γ) · x[..., I] W_sᵀ               (7)   trained: A, B, W_s (and γ if asked for)
+    y      = γ · SiLU(x Aᵀ) Bᵀ + (1 − γ) · x[..., I] W_sᵀ               (7)
 
 | code         | paper | shape     |                  | code         | paper | shape |
 |--------------|-------|-----------|------------------|--------------|-------|-------|
@@ -40,13 +41,14 @@ class Decomposition(NamedTuple):
 def top_svd(W: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The r largest singular triples of W (out, in): U_r (out, r), Σ_r (r,), V_rᵀ (r, in), eq. 1.
 
-    From the eigenvectors of the smaller Gram matrix, 1–8 times faster than a full SVD; squaring the condition number
-    is harmless in float64 for the weights at hand. A singular value of zero gets zero vectors on the other side."""
+    From the eigenvectors of the smaller Gram matrix, 1–8 times faster than a full SVD; squaring the condition
+    number is harmless in float64 for the weights at hand. A singular value of zero gets zero vectors on the
+    other side."""
     wide = W.shape[0] <= W.shape[1]
     gram = W @ W.T if wide else W.T @ W
     value, vector = torch.linalg.eigh(gram)                                # ascending
     sigma, vector = value[-rank:].flip(0).clamp(min=0).sqrt(), vector[:, -rank:].flip(1)
-    inverse = torch.where(sigma > 1e-7 * sigma[0], 1 / sigma, 0.0)         # below it the Gram matrix holds only rounding
+    inverse = torch.where(sigma > 1e-7 * sigma[0], 1 / sigma, 0.0)         # what is below is rounding
     if wide:
         return vector, sigma, inverse[:, None] * (vector.T @ W)
     return (W @ vector) * inverse, sigma, vector.T
@@ -59,12 +61,12 @@ def channel_importance(W, U, sigma, Vt, select: str, generator=None) -> torch.Te
         return torch.rand(W.shape[1], generator=generator, dtype=torch.float64).to(W.device)
     if select == "residual_l1":
         return (W - (U * sigma) @ Vt).abs().sum(0)
-    # columns of W_r and W_comp are orthogonal: ‖W_comp[:, j]‖² = ‖W[:, j]‖² − ‖W_r[:, j]‖², no reconstruction needed
+    # columns of W_r and W_comp are orthogonal: ‖W_comp[:, j]‖² = ‖W[:, j]‖² − ‖W_r[:, j]‖²
     return (W.square().sum(0) - (sigma[:, None] * Vt).square().sum(0)).clamp(min=0).sqrt()
 
-def random_factors(out_features: int, in_features: int, rank: int, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B with independent normal elements so that those of B A have the standard deviation (in + out)^-½: the start
-    of CoLA (Liu et al. 2025, arXiv 2502.10940, its published code)."""
+def random_factors(out_features: int, in_features: int, rank: int, generator=None):
+    """A and B with independent normal elements so that those of B A have the standard deviation (in +
+    out)^-½: the start of CoLA (Liu et al. 2025, arXiv 2502.10940, its published code)."""
     std = (in_features + out_features) ** -0.25 * rank ** -0.25
     A = torch.randn(rank, in_features, generator=generator, dtype=torch.float64) * std
     B = torch.randn(out_features, rank, generator=generator, dtype=torch.float64) * std
@@ -75,10 +77,11 @@ def decompose(weight: torch.Tensor, rank: int, k: int, init: str = "svd", select
               sparse_init: str = "weight", generator: torch.Generator | None = None) -> Decomposition:
     """Split weight (out, in) into low-rank factors and k input channels: eqs. 1–6.
 
-    init: factors from the SVD or at "random" (CoLA's); select: channels by the residual's column norms (L2 or L1), by the
-    weight's, or at random; sparse_init: W_s from the columns of W or of W_comp. Random draws come from `generator`, one
-    of the CPU (default: torch's global one). Computed in float64, returned in the weight's dtype and on its device.
-    Raises ValueError for a non-finite weight, a rank outside [1, min(out, in)] or k outside [0, in]."""
+    init: factors from the SVD or at "random" (CoLA's); select: channels by the residual's column norms (L2 or
+    L1), by the weight's, or at random; sparse_init: W_s from the columns of W or of W_comp. Random draws come
+    from `generator`, one of the CPU (default: torch's global one). Computed in float64, returned in the
+    weight's dtype and on its device. Raises ValueError for a non-finite weight, a rank outside [1, min(out,
+    in)] or k outside [0, in]."""
     _check_choice(init=(init, INITS), select=(select, SELECTS), sparse_init=(sparse_init, SPARSE_INITS))
     if weight.dim() != 2:
         raise ValueError(f"a weight is a matrix (out, in), not of shape {tuple(weight.shape)}")
@@ -86,7 +89,8 @@ def decompose(weight: torch.Tensor, rank: int, k: int, init: str = "svd", select
     _check_sizes(out_features, in_features, rank, k, select)
     if not weight.isfinite().all():
         raise ValueError("the weight has NaN or infinite elements: decompose before anything diverges")
-    W = weight.detach().to("cpu" if weight.device.type == "mps" else weight.device).double()  # MPS has no float64
+    W = weight.detach().cpu() if weight.device.type == "mps" else weight.detach()     # MPS has no float64
+    W = W.double()
     needs_svd = init == "svd" or (k and (select.startswith("residual") or sparse_init == "residual"))
     U, sigma, Vt = top_svd(W, rank) if needs_svd else (None, None, None)
     if init == "svd":
@@ -109,8 +113,8 @@ def _check_sizes(out_features: int, in_features: int, rank: int, k: int, select:
     if not 0 <= k <= in_features:
         raise ValueError(f"k = {k} channels of {in_features} must lie in [0, {in_features}]")
     if k and rank == full and select.startswith("residual"):
-        raise ValueError(f"rank {rank} of a {out_features}×{in_features} weight leaves no residual to choose channels by: "
-                         "lower the rank, set the sparsity to 0, or select by weight or random")
+        raise ValueError(f"rank {rank} of a {out_features}×{in_features} weight leaves no residual to choose "
+                         "channels by: lower the rank, set the sparsity to 0, or select by weight or random")
 
 def _check_choice(**given):
     for name, (value, known) in given.items():
@@ -120,12 +124,13 @@ def _check_choice(**given):
 class LOSTLinear(nn.Module):
     """Drop-in for nn.Linear by eq. 7: x (..., in) → (..., out).
 
-    Parameters A (rank, in), B (out, rank), W_s (out, k); buffer index (k,) int32; gamma a number, or a parameter where
-    `learn_gamma`; k = 0 has no sparse path, and neither W_s nor index. The constructor leaves all of them empty, to be
-    filled by `from_linear` or a checkpoint."""
+    Parameters A (rank, in), B (out, rank), W_s (out, k); buffer index (k,) int32; gamma a number, or a
+    parameter where `learn_gamma`; k = 0 has no sparse path, and neither W_s nor index. The constructor leaves
+    all of them empty, to be filled by `from_linear` or a checkpoint."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, k: int, gamma: float = 0.7,
-                 activation: str = "silu", learn_gamma: bool = False, bias: bool = False, device=None, dtype=None):
+                 activation: str = "silu", learn_gamma: bool = False, bias: bool = False,
+                 device=None, dtype=None):
         super().__init__()
         _check_choice(activation=(activation, tuple(ACTIVATIONS)))
         if not 0 <= gamma <= 1:
@@ -143,11 +148,12 @@ class LOSTLinear(nn.Module):
         self.gamma = nn.Parameter(torch.tensor(gamma, device=device, dtype=dtype)) if learn_gamma else gamma
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, rank: int, sparsity: float, gamma: float = 0.7, activation: str = "silu",
-                    learn_gamma: bool = False, init: str = "svd", select: str = "residual",
-                    sparse_init: str = "weight", generator: torch.Generator | None = None) -> "LOSTLinear":
-        """Decompose a dense layer: k = max(1, int(sparsity · in)) channels, none where sparsity is 0. A bias is carried.
-        On the meta device only the shapes are made and checked."""
+    def from_linear(cls, linear: nn.Linear, rank: int, sparsity: float, gamma: float = 0.7,
+                    activation: str = "silu", learn_gamma: bool = False, init: str = "svd",
+                    select: str = "residual", sparse_init: str = "weight",
+                    generator: torch.Generator | None = None) -> "LOSTLinear":
+        """Decompose a dense layer: k = max(1, int(sparsity · in)) channels, none where sparsity is 0. A bias
+        is carried. On the meta device only the shapes are made and checked."""
         if not 0 <= sparsity <= 1:
             raise ValueError(f"sparsity = {sparsity}: must lie in [0, 1]")
         k = max(1, int(sparsity * linear.in_features)) if sparsity else 0
@@ -174,11 +180,13 @@ class LOSTLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
-        """The dense layer with the same output: γ B A + (1 − γ) W_s in the columns I. Only a linear layer has one."""
+        """The dense layer with the same output: γ B A + (1 − γ) W_s in the columns I. Only a linear layer has
+        one."""
         if self.activation != "none":
-            raise ValueError(f"activation {self.activation!r} between the factors makes the layer non-linear: no single "
-                             "weight equals it. Train with activation none to merge")
-        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, self.A.device, self.A.dtype)
+            raise ValueError(f"activation {self.activation!r} between the factors makes the layer non-linear: no "
+                             "single weight equals it. Train with activation none to merge")
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None,
+                          self.A.device, self.A.dtype)
         dense.weight.copy_(self.gamma * (self.B @ self.A))
         if self.k:
             dense.weight.index_add_(1, self.index, (1 - self.gamma) * self.W_s)
@@ -187,11 +195,12 @@ class LOSTLinear(nn.Module):
         return dense
 
     def settings(self) -> dict:
-        """The constructor's arguments: what a checkpoint must know to build the layer without a decomposition."""
+        """The constructor's arguments: what a checkpoint must know to build the layer without a
+        decomposition."""
         learned = isinstance(self.gamma, nn.Parameter)
-        return {"in_features": self.in_features, "out_features": self.out_features, "rank": self.rank, "k": self.k,
-                "gamma": float(self.gamma.detach()) if learned else self.gamma, "activation": self.activation,
-                "learn_gamma": learned, "bias": self.bias is not None}
+        return {"in_features": self.in_features, "out_features": self.out_features, "rank": self.rank,
+                "k": self.k, "gamma": float(self.gamma.detach()) if learned else self.gamma,
+                "activation": self.activation, "learn_gamma": learned, "bias": self.bias is not None}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.settings().items())
@@ -200,8 +209,9 @@ def _ends(name: str, key: str) -> bool:
     return f".{name}".endswith(f".{key}")
 
 def by_module(value, name: str):
-    """Look a module up in `value`: a number for all, or a dict from the end of dotted names to numbers, the longest
-    match first, "default" for the rest. `by_module({"q_proj": 64, "default": 128}, "layers.0.q_proj")` is 64."""
+    """Look a module up in `value`: a number for all, or a dict from the end of dotted names to numbers, the
+    longest match first, "default" for the rest. `by_module({"q_proj": 64, "default": 128},
+    "layers.0.q_proj")` is 64."""
     if not isinstance(value, dict):
         return value
     matches = [key for key in value if _ends(name, key)]
@@ -209,13 +219,15 @@ def by_module(value, name: str):
         raise ValueError(f"nothing is said for {name}, only for {', '.join(value)}: add a default")
     return value[max(matches, key=len, default="default")]
 
-def apply_lost(model: nn.Module, rank: int | dict, sparsity: float | dict, gamma: float = 0.7, activation: str = "silu",
-               learn_gamma: bool = False, init: str = "svd", select: str = "residual", sparse_init: str = "weight",
+def apply_lost(model: nn.Module, rank: int | dict, sparsity: float | dict, gamma: float = 0.7,
+               activation: str = "silu", learn_gamma: bool = False, init: str = "svd",
+               select: str = "residual", sparse_init: str = "weight",
                generator: torch.Generator | None = None, skip: tuple[str, ...] = ("lm_head",)) -> nn.Module:
     """Replace every nn.Linear of `model` by a LOSTLinear, in place and one at a time, and return the model.
 
-    rank, sparsity: one number, or a dict by module name (`by_module`). skip: ends of the names of modules that stay
-    dense. The rest is as in `decompose`. Raises ValueError, naming the module, for what cannot be replaced."""
+    rank, sparsity: one number, or a dict by module name (`by_module`). skip: ends of the names of modules
+    that stay dense. The rest is as in `decompose`. Raises ValueError, naming the module, for what cannot be
+    replaced."""
     names = [name for name, m in model.named_modules()
              if isinstance(m, nn.Linear) and not any(_ends(name, s) for s in skip)]
     if not names:
@@ -225,8 +237,9 @@ def apply_lost(model: nn.Module, rank: int | dict, sparsity: float | dict, gamma
             raise ValueError(f"no module is called {key!r}: the first ones are {', '.join(names[:7])}")
     for name in names:
         try:
-            layer = LOSTLinear.from_linear(model.get_submodule(name), by_module(rank, name), by_module(sparsity, name),
-                                           gamma, activation, learn_gamma, init, select, sparse_init, generator)
+            layer = LOSTLinear.from_linear(
+                model.get_submodule(name), by_module(rank, name), by_module(sparsity, name), gamma,
+                activation, learn_gamma, init, select, sparse_init, generator)
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from None
         model.set_submodule(name, layer)

@@ -1,7 +1,9 @@
-"""A plain LLaMA (Touvron et al. 2023, arXiv 2302.13971) with the module names of Hugging Face's LlamaForCausalLM,
-so that a state dict of one loads into the other. RMSNorm, rotary positions (rotate-half), SwiGLU, no bias.
+"""A plain LLaMA (Touvron et al. 2023, arXiv 2302.13971) with the module names of Hugging Face's
+LlamaForCausalLM, so that a state dict of one loads into the other. RMSNorm, rotary positions (rotate-half),
+SwiGLU, no bias.
 
-In shapes: B sequences, T tokens of them, S tokens that are attended to, C = n_embd, H heads of D = C / H, V words."""
+In shapes: B sequences, T tokens of them, S tokens that are attended to, C = n_embd, H heads of D = C / H, V
+words."""
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +13,10 @@ import torch.nn.functional as F
 @dataclass
 class LlamaConfig:
     vocab_size: int = 50257
-    seq_len: int = 256                         # tokens of a training window; longer inputs run, but were never trained
+    seq_len: int = 256                         # tokens of a training window; longer inputs run, untrained
     n_layer: int = 8
     n_head: int = 8
-    n_kv_head: int | None = None               # heads of K and V, shared by groups of query heads; None: n_head
+    n_kv_head: int | None = None               # heads of K and V, shared by groups of heads; None: n_head
     n_embd: int = 512
     n_ffn: int = 1376
     rope_theta: float = 10_000.0
@@ -31,27 +33,29 @@ class LlamaConfig:
     def to_hf(self) -> dict:
         """The same sizes under the names of Hugging Face's config.json."""
         ours = {hf: getattr(self, name) for name, hf in HF_NAMES.items()}
-        rope = {"rope_theta": self.rope_theta, "rope_type": "default"}       # read by transformers 5, the flat one by 4
-        return {**ours, "rope_parameters": rope, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+        rope = {"rope_theta": self.rope_theta, "rope_type": "default"}    # for transformers 5; 4 has it flat
+        return {**ours, "rope_parameters": rope, "hidden_act": "silu", "attention_bias": False,
+                "mlp_bias": False}
 
     @classmethod
     def from_hf(cls, hf: dict) -> "LlamaConfig":
         """From the content of a config.json. Raises ValueError for what this model does not compute."""
         hf = {**hf, **{k: v for k, v in (hf.get("rope_parameters") or {}).items() if k == "rope_theta"}}
-        scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-        heads = hf.get("num_attention_heads") or 1
-        wrong = [
-            ("rope_scaling", scaling.get("rope_type", scaling.get("type", "default")), "default"),
-            ("hidden_act", hf.get("hidden_act", "silu"), "silu"),
-            ("attention_bias", hf.get("attention_bias") or False, False), ("mlp_bias", hf.get("mlp_bias") or False, False),
-            ("head_dim", hf.get("head_dim") or hf.get("hidden_size", 0) // heads, hf.get("hidden_size", 0) // heads),
-        ]
-        for name, value, only in wrong:
-            if value != only:
-                raise ValueError(f"config.json: {name} = {value!r} is not supported, only {only!r}")
-        missing = [k for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers") if k not in hf]
+        missing = [HF_NAMES[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd", "n_ffn")
+                   if HF_NAMES[name] not in hf]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}: is it a LLaMA?")
+        scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+        head_dim = hf["hidden_size"] // hf["num_attention_heads"]
+        for name, value, only in [
+            ("rope_scaling", scaling.get("rope_type", scaling.get("type", "default")), "default"),
+            ("hidden_act", hf.get("hidden_act", "silu"), "silu"),
+            ("attention_bias", bool(hf.get("attention_bias")), False),
+            ("mlp_bias", bool(hf.get("mlp_bias")), False),
+            ("head_dim", hf.get("head_dim") or head_dim, head_dim),
+        ]:
+            if value != only:
+                raise ValueError(f"config.json: {name} = {value!r} is not supported, only {only!r}")
         return cls(**{name: hf[key] for name, key in HF_NAMES.items() if key in hf})
 
 HF_NAMES = {
@@ -61,7 +65,7 @@ HF_NAMES = {
     "tie_embeddings": "tie_word_embeddings",
 }
 
-# The sizes of GaLore (Zhao et al. 2024, arXiv 2403.03507, table 5) and two of our own: tiny for a CPU, 13b as LLaMA's
+# The sizes of GaLore (Zhao et al. 2024, arXiv 2403.03507), a tiny one for CPUs, and LLaMA's 13b
 MODELS = {
     "tiny": dict(n_embd=128,  n_ffn=344,   n_layer=4,  n_head=4),
     "60m":  dict(n_embd=512,  n_ffn=1376,  n_layer=8,  n_head=8),
@@ -73,7 +77,8 @@ MODELS = {
 }
 
 def rope_table(positions: torch.Tensor, dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of the rotary angles, each (T, D), float32: dimension d and d + D/2 turn by the same angle."""
+    """cos and sin of the rotary angles, each (T, D), float32: dimension d and d + D/2 turn by the same
+    angle."""
     frequency = theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / -dim)
     angle = (positions[:, None] * frequency).repeat(1, 2)
     return angle.cos(), angle.sin()
@@ -82,7 +87,7 @@ def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Te
     """Su et al. 2021 (arXiv 2104.09864), eq. 34, in the rotate-half layout. x: (B, H, T, D)."""
     cos, sin = rope
     first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)   # float32 inside, also under autocast
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)         # computed in float32
 
 class KVCache:
     """Keys and values of the tokens seen so far, in tensors allocated once for `size` tokens."""
@@ -111,12 +116,12 @@ class Attention(nn.Module):
     def forward(self, x, rope, cache=None):
         B, T, C = x.shape
         q = rotate(self.q_proj(x).view(B, T, self.n_head, -1).transpose(1, 2), rope)       # (B, H, T, D)
-        k = rotate(self.k_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2), rope)    # (B, n_kv_head, T, D)
+        k = rotate(self.k_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2), rope)  # (B, n_kv_head, T, D)
         v = self.v_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)
         mask = None
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)                                          # (B, n_kv_head, S, D)
-            if 1 < T < k.shape[2]:             # a piece of text after earlier text: is_causal would align it wrongly
+            k, v = cache.append(self.layer, k, v)                                       # (B, n_kv_head, S, D)
+            if 1 < T < k.shape[2]:             # is_causal would align the first query with the first key
                 mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1,
                                            enable_gqa=self.n_kv_head != self.n_head)       # (B, H, T, D)
@@ -150,8 +155,8 @@ class Llama(nn.Module):
     """`Llama(config)(idx, targets)` → (logits, loss).
 
     idx, targets: (B, T) token ids; a target of -1 is left out. With targets: logits (B, T, V) and the mean
-    cross-entropy in nats. Without: logits of the last position only, (B, 1, V), and None. Parameters are drawn on
-    the CPU from torch's global generator, so that a seed means the same model on every device."""
+    cross-entropy in nats. Without: logits of the last position only, (B, 1, V), and None. Parameters are
+    drawn on the CPU from torch's global generator, so that a seed means the same model on every device."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -195,12 +200,14 @@ class Llama(nn.Module):
     @torch.inference_mode()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, eot=None,
                  use_cache=True):
-        """Continue idx (B, T ≥ 1) by up to max_new_tokens; returns (B, T + new). temperature 0 takes the likeliest token.
+        """Continue idx (B, T ≥ 1) by up to max_new_tokens; returns (B, T + new). temperature 0 takes the
+        likeliest token.
 
         The context is never longer than the seq_len the model was trained on: when it is full, its older half
         is dropped and the rest read again from position 0, so a token costs the same however long the text.
-        use_cache=False runs the full forward over the same context at each token: the slow form of the same function.
-        With eot a row that has produced it is filled up with eot, and the loop ends when all rows have."""
+        use_cache=False runs the full forward over the same context at each token: the slow form of the same
+        function. With eot a row that has produced it is filled up with eot, and the loop ends when all rows
+        have."""
         window, start, cache = self.config.seq_len, max(0, idx.shape[1] - self.config.seq_len), None
         done = torch.zeros(idx.shape[0], 1, dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
@@ -224,11 +231,13 @@ class Llama(nn.Module):
 
     def _activation_dtype(self) -> torch.dtype:
         device = self.lm_head.weight.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.lm_head.weight.dtype
+        autocast = torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if autocast else self.lm_head.weight.dtype
 
 def pick_token(logits, temperature, top_k=None, top_p=None, generator=None):
-    """One token a row from logits (B, V): the likeliest at temperature 0, else drawn from the top_k likeliest, or from
-    the fewest whose probabilities sum to top_p (Holtzman et al. 2020, arXiv 1904.09751), or from all. Returns (B, 1)."""
+    """One token a row from logits (B, V): the likeliest at temperature 0, else drawn from the top_k
+    likeliest, or from the fewest whose probabilities sum to top_p (Holtzman et al. 2020, arXiv 1904.09751),
+    or from all. Returns (B, 1)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits / temperature
@@ -247,14 +256,14 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 def multiplications_per_token(model: nn.Module) -> int:
-    """Of the matrix products: each element of a matrix is used once a token, whatever layer it is in. The embedding
-    is a look-up, except where the head shares it."""
+    """Of the matrix products: each element of a matrix is used once a token, whatever layer it is in. The
+    embedding is a look-up, except where the head shares it."""
     matrices = {id(p): p.numel() for m in model.modules() if not isinstance(m, nn.Embedding)
                 for p in m.parameters(recurse=False) if p.dim() == 2}
     return sum(matrices.values())
 
 def flops_per_token(model: Llama) -> int:
-    """Of one training step, forward and backward: 6 a multiplication and 12 n_layer n_embd seq_len for attention
-    without its causal half taken off (Chowdhery et al. 2022, arXiv 2204.02311, appendix B)."""
+    """Of one training step, forward and backward: 6 a multiplication and 12 n_layer n_embd seq_len for
+    attention without its causal half taken off (Chowdhery et al. 2022, arXiv 2204.02311, appendix B)."""
     c = model.config
     return 6 * multiplications_per_token(model) + 12 * c.n_layer * c.n_embd * c.seq_len

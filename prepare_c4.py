@@ -1,12 +1,13 @@
-"""Turn text into token shards: C4 from the Hugging Face hub, local files, or the text inside Python's own library.
+"""Turn text into token shards: C4 from the Hugging Face hub, local files, or the text inside Python's own
+library.
 
     python prepare_c4.py                                                # enough of C4 for the 60m run
     python prepare_c4.py --input 'my/*.jsonl.gz' --tokenizer train:8192
     python prepare_c4.py --input builtin --tokenizer byte --out_dir data/builtin     # no network, no file
 
-The same command continues an interrupted run. The output depends on the text and the flags alone, not on --workers:
-a document has a position (source, number), documents are written in that order, and a finished shard records the position
-it reached in manifest.json."""
+The same command continues an interrupted run. The output depends on the text and the flags alone, not on
+--workers: a document has a position (source, number), documents are written in that order, and a finished
+shard records the position it reached in manifest.json."""
 import collections
 import glob
 import gzip
@@ -23,11 +24,12 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from data import (GPT2_PATTERN, ShardWriter, Tokenizer, load_manifest, read_shard, sha256_file, token_dtype,
-                  write_atomic)
+from data import GPT2_PATTERN, ShardWriter, Tokenizer, load_manifest, sha256_file, token_dtype, write_atomic
 from flags import command, flag, parse
 
-C4 = {"train": ("en/c4-train.{:05d}-of-01024.json.gz", 1024), "val": ("en/c4-validation.{:05d}-of-00008.json.gz", 8)}
+C4 = "allenai/c4"                              # of the Hugging Face hub; (name, number) of its files by split:
+C4_FILES = {"val": ("en/c4-validation.{:05d}-of-00008.json.gz", 8),
+            "train": ("en/c4-train.{:05d}-of-01024.json.gz", 1024)}
 C4_FILE = {"tokens": 150e6, "bytes": 320e6}    # of one train file, roughly
 VAL_SHARE = 50                                 # without validation files one document in 50 is validation
 BPE_CHARACTERS = 500_000_000                   # that train:N looks at: the merges hardly change after that
@@ -37,10 +39,10 @@ class Config:
     out_dir: str = flag("data/c4", "where the shards go")
     train_tokens: int = flag(1_320_000_000, "stop once reached; the default is one epoch of the 60m run")
     val_tokens: int = flag(10_000_000, "stop once reached")
-    input: list[str] | None = flag(None, "local files instead of C4: .json .jsonl (lines with a text key) or .txt, also "
-                                         "with .gz, as GLOBs; or builtin, text from Python's library")
-    val_input: list[str] | None = flag(None, "files for validation; without them a hash of each document decides")
-    tokenizer: str = flag("gpt2", "gpt2, byte, train:N (a BPE of N tokens), or a tokenizer.json or .tiktoken file")
+    input: list[str] | None = flag(None, "local files instead of C4, as GLOBs: .json or .jsonl (lines with a text "
+                                         "key) or .txt, also with .gz; or builtin, text of Python's library")
+    val_input: list[str] | None = flag(None, "files for validation; else a hash of each document decides")
+    tokenizer: str = flag("gpt2", "gpt2, byte, train:N (a BPE of N ids), or a tokenizer.json or .tiktoken file")
     shard_tokens: int = flag(100_000_000, "most tokens of a shard")
     workers: int = flag(os.cpu_count(), "tokenizer processes; the output does not depend on it")
     skip_bad: bool = flag(False, "count and skip lines that are no document, instead of stopping")
@@ -64,30 +66,29 @@ def fetch(source: str) -> str:
     try:
         return hf_hub_download(f"{owner}/{name}", file, repo_type="dataset")
     except Exception as e:                     # many kinds: no network, no such host, a proxy, a full disk
-        raise ValueError(f"cannot download {source} ({type(e).__name__}): check the network and run again to continue, "
-                         "or give local files by --input") from None
+        raise ValueError(f"cannot download {source} ({type(e).__name__}): check the network and run again to "
+                         "continue, or give local files by --input") from None
 
 class Documents:
-    """All documents of some sources in order: iterating yields (position, text), position = (source, number)."""
+    """All documents of some sources, in order. With skip_bad, lines that are none are counted in `skipped`."""
 
     def __init__(self, sources: list[str], skip_bad: bool = False):
         self.sources, self.skip_bad, self.skipped = sources, skip_bad, 0
 
-    def start_from(self, first: int):
-        """Iterate from source number `first` on."""
-        for s, source in enumerate(self.sources):
-            if s < first:
-                continue
+    def split(self, stream: str, first: int = 0):
+        """(position, split, text) from source number `first` on; position is (source, number of the document). The
+        split is `stream`, or by hash where that is "both"."""
+        for s in range(first, len(self.sources)):
             number = -1
-            for number, text in enumerate(self._texts(fetch(source))):
-                yield (s, number), text
+            for number, text in enumerate(self._texts(fetch(self.sources[s]))):
+                yield (s, number), split_of(text) if stream == "both" else stream, text
             if number < 0:
-                raise ValueError(f"{source} holds no document: remove it from the input")
+                raise ValueError(f"{self.sources[s]} holds no document: remove it from the input")
 
     def _texts(self, path: str):
         if path == "builtin":
             from pydoc_data.topics import topics
-            lines = (line.encode() for topic in sorted(topics) for line in (topics[topic] + "\n\n").splitlines(True))
+            lines = (f"{line}\n".encode() for topic in sorted(topics) for line in [*topics[topic].split("\n"), ""])
             yield from self._pieces(lines, path)
         elif path.removesuffix(".gz").endswith(".txt"):
             yield from self._pieces(self._lines(path), path)
@@ -108,7 +109,8 @@ class Documents:
             self._bad(path, number + 1, f"cannot be read ({e})")
 
     def _pieces(self, lines, path: str):
-        """A text without documents is cut at the first blank line after 2,000 bytes, or any line after 100,000."""
+        """A text without documents is cut at the first blank line after 2,000 bytes, or any line after
+        100,000."""
         piece, size = [], 0
         for number, line in enumerate(itertools.chain(lines, [None]), 1):
             if line is not None:
@@ -157,6 +159,15 @@ def train_bpe(texts, size: int, name: str) -> Tokenizer:
     ranks = sorted(bpe.get_mergeable_ranks(), key=lambda entry: entry[1])
     return Tokenizer([bytes(token) for token, _ in ranks], name=name)
 
+def choose_tokenizer(config: Config, streams: dict[str, list[str]]) -> Tokenizer:
+    kind, _, size = config.tokenizer.partition(":")
+    if kind != "train" or not size.isdecimal():
+        return Tokenizer.named(config.tokenizer)
+    print(f"training a tokenizer of {size} ids", flush=True)
+    stream = "both" if "both" in streams else "train"
+    documents = Documents(streams[stream], config.skip_bad).split(stream)
+    return train_bpe((text for _, split, text in documents if split == "train"), int(size), config.tokenizer)
+
 def _load(path: str):
     global _tokenizer                          # of this worker process
     _tokenizer = Tokenizer.load(path)
@@ -166,8 +177,8 @@ def _encode(texts: list[str]) -> list[np.ndarray]:
     return [np.array([_tokenizer.eot, *_tokenizer.encode(text)], dtype) for text in texts]
 
 def encoded(documents, pool: ProcessPoolExecutor, workers: int):
-    """(position, split, text, tokens) of each (position, split, text) in the same order. Never more than 4 batches of
-    about 1 MB of text a worker are on their way: memory is bounded."""
+    """(position, split, text, tokens) of each (position, split, text) in the same order. Never more than 4
+    batches of about 1 MB of text a worker are on their way: memory is bounded."""
     waiting = collections.deque()
     def finished():
         batch, future = waiting.popleft()
@@ -187,36 +198,37 @@ def encoded(documents, pool: ProcessPoolExecutor, workers: int):
         yield from finished()
 
 class SplitWriter:
-    """The shards of one split. Each ends with a whole document; closing one puts it into the manifest."""
+    """The shards of one split. Each ends with a whole document; closing one enters it in the manifest."""
 
-    def __init__(self, out_dir: str, split: str, limit: int, shard_tokens: int, manifest: dict):
-        self.out_dir, self.split, self.limit, self.shard_tokens, self.manifest = out_dir, split, limit, shard_tokens, manifest
+    def __init__(self, config: Config, split: str, limit: int, manifest: dict):
         own = [s for s in manifest["shards"] if s["split"] == split]
+        self.config, self.split, self.limit, self.manifest = config, split, limit, manifest
         self.number, self.total, self.shard = len(own), sum(s["tokens"] for s in own), None
-        self.reached = tuple(manifest["reached"].get(split, (0, -1)))      # position of the last document in a closed shard
+        self.reached = tuple(manifest["reached"].get(split, (0, -1)))      # last document of a closed shard
 
     def done(self) -> bool:
         return self.total >= self.limit
 
     def append(self, position, text: str, tokens: np.ndarray):
-        if self.shard and self.shard.tokens + len(tokens) > self.shard_tokens:
+        if self.shard and self.shard.tokens + len(tokens) > self.config.shard_tokens:
             self.close()
         if not self.shard:
-            path = os.path.join(self.out_dir, f"{self.split}_{self.number:05d}.bin")
+            path = os.path.join(self.config.out_dir, f"{self.split}_{self.number:05d}.bin")
             self.shard, self.bytes, self.documents = ShardWriter(path, tokens.dtype), 0, 0
         self.shard.append(tokens)
         self.bytes, self.documents, self.last = self.bytes + len(text.encode()), self.documents + 1, position
         self.total += len(tokens)
 
     def close(self):
-        if not self.shard:
-            return
-        self.shard.close()
-        self.manifest["shards"].append({"name": os.path.basename(self.shard.path), "split": self.split,
-                                        "tokens": self.shard.tokens, "bytes": self.bytes, "documents": self.documents,
-                                        "sha256": sha256_file(self.shard.path)})
-        self.manifest["reached"][self.split], self.number, self.shard = list(self.last), self.number + 1, None
-        save_manifest(self.out_dir, self.manifest)
+        if self.shard:
+            self.shard.close()
+            path = self.shard.path
+            self.manifest["shards"].append({
+                "name": os.path.basename(path), "split": self.split, "tokens": self.shard.tokens,
+                "bytes": self.bytes, "documents": self.documents, "sha256": sha256_file(path)})
+            self.manifest["reached"][self.split] = list(self.last)
+            self.number, self.shard = self.number + 1, None
+            save_manifest(self.config.out_dir, self.manifest)
 
 def save_manifest(out_dir: str, manifest: dict):
     write_atomic(os.path.join(out_dir, "manifest.json"), json.dumps(manifest, indent=1).encode())
@@ -224,35 +236,46 @@ def save_manifest(out_dir: str, manifest: dict):
 # --- the command ---
 
 def verify(out_dir: str):
-    """Compare every shard and the tokenizer with the manifest. Raises ValueError that names the first difference."""
+    """Compare every shard and the tokenizer with the manifest. ValueError names the first difference."""
     manifest = load_manifest(out_dir)
     if manifest is None:
         raise ValueError(f"no manifest.json in {out_dir}: nothing to verify against")
-    for shard in tqdm(manifest["shards"], unit="shard"):
-        path = os.path.join(out_dir, shard["name"])
-        if len(read_shard(path)) != shard["tokens"] or sha256_file(path) != shard["sha256"]:
-            raise ValueError(f"{path} is not what its manifest says: delete {out_dir} and prepare it again")
-    tokenizer = os.path.join(out_dir, "tokenizer.json")
-    if not os.path.exists(tokenizer) or sha256_file(tokenizer) != manifest["tokenizer"]["sha256"]:
-        raise ValueError(f"{tokenizer} is not what the manifest says: delete {out_dir} and prepare it again")
+    named = [*manifest["shards"], {"name": "tokenizer.json", "sha256": manifest["tokenizer"]["sha256"]}]
+    for entry in tqdm(named, unit="file"):
+        path = os.path.join(out_dir, entry["name"])
+        if not os.path.exists(path) or sha256_file(path) != entry["sha256"]:
+            raise ValueError(f"{path} is missing or not what the manifest says: delete {out_dir} and prepare it again")
     print(f"{out_dir}: {len(manifest['shards'])} shards and the tokenizer are as the manifest says")
 
-def plan(config: Config, sources: dict[str, list[str]]):
+def plan(config: Config, sources: list[str]):
     """Say what will be read and written, and refuse where the disk has no room for it."""
     tokens, download = config.train_tokens + config.val_tokens, 0
-    if config.input:
-        text = sum(os.path.getsize(s) * (3 if s.endswith(".gz") else 1) for s in sum(sources.values(), []) if s != "builtin")
-        tokens = min(tokens, text // (1 if config.tokenizer == "byte" else 4) + 500_000)
-        print(f"input: {sum(map(len, sources.values()))} sources, about {text / 1e6:,.0f} MB of text")
-    else:
+    if config.input is None:
         download = -(-config.train_tokens // C4_FILE["tokens"]) * C4_FILE["bytes"]
-        print(f"input: C4, about {download / 1e9:.1f} GB to download to the hub's cache")
-    free = shutil.disk_usage(config.out_dir).free
-    print(f"output: at most about {tokens / 1e6:,.0f} M tokens, {2 * tokens / 1e9:.2f} GB in {config.out_dir}, where "
-          f"{free / 1e9:.1f} GB are free", flush=True)
-    if 2 * tokens + download > free:
-        raise ValueError(f"{config.out_dir} has {free / 1e9:.1f} GB free and {(2 * tokens + download) / 1e9:.1f} GB are needed: "
-                         "free some, use another --out_dir (and HF_HOME), or ask for fewer --train_tokens")
+        print(f"input   C4, about {download / 1e9:.1f} GB to download into the hub's cache")
+    else:                                      # gzip shrinks text to about a third
+        text = sum(os.path.getsize(s) * (3 if s.endswith(".gz") else 1) for s in sources if s != "builtin")
+        tokens = min(tokens, text // (1 if config.tokenizer == "byte" else 4) + 500_000)
+        print(f"input   {len(sources)} sources, about {text / 1e6:,.0f} MB of text")
+    free, needed = shutil.disk_usage(config.out_dir).free, 2 * tokens + download
+    print(f"output  about {tokens / 1e6:,.0f} M tokens at the most, {2 * tokens / 1e9:.2f} GB, in "
+          f"{config.out_dir} ({free / 1e9:.1f} GB free)", flush=True)
+    if needed > free:
+        raise ValueError(f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB free: free some, use another "
+                         "--out_dir (and HF_HOME, the hub's cache), or ask for fewer --train_tokens")
+
+def begin(config: Config, sources: dict[str, list[str]]) -> dict:
+    """The manifest to continue, or a new one. Raises ValueError if out_dir was begun with other flags."""
+    request = {name: getattr(config, name) for name in ("tokenizer", "train_tokens", "val_tokens", "shard_tokens")}
+    request["input"] = sources
+    manifest = load_manifest(config.out_dir, unfinished=True)
+    if manifest is None:
+        return {"version": 1, "complete": False, "request": request, "shards": [], "reached": {}}
+    for name, value in request.items():
+        if manifest["request"][name] != value:
+            raise ValueError(f"{config.out_dir} was begun with another --{name} ({manifest['request'][name]}): use "
+                             "that, another --out_dir, or delete it")
+    return manifest
 
 def main(config: Config):
     if config.verify:
@@ -260,57 +283,37 @@ def main(config: Config):
     for name in ("train_tokens", "val_tokens", "shard_tokens", "workers"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name} {getattr(config, name)}: must be positive")
-    os.makedirs(config.out_dir, exist_ok=True)
     if config.input is None:
-        sources = {split: [f"hf://allenai/c4/{name.format(i)}" for i in range(n)] for split, (name, n) in C4.items()}
+        streams = {split: [f"hf://{C4}/{name.format(i)}" for i in range(n)] for split, (name, n) in C4_FILES.items()}
     elif config.val_input:
-        sources = {"val": expand(config.val_input), "train": expand(config.input)}
+        streams = {"val": expand(config.val_input), "train": expand(config.input)}
     else:
-        sources = {"both": expand(config.input)}
-    request = {"tokenizer": config.tokenizer, "train_tokens": config.train_tokens, "val_tokens": config.val_tokens,
-               "shard_tokens": config.shard_tokens, "sources": sources}
-    manifest = {"version": 1, "complete": False, "request": request, "shards": [], "reached": {}}
-    manifest_path = os.path.join(config.out_dir, "manifest.json")
-    if os.path.exists(manifest_path):
-        manifest = load_manifest(config.out_dir, unfinished=True)
-        changed = [name for name in request if manifest["request"][name] != request[name]]
-        if changed:
-            raise ValueError(f"{config.out_dir} was begun with another --{changed[0]} ({manifest['request'][changed[0]]}): "
-                             "use the same, another --out_dir, or delete it")
-        if manifest["complete"]:
-            return print(f"{config.out_dir} is complete: {len(manifest['shards'])} shards. --verify compares them")
-    plan(config, sources)
+        streams = {"both": expand(config.input)}
+    os.makedirs(config.out_dir, exist_ok=True)
+    manifest = begin(config, streams)
+    if manifest["complete"]:
+        return print(f"{config.out_dir} is complete: {len(manifest['shards'])} shards; --verify compares them")
+    plan(config, [source for sources in streams.values() for source in sources])
     for leftover in glob.glob(os.path.join(config.out_dir, "*.tmp")):
         os.remove(leftover)
 
-    def labelled(stream: str, documents: Documents, first: int = 0):
-        for position, text in documents.start_from(first):
-            yield position, split_of(text) if stream == "both" else stream, text
-
     tokenizer_path = os.path.join(config.out_dir, "tokenizer.json")
-    if "tokenizer" not in manifest:
-        kind, _, size = config.tokenizer.partition(":")
-        if kind == "train" and size.isdecimal():
-            stream = "both" if "both" in sources else "train"
-            print(f"training a tokenizer of {size} ids", flush=True)
-            texts = (text for _, split, text in labelled(stream, Documents(sources[stream], config.skip_bad)) if split == "train")
-            tokenizer = train_bpe(texts, int(size), config.tokenizer)
-        else:
-            tokenizer = Tokenizer.named(config.tokenizer)
+    if "tokenizer" not in manifest:            # else this run continues one that had it
+        tokenizer = choose_tokenizer(config, streams)
         tokenizer.save(tokenizer_path)
-        manifest["tokenizer"] = {"name": tokenizer.name, "sha256": tokenizer.sha256(), "vocab_size": tokenizer.vocab_size,
-                                 "eot": tokenizer.eot}
+        manifest["tokenizer"] = {"name": tokenizer.name, "sha256": tokenizer.sha256(),
+                                 "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot}
         save_manifest(config.out_dir, manifest)
 
-    limits = {"train": config.train_tokens, "val": config.val_tokens}
-    writers = {split: SplitWriter(config.out_dir, split, limit, config.shard_tokens, manifest) for split, limit in limits.items()}
+    writers = {"train": SplitWriter(config, "train", config.train_tokens, manifest),
+               "val": SplitWriter(config, "val", config.val_tokens, manifest)}
     with ProcessPoolExecutor(config.workers, initializer=_load, initargs=(tokenizer_path,)) as pool, \
             tqdm(unit=" tokens", unit_scale=True, initial=sum(w.total for w in writers.values())) as bar:
-        for stream, names in sources.items():
-            own = [writers[s] for s in (limits if stream == "both" else [stream])]
-            documents = Documents(names, config.skip_bad)
-            wanted = ((position, split, text)
-                      for position, split, text in labelled(stream, documents, min(w.reached[0] for w in own))
+        for stream, sources in streams.items():
+            own = list(writers.values()) if stream == "both" else [writers[stream]]
+            documents = Documents(sources, config.skip_bad)
+            first = min(w.reached[0] for w in own)
+            wanted = ((position, split, text) for position, split, text in documents.split(stream, first)
                       if not writers[split].done() and position > writers[split].reached)
             for position, split, text, tokens in encoded(wanted, pool, config.workers):
                 if not writers[split].done():
@@ -324,10 +327,11 @@ def main(config: Config):
                 print(f"skipped {documents.skipped} bad lines", file=sys.stderr)
     for split, writer in writers.items():
         if not writer.total:
-            raise ValueError(f"no document for {split}: give more input" + (", or --val_input" if split == "val" else ""))
+            raise ValueError(f"no document for {split}: give more input" + " or --val_input" * (split == "val"))
     manifest["complete"] = True
     save_manifest(config.out_dir, manifest)
-    print(f"{config.out_dir}: " + ", ".join(f"{w.total:,} {split} tokens in {w.number} shards" for split, w in writers.items()))
+    counts = ", ".join(f"{w.total:,} {split} tokens in {w.number} shards" for split, w in writers.items())
+    print(f"{config.out_dir}: {counts}")
 
 if __name__ == "__main__":
     command(lambda: main(Config(**parse(Config, sys.argv[1:], __doc__))))

@@ -29,7 +29,8 @@ class Config:
 def main(config: Config):
     if config.max_new_tokens < 1 or config.num_samples < 1 or config.temperature < 0:
         raise ValueError("--max_new_tokens and --num_samples must be positive, --temperature not negative")
-    if config.top_k is not None and config.top_k < 1 or config.top_p is not None and not 0 < config.top_p <= 1:
+    top_k, top_p = config.top_k, config.top_p
+    if top_k is not None and top_k < 1 or top_p is not None and not 0 < top_p <= 1:
         raise ValueError("--top_k must be positive, --top_p in (0, 1]")
     prompt = config.prompt
     if prompt.startswith("FILE:"):
@@ -45,10 +46,10 @@ def main(config: Config):
     tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
     model, _ = load_model(folder)
     model.to(device, getattr(torch, config.dtype))
-    start = [tokenizer.eot, *tokenizer.encode(prompt)]                     # every document began so in training
+    start = [tokenizer.eot, *tokenizer.encode(prompt)]                  # as every document in training
     idx = torch.tensor([start] * config.num_samples, device=device)
     generator = torch.Generator(device).manual_seed(config.seed)
-    rows = model.generate(idx, config.max_new_tokens, config.temperature, config.top_k, config.top_p, generator,
+    rows = model.generate(idx, config.max_new_tokens, config.temperature, top_k, top_p, generator,
                           tokenizer.eot).tolist()
     for i, row in enumerate(rows):
         new = row[len(start):]

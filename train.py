@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 train.py --model 350m       # eight GPUs
     python train.py --help                                  # every flag
 
-Run the same command again to continue. All randomness is a function of (seed, step, rank), and the samples of a step
-are the same for any number of processes: there is no state but weights, moments and a few counters."""
+Run the same command again to continue. All randomness is a function of (seed, step, rank), and the samples of
+a step are the same for any number of processes: the state is weights, moments and a few counters."""
 import contextlib
 import dataclasses
 import datetime
@@ -30,8 +30,8 @@ from flags import command, flag, parse
 from lost import ACTIVATIONS, INITS, SELECTS, SPARSE_INITS, apply_lost
 from model import MODELS, Llama, LlamaConfig, count_parameters, flops_per_token, multiplications_per_token
 
-# Per size: LOST's rank, and the steps and learning rates that CoLA published (LOST's own are not known; 13b: as 7b).
-# tiny is ours, for a CPU; README.md says how its learning rate was found.
+# Per size LOST's rank, and the steps and learning rates that CoLA published (LOST's own are unknown; 13b as 7b).
+# tiny is ours, for a CPU: README.md says how its learning rate was found.
 RECIPES = {
     "tiny": dict(rank=32,   steps=700,     lr=6e-3, warmup=70, batch_tokens=8192,
                  eval_tokens=200_000, eval_every=100, save_every=100),
@@ -47,18 +47,18 @@ LINEARS = {                                    # the same layer with other switc
     "lowrank": dict(sparsity=0.0, gamma=1.0, init="random", activation="none"),
     "cola": dict(sparsity=0.0, gamma=1.0, init="random", activation="silu"),
 }
-DEVICES = {                                    # what "auto" means; micro_tokens: the most in an automatic micro-batch
+DEVICES = {                                    # what "auto" means; micro_tokens: the most of a micro-batch
     "cuda": dict(backend="nccl", dtype="bfloat16", compile=True, micro_tokens=16_384),
     "mps": dict(backend="gloo", dtype="float32", compile=False, micro_tokens=4_096),
     "cpu": dict(backend="gloo", dtype="float32", compile=False, micro_tokens=4_096),
 }
-PEAK_FLOPS = {                                 # a second in dense bf16, from the makers' data sheets
+PEAK_FLOPS = {                                 # a second, dense bf16, from the makers' data sheets
     "A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12,
 }
 
 @dataclass
 class Config:
-    """Every value of a run; None is filled in by `resolve`."""
+    """Every value of a run; None is filled in by `resolve` and `run`."""
     # files
     data_dir: str = flag("data/c4", "folder of token shards")
     out_dir: str = flag("out", "where checkpoints, metrics.jsonl, config.json and status.json go")
@@ -67,123 +67,126 @@ class Config:
     model: str = flag("60m", "size; brings its recipe, of which any value can be overridden", list(MODELS))
     n_layer: int | None = flag(None, "blocks (by --model)")
     n_head: int | None = flag(None, "attention heads (by --model)")
-    n_kv_head: int | None = flag(None, "heads of keys and values; fewer is grouped-query attention (n_head)")
+    n_kv_head: int | None = flag(None, "heads of keys and values, fewer for grouped-query attention (n_head)")
     n_embd: int | None = flag(None, "width (by --model)")
     n_ffn: int | None = flag(None, "inner width of the MLP (by --model)")
     tie_embeddings: bool = flag(False, "one weight for embedding and head")
-    vocab_size: int | None = flag(None, "rows of embedding and head, at least the tokenizer's (the tokenizer's)")
+    vocab_size: int | None = flag(None, "rows of embedding and head (the tokenizer's)")
     # method
     linear: str = flag("lost", "the linear layers: LOST, dense, plain low-rank or CoLA", list(LINEARS))
-    rank: int | dict | None = flag(None, "r; also by module: q_proj=64,down_proj=192,default=128 (by --model)")
-    sparsity: float | dict = flag(0.01, "ρ, share of input channels with a dense path, 0 for none; also by module")
+    rank: int | dict | None = flag(None, "r; also by module: q_proj=64,default=128 (by --model)")
+    sparsity: float | dict = flag(0.01, "ρ, share of input channels on the sparse path; also by module")
     gamma: float = flag(0.7, "γ, weight of the low-rank path; the sparse one has 1 - γ")
     learn_gamma: bool = flag(False, "train γ, one a layer")
     init: str = flag("svd", "start of the factors", list(INITS))
-    select: str = flag("residual", "channels by column norm: residual's L2 or L1, weight's; or random", list(SELECTS))
-    sparse_init: str = flag("weight", "sparse path starts as columns of the weight or residual", list(SPARSE_INITS))
+    select: str = flag("residual", "channels by column norm (residual: L2), or at random", list(SELECTS))
+    sparse_init: str = flag("weight", "the columns that the sparse path starts from", list(SPARSE_INITS))
     activation: str = flag("silu", "between the factors", list(ACTIVATIONS))
     # training
     seq_len: int = flag(256, "tokens of a sample")
     batch_tokens: int = flag(131_072, "tokens of an update, over all processes and micro-batches")
-    micro_batch: int | None = flag(None, "samples of one forward pass (as many as suit the device)")
+    micro_batch: int | None = flag(None, "samples of one forward pass (what suits the device)")
     steps: int | None = flag(None, "updates (by --model)")
     lr: float | None = flag(None, "peak learning rate (by --model)")
     warmup: int | None = flag(None, "updates of linear warm-up (by --model)")
     min_lr_ratio: float = flag(0.1, "end of the cosine, as a share of the peak")
-    optimizer: str = flag("adamw", "muon: on matrices inside the blocks, AdamW elsewhere", ["adamw", "muon"])
+    optimizer: str = flag("adamw", "muon: for matrices of the blocks, AdamW elsewhere", ["adamw", "muon"])
     weight_decay: float = flag(0.01, "decoupled, on matrices and embeddings")
     betas: tuple[float, float] = flag((0.9, 0.95), "of AdamW")
     grad_clip: float = flag(0.5, "largest norm of the whole gradient, 0 for no clipping")
     seed: int = flag(0, "of the first weights and of the order of samples")
     # running
     device: str = flag("auto", "the best there is", ["auto", *DEVICES])
-    dtype: str = flag("auto", "of autocast; auto is bfloat16 on CUDA, else float32", ["auto", "float32", "bfloat16"])
+    dtype: str = flag("auto", "of autocast; bfloat16 on CUDA, else float32", ["auto", "float32", "bfloat16"])
     compile: str = flag("auto", "torch.compile; auto is true on CUDA", ["auto", "true", "false"])
     eval_every: int = flag(1000, "updates between evaluations; one more at the end")
     eval_tokens: int = flag(10_000_000, "validation tokens of an evaluation, always the same ones")
     save_every: int = flag(1000, "updates between checkpoints; one more at the end")
     keep: int = flag(3, "newest checkpoints that are kept")
     log_every: int = flag(10, "updates between lines of the log")
-    resume: str = flag("auto", "auto: from the newest good checkpoint of out_dir; never; or a checkpoint's PATH")
+    resume: str = flag("auto", "auto: from the newest good checkpoint of out_dir; never; or a PATH")
     overwrite: bool = flag(False, "with --resume never: delete the run that is in out_dir")
     deterministic: bool = flag(False, "refuse operations whose result varies from run to run")
     timeout: int = flag(600, "seconds of silence of one process after which the others give up")
     dry_run: bool = flag(False, "print parameters, memory and tokens, and exit")
 
+METHOD = {"rank", "sparsity", "gamma", "learn_gamma", "init", "select", "sparse_init", "activation"}
 # A resumed run must agree in these; any other value that changed is printed
-FIXED = """n_layer n_head n_kv_head n_embd n_ffn tie_embeddings vocab_size linear rank sparsity gamma learn_gamma init
-           select sparse_init activation seq_len optimizer data""".split()
+FIXED = METHOD | {"n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn", "tie_embeddings", "vocab_size",
+                  "linear", "seq_len", "optimizer", "data"}
 
 def resolve(given: dict) -> Config:
     """A whole Config from the values given, the recipe of the size and the switches of the kind of layer."""
     base = Config(**given)
     config = Config(**{**MODELS[base.model], **RECIPES[base.model], **LINEARS[base.linear], **given})
     config.n_kv_head = config.n_kv_head or config.n_head
-    unused = given.keys() & {f.name for f in dataclasses.fields(Config)} & set(FIXED[8:16])
-    if config.linear == "dense" and unused:
-        raise ValueError(f"--{min(unused)} means nothing with --linear dense: drop it or choose another --linear")
-    for name in "seq_len batch_tokens micro_batch steps lr eval_every eval_tokens save_every keep log_every".split():
-        if (value := getattr(config, name)) is not None and value <= 0:
+    if config.linear == "dense" and (unused := given.keys() & METHOD):
+        raise ValueError(f"--{min(unused)} means nothing with --linear dense: drop one of them")
+    for name in ("seq_len", "batch_tokens", "micro_batch", "steps", "eval_every", "eval_tokens", "save_every",
+                 "keep", "log_every"):
+        if (value := getattr(config, name)) is not None and value < 1:
             raise ValueError(f"--{name} {value}: must be positive")
     if not 0 <= config.warmup <= config.steps:
         raise ValueError(f"--warmup {config.warmup}: must lie between 0 and --steps {config.steps}")
     return config
 
-def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
-
 def split_batch(config: Config, world: int, micro_tokens: int) -> tuple[int, int]:
-    """(samples of a micro-batch, micro-batches of a process for one update). ValueError names the valid values."""
+    """(samples of a micro-batch, micro-batches of a process for an update); ValueError names valid values."""
+    def divisors(n):
+        return [d for d in range(1, n + 1) if n % d == 0]
     samples, rest = divmod(config.batch_tokens, config.seq_len)
     if rest:
         near = [n * config.seq_len for n in (samples, samples + 1) if n]
-        raise ValueError(f"--batch_tokens {config.batch_tokens} is no multiple of --seq_len: use one of {near}")
-    if samples % world:
+        raise ValueError(f"--batch_tokens {config.batch_tokens} is no multiple of --seq_len: use {near}")
+    share, rest = divmod(samples, world)
+    if rest:
         raise ValueError(f"{samples} samples an update do not divide among {world} processes: start one of "
-                         f"{divisors(samples)}, or use --batch_tokens {(samples // world + 1) * world * config.seq_len}")
-    share = samples // world
-    micro = config.micro_batch or max([d for d in divisors(share) if d * config.seq_len <= micro_tokens] or [1])
+                         f"{divisors(samples)}, or use --batch_tokens {(share + 1) * world * config.seq_len}")
+    fitting = [d for d in divisors(share) if d * config.seq_len <= micro_tokens]
+    micro = config.micro_batch or max(fitting, default=1)
     if share % micro:
-        raise ValueError(f"--micro_batch {micro} does not divide a process's {share} samples: use {divisors(share)}")
+        raise ValueError(f"--micro_batch {micro} does not divide the {share} samples of a process: use "
+                         f"one of {divisors(share)}")
     return micro, share // micro
 
 def lr_at(step: int, config: Config) -> float:
-    """Learning rate of update `step`, from 1: linear warm-up, then a cosine down to min_lr_ratio of the peak."""
+    """Learning rate of update `step`, from 1: linear warm-up, then a cosine to min_lr_ratio of the peak."""
     if step <= config.warmup:
         return config.lr * step / config.warmup
     done = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
-    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done)))
+    low = config.min_lr_ratio
+    return config.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
 
 def build_model(config: Config, device) -> Llama:
     """The model of step 0, decomposed on `device`; on the meta device shapes only."""
-    torch.manual_seed(config.seed)             # the weights are drawn on the CPU: the same ones for every device
-    names = {f.name for f in dataclasses.fields(LlamaConfig)} & set(dataclasses.asdict(config))
+    torch.manual_seed(config.seed)             # the weights are drawn on the CPU: the same for every device
+    names = [f.name for f in dataclasses.fields(LlamaConfig) if hasattr(config, f.name)]
     with torch.device("meta" if device == "meta" else "cpu"):
-        model = Llama(LlamaConfig(**{name: getattr(config, name) for name in names})).to(device)
+        model = Llama(LlamaConfig(**{name: getattr(config, name) for name in names}))
     if config.linear == "dense":
-        return model
-    return apply_lost(model, config.rank, config.sparsity, config.gamma, config.activation, config.learn_gamma,
-                      config.init, config.select, config.sparse_init)
+        return model.to(device)
+    return apply_lost(model.to(device), config.rank, config.sparsity, config.gamma, config.activation,
+                      config.learn_gamma, config.init, config.select, config.sparse_init)
 
 def build_optimizers(model: Llama, config: Config) -> list[torch.optim.Optimizer]:
-    """AdamW, after Muon where that is asked for. Matrices decay, vectors and scalars do not."""
-    named = list(model.named_parameters())
-    muon = [p for name, p in named if name.startswith("model.layers.") and p.dim() == 2 and config.optimizer == "muon"]
-    rest = [p for _, p in named if all(p is not m for m in muon)]
-    groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=config.weight_decay),
-              dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
-    grouped = len(muon) + sum(len(g["params"]) for g in groups)
-    assert grouped == len(named), f"{len(named)} parameters, {grouped} in the groups"
-    optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)]
-    if muon:                                   # match_rms_adamw: updates of AdamW's usual size, so one lr serves both
-        optimizers.append(torch.optim.Muon(muon, lr=config.lr, weight_decay=config.weight_decay,
+    """AdamW, with Muon beside it where that is asked for. Matrices decay, vectors and scalars do not."""
+    groups = {"muon": [], "matrices": [], "vectors": []}
+    for name, p in model.named_parameters():
+        inner = config.optimizer == "muon" and name.startswith("model.layers.")
+        groups["vectors" if p.dim() < 2 else "muon" if inner else "matrices"].append(p)
+    assert sum(map(len, groups.values())) == len(list(model.parameters())), "a parameter is in no group"
+    adamw = [dict(params=groups["matrices"], weight_decay=config.weight_decay),
+             dict(params=groups["vectors"], weight_decay=0.0)]
+    optimizers = [torch.optim.AdamW(adamw, lr=config.lr, betas=config.betas, fused=True)]
+    if groups["muon"]:                         # match_rms_adamw: updates of AdamW's size, one lr for both
+        optimizers.append(torch.optim.Muon(groups["muon"], lr=config.lr, weight_decay=config.weight_decay,
                                            adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 def flat_gradients(model: Llama) -> torch.Tensor:
-    """One vector of which all gradients are views: one reduction, one norm, one scaling for the model. Its layout never
+    """One vector of which all gradients are views: one reduction, one norm, one scaling. Its layout never
     changes, so sums over processes round alike before and after a restart; DistributedDataParallel rearranges its
-    buckets after the first step, which for three processes or more changes the last bits."""
+    buckets after the first step, which for three or more processes changes the last bits."""
     parameters = list(model.parameters())
     flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
     for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
@@ -191,79 +194,91 @@ def flat_gradients(model: Llama) -> torch.Tensor:
     return flat
 
 @torch.no_grad()
-def evaluate(model, data: TokenDataset, samples: int, micro: int, token_bytes, autocast, device, rank=0, world=1) -> dict:
-    """Loss over the first `samples` windows of the validation split, every token weighing the same for any micro-batch
-    and number of processes. Bits per byte: bits of all tokens, end-of-text too, over the bytes of text."""
+def evaluate(model, data: TokenDataset, samples, micro, token_bytes, autocast, device, rank=0, world=1):
+    """Loss over the first `samples` windows of the validation split: every token weighs the same for any
+    micro-batch and number of processes. Bits per byte: those of all tokens, also end-of-text, over bytes of text."""
     sums = torch.zeros(3, dtype=torch.float64)                             # nats, tokens, bytes
     for first in range(rank * micro, samples, world * micro):
         x, y = data.batch(np.arange(first, min(first + micro, samples)))
-        sums[1:] += torch.tensor([y.numel(), token_bytes[y].sum()])
-        short, count = micro - len(x), y.numel()
-        if short:                              # fill up with targets that do not count: a new shape would compile again
-            x, y = torch.cat((x, x[:1].expand(short, -1))), torch.cat((y, -torch.ones_like(y[:1]).expand(short, -1)))
+        count, short = y.numel(), micro - len(y)
+        sums[1:] += torch.tensor([count, token_bytes[y].sum()])
+        if short:                              # fill up with targets that do not count: no second compilation
+            x = torch.cat((x, x[:1].expand(short, -1)))
+            y = torch.cat((y, y.new_full((short, y.shape[1]), -1)))
         with autocast:
             sums[0] += model(x.to(device), y.to(device))[1].item() * count
     if world > 1:
-        sums = sums.to(device)
+        sums = sums.to(device)                 # nccl reduces nothing on the CPU
         dist.all_reduce(sums)
     nats, tokens, text_bytes = sums.tolist()
     return {"val_loss": nats / tokens, "val_ppl": math.exp(min(nats / tokens, 700)),
             "val_bpb": nats / math.log(2) / max(text_bytes, 1), "val_tokens": int(tokens)}
 
 def describe(config: Config, model: Llama, world: int, micro: int, accumulation: int) -> str:
-    """Sizes before a run, counted from the modules present."""
+    """Sizes of a run, counted from the modules present."""
     def count(*ends):
         return sum(p.numel() for name, p in model.named_parameters() if name.endswith(ends))
     total, low_rank, sparse = count_parameters(model), count(".A", ".B"), count(".W_s")
+    dense = total - low_rank - sparse
     weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
-    one_moment = sum(p.numel() for p in model.model["layers"].parameters() if p.dim() == 2)    # Muon's matrices
-    moments = 4 * (2 * total - (one_moment if config.optimizer == "muon" else 0))
-    return (f"parameters  {total:,} = low-rank {low_rank:,} + sparse {sparse:,} + dense {total - low_rank - sparse:,}\n"
-            f"a token     {multiplications_per_token(model):,} multiplications, {flops_per_token(model):,} FLOPs of training\n"
-            f"memory      weights {weights:,} + gradients {4 * total:,} + optimizer {moments:,} bytes, and activations\n"
-            f"checkpoint  {weights + moments:,} bytes, the newest {config.keep} are kept\n"
-            f"tokens      {config.steps * config.batch_tokens:,} = {config.steps:,} steps × {world} processes × "
-            f"{accumulation} micro-batches × {micro} samples × {config.seq_len}")
+    inner = sum(p.numel() for p in model.model["layers"].parameters() if p.dim() == 2)
+    moments = 4 * (2 * total - (inner if config.optimizer == "muon" else 0))   # Muon keeps one, AdamW two
+    rows = {
+        "parameters": f"{total:,} = low-rank {low_rank:,} + sparse {sparse:,} + dense {dense:,}",
+        "compute": f"{multiplications_per_token(model):,} multiplications a token forward, "
+                   f"{flops_per_token(model):,} FLOPs a token of training",
+        "memory": f"weights {weights:,} + gradients {4 * total:,} + moments {moments:,} bytes + activations",
+        "checkpoint": f"{weights + moments:,} bytes, the newest {config.keep} are kept",
+        "tokens": f"{config.steps * config.batch_tokens:,} = {config.steps:,} steps × {world} processes × "
+                  f"{accumulation} micro-batches × {micro} samples × {config.seq_len}",
+    }
+    return "\n".join(f"{name:<12}{row}" for name, row in rows.items())
 
 # --- out_dir ---
 
 def on_first(rank: int, world: int, work):
-    """Run work() on the first process alone. All return its (picklable) result, or raise the ValueError it raised."""
+    """Run work() on the first process alone. All return its result, or raise the error it raised."""
     answer = [None, None]
     if rank == 0:
         try:
             answer[0] = work()
-        except (ValueError, OSError) as e:
-            answer[1] = str(e)
+        except (ValueError, OSError) as error:
+            answer[1] = error
     if world > 1:
         dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
-        raise ValueError(answer[1])
+        raise answer[1]
     return answer[0]
 
 @contextlib.contextmanager
 def claimed(out_dir: str):
     """Keep other runs out of out_dir meanwhile; the kernel drops the lock however this process ends."""
-    with open(os.path.join(out_dir, ".lock"), "a+") as file:
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        file = open(os.path.join(out_dir, ".lock"), "a+")
+    except OSError as e:
+        raise ValueError(f"cannot write to {out_dir} ({e.strerror}): use another --out_dir") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            raise ValueError(f"process {file.read()} is training in {out_dir}: stop it or use another --out_dir") from None
+            raise ValueError(f"process {file.read()} is training in {out_dir}: stop it, or use another "
+                             "--out_dir") from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
 
 def choose_checkpoint(config: Config) -> str | None:
-    """Folder to continue from, or None for a new run."""
+    """Folder to continue from, or None for a new run, for which out_dir must be empty or is emptied."""
     sweep(config.out_dir)
     if config.resume != "never":
         return newest_checkpoint(config.out_dir) if config.resume == "auto" else config.resume
     old = set(os.listdir(config.out_dir)) - {".lock"}
     if old and not config.overwrite:
-        raise ValueError(f"{config.out_dir} is not empty: continue with --resume auto, delete its run with --overwrite, "
-                         "or use another --out_dir")
+        raise ValueError(f"{config.out_dir} is not empty: continue with --resume auto, delete its run with "
+                         "--overwrite, or use another --out_dir")
     for name in old & {"metrics.jsonl", "config.json", "status.json", "checkpoints"}:
         path = os.path.join(config.out_dir, name)
         shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
@@ -273,12 +288,12 @@ def check_same_run(saved: dict, now: dict):
     """Refuse a changed architecture or data set, print any other change."""
     for name in [n for n in now if n in saved and saved[n] != now[n] and n not in ("resume", "overwrite")]:
         if name in FIXED:
-            raise ValueError(f"{name} was {saved[name]} when this run began and is {now[name]} now: go back, or use another "
-                             "--out_dir")
+            raise ValueError(f"{name} was {saved[name]} when this run began and is {now[name]} now: go back, "
+                             "or use another --out_dir")
         print(f"changed: {name} {saved[name]} → {now[name]}", flush=True)
 
 def open_metrics(path: str, step: int):
-    """metrics.jsonl, without the lines after `step` (those updates are done again), open for appending."""
+    """metrics.jsonl open for appending, without the lines after `step`: those updates are done again."""
     kept = []
     with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as f:
         for line in f:
@@ -286,6 +301,9 @@ def open_metrics(path: str, step: int):
                 kept += [line] if json.loads(line)["step"] <= step else []
     write_atomic(path, "".join(kept).encode())
     return open(path, "a", encoding="utf-8")
+
+def best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 def peak_memory(device: torch.device) -> int:
     """Bytes at the most so far: of the GPU's allocator, else resident in this process."""
@@ -303,14 +321,15 @@ def main(config: Config):
 def run(config: Config, stack: contextlib.ExitStack):
     # where: this process among the others, its device, its share of a batch
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    auto = DEVICES[kind := best if config.device == "auto" else config.device]
+    kind = best_device() if config.device == "auto" else config.device
+    auto = DEVICES[kind]
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
     dtype = getattr(torch, auto["dtype"] if config.dtype == "auto" else config.dtype)
     autocast = torch.autocast(kind, dtype, enabled=dtype != torch.float32)
     micro, accumulation = split_batch(config, world, auto["micro_tokens"])
+    batch = world * accumulation * micro       # samples of an update
 
-    # what: the vocabulary decides the last of the model's sizes
+    # what: the vocabulary is the last of the model's sizes
     tokenizer_file = config.tokenizer or os.path.join(config.data_dir, "tokenizer.json")
     if config.dry_run:                         # needs no data, and for 7b no 27 GB either
         if config.vocab_size is None and (config.tokenizer or os.path.exists(tokenizer_file)):
@@ -319,19 +338,20 @@ def run(config: Config, stack: contextlib.ExitStack):
         print(describe(config, build_model(config, "meta"), world, micro, accumulation))
         return
     if not config.tokenizer and not os.path.exists(tokenizer_file):
-        raise ValueError(f"no {tokenizer_file}: run prepare_c4.py --out_dir {config.data_dir} first, or, for ready-made "
-                         "shards, say --tokenizer gpt2")
+        raise ValueError(f"no {tokenizer_file}: run prepare_c4.py --out_dir {config.data_dir} first, or, for "
+                         "ready-made shards, say --tokenizer gpt2")
     tokenizer = Tokenizer.named(tokenizer_file)
     config.vocab_size = config.vocab_size or tokenizer.vocab_size
     if config.vocab_size < tokenizer.vocab_size:
         raise ValueError(f"--vocab_size {config.vocab_size} is below the tokenizer's {tokenizer.vocab_size}")
     token_bytes = torch.zeros(config.vocab_size, dtype=torch.int64)
     token_bytes[:tokenizer.vocab_size] = torch.from_numpy(tokenizer.token_bytes())
-    train_data, val_data = (TokenDataset(config.data_dir, split, config.seq_len) for split in ("train", "val"))
+    train_data = TokenDataset(config.data_dir, "train", config.seq_len)
+    val_data = TokenDataset(config.data_dir, "val", config.seq_len)
     order = SampleOrder(len(train_data), config.seed)
     eval_samples = min(len(val_data), max(1, config.eval_tokens // config.seq_len))
 
-    # a signal asks for a stop, on which all processes agree at the end of a step; a second Ctrl-C ends at once
+    # a signal asks for a stop, on which all processes agree at the end of a step; a second Ctrl-C kills
     asked = []
     def ask(number, frame):
         asked.append(signal.Signals(number).name)
@@ -348,9 +368,8 @@ def run(config: Config, stack: contextlib.ExitStack):
         stack.callback(dist.destroy_process_group)
     say = print if rank == 0 else lambda *args, **kwargs: None
 
-    # the first process alone looks after out_dir and reads every shard once
+    # the first process alone looks after out_dir, and reads every shard once
     def claim():
-        os.makedirs(config.out_dir, exist_ok=True)
         stack.enter_context(claimed(config.out_dir))
         for data in (train_data, val_data):
             data.check_ids(tokenizer.vocab_size)
@@ -367,9 +386,10 @@ def run(config: Config, stack: contextlib.ExitStack):
         on_first(rank, world, lambda: check_same_run(state["config"], identity))
         say(f"continuing from {folder}", flush=True)
     else:
-        model, state = build_model(config, device), {"step": 0, "samples": 0, "tokens": 0, "best_val_loss": None}
+        model = build_model(config, device)
+        state = {"step": 0, "samples": 0, "tokens": 0, "best_val_loss": None}
     model.to(device)
-    if world > 1:                              # an eigendecomposition may round differently elsewhere: take one's bits
+    if world > 1:                              # decompositions may round differently: take the first's bits
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
     optimizers = build_optimizers(model, config)
@@ -380,7 +400,8 @@ def run(config: Config, stack: contextlib.ExitStack):
         model.compile()                        # in place: parameters keep their names
     say(describe(config, model, world, micro, accumulation), flush=True)
     flops = flops_per_token(model)
-    peak = next((f for name, f in PEAK_FLOPS.items() if kind == "cuda" and name in torch.cuda.get_device_name(device)), None)
+    chip = torch.cuda.get_device_name(device) if kind == "cuda" else ""
+    peak = next((PEAK_FLOPS[name] for name in PEAK_FLOPS if name in chip), None)
 
     # files
     def status(state_name, reason=""):
@@ -392,10 +413,11 @@ def run(config: Config, stack: contextlib.ExitStack):
             metrics.write(json.dumps({"kind": kind_of_line, "step": state["step"], **fields}) + "\n")
             metrics.flush()
     if rank == 0:
-        metrics = stack.enter_context(open_metrics(os.path.join(config.out_dir, "metrics.jsonl"), state["step"]))
+        path = os.path.join(config.out_dir, "metrics.jsonl")
+        metrics = stack.enter_context(open_metrics(path, state["step"]))
         write_atomic(os.path.join(config.out_dir, "config.json"), json.dumps(values, indent=1).encode())
     status("running")
-    stack.push(lambda kind, error, trace: error and status("failed", f"{kind.__name__}: {error}"))
+    stack.push(lambda kind, error, trace: status("failed", f"{kind.__name__}: {error}") if error else None)
 
     stop, timed, started = "", 0, time.perf_counter()
     while state["step"] < config.steps and not stop:
@@ -413,18 +435,20 @@ def run(config: Config, stack: contextlib.ExitStack):
             x, y = train_data.batch(order[np.arange(first, first + micro)])
             with autocast:
                 part = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True))[1]
-            (part / (accumulation * world)).backward()
-            loss += part.detach() / (accumulation * world)
+            part = part / (accumulation * world)
+            part.backward()
+            loss += part.detach()
         report = torch.stack((loss, torch.tensor(float(bool(asked)), device=device)))
         if world > 1:
             dist.all_reduce(gradients)
             dist.all_reduce(report)
         loss, stops, norm = torch.cat((report, gradients.norm()[None])).tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}, in samples {state['samples']} to "
-                                     f"{state['samples'] + config.batch_tokens // config.seq_len - 1} of the order; "
-                                     "nothing was updated and the last checkpoint is good: lower --lr or look at the data")
-        if step == 1:
+            raise FloatingPointError(
+                f"step {step}: loss {loss}, gradient norm {norm}, in samples {state['samples']} to "
+                f"{state['samples'] + batch - 1} of the order. Nothing was updated, the last checkpoint is "
+                "good: lower --lr, or look at the data")
+        if step == 1:                          # a parameter that learns nothing is a mistake in the model
             dead = [name for name, p in model.named_parameters() if not p.grad.any()]
             assert not dead, f"no gradient reaches {dead}"
         if config.grad_clip and norm > config.grad_clip:
@@ -432,8 +456,8 @@ def run(config: Config, stack: contextlib.ExitStack):
         for optimizer in optimizers:
             optimizer.step()
         stop = (asked or ["a signal to another process"])[0] if stops else ""
-        state.update(step=step, samples=state["samples"] + config.batch_tokens // config.seq_len,
-                     tokens=state["tokens"] + config.batch_tokens)
+        state["step"], state["samples"] = step, state["samples"] + batch
+        state["tokens"] += config.batch_tokens
 
         timed += 1
         last = step == config.steps or bool(stop)
@@ -444,22 +468,25 @@ def run(config: Config, stack: contextlib.ExitStack):
             record("train", loss=loss, lr=lr, grad_norm=norm, tokens=state["tokens"], tokens_per_second=speed,
                    step_ms=1000 * seconds, mfu=mfu, peak_memory_bytes=peak_memory(device))
             left = datetime.timedelta(seconds=round(seconds * (config.steps - step)))
-            say(f"step {step:>6}/{config.steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {speed:,.0f} tok/s | "
-                f"mfu {f'{mfu:.1%}' if mfu else 'n/a'} | {peak_memory(device) / 1e9:.2f} GB | {left} left", flush=True)
+            say(f"step {step:>6}/{config.steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
+                f"{speed:,.0f} tok/s | mfu {f'{mfu:.1%}' if mfu else 'n/a'} | "
+                f"{peak_memory(device) / 1e9:.2f} GB | {left} left", flush=True)
             timed, started = 0, time.perf_counter()
         paused = time.perf_counter()
         if (step % config.eval_every == 0 or step == config.steps) and not stop:
-            result = evaluate(model, val_data, eval_samples, micro, token_bytes, autocast, device, rank, world)
-            state["best_val_loss"] = min(result["val_loss"], state["best_val_loss"] or math.inf)
-            record("eval", **result)
-            say(f"step {step:>6}/{config.steps} | val loss {result['val_loss']:.4f} | perplexity {result['val_ppl']:.2f} | "
-                f"{result['val_bpb']:.4f} bits per byte | {result['val_tokens']:,} tokens", flush=True)
+            val = evaluate(model, val_data, eval_samples, micro, token_bytes, autocast, device, rank, world)
+            state["best_val_loss"] = min(val["val_loss"], state["best_val_loss"] or math.inf)
+            record("eval", **val)
+            say(f"step {step:>6}/{config.steps} | val loss {val['val_loss']:.4f} | perplexity "
+                f"{val['val_ppl']:.2f} | {val['val_bpb']:.4f} bits per byte | {val['val_tokens']:,} tokens",
+                flush=True)
         if step % config.save_every == 0 or last:
             if rank == 0:
-                os.fsync(metrics.fileno())     # every line up to this step is on disk before the checkpoint is
-            on_first(rank, world, lambda: save_checkpoint(config.out_dir, state["step"], model, optimizers,
-                                                          {**state, "config": identity}, tokenizer, config.keep))
-        started += time.perf_counter() - paused                            # the speed is that of training alone
+                os.fsync(metrics.fileno())     # its lines are on disk before the checkpoint is
+            saved = {**state, "config": identity}
+            on_first(rank, world, lambda saved=saved: save_checkpoint(
+                config.out_dir, saved["step"], model, optimizers, saved, tokenizer, config.keep))
+        started += time.perf_counter() - paused                            # speed is that of training alone
     status("stopped" if stop else "finished", stop)
     say(f"stopped at step {state['step']} by {stop}: the same command continues" if stop else
         f"finished: python sample.py --ckpt {config.out_dir}", flush=True)

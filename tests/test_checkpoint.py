@@ -1,0 +1,156 @@
+"""Checkpoints are whole or absent, verified before use, and hold everything."""
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import checkpoint
+import data
+import train
+
+FILES = ["model.safetensors", "optimizer.safetensors", "config.json", "state.json", "tokenizer.json", "manifest.json"]
+
+@pytest.fixture
+def run(small):
+    config = small()
+    train.main(config)
+    return config
+
+def folder_of(config, step):
+    return os.path.join(config.out_dir, "checkpoints", f"step_{step:08d}")
+
+def cut(path):
+    os.truncate(path, os.path.getsize(path) // 2)
+
+def flip(path):
+    with open(path, "r+b") as f:
+        f.seek(os.path.getsize(path) // 2)
+        byte = f.read(1)
+        f.seek(-1, os.SEEK_CUR)
+        f.write(bytes([byte[0] ^ 1]))
+
+@pytest.mark.parametrize("damage", [cut, flip, os.remove])
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(run, file, damage, capsys):
+    damage(os.path.join(folder_of(run, 8), file))
+    assert checkpoint.newest_checkpoint(run.out_dir) == folder_of(run, 4)
+    assert f"WARNING: {folder_of(run, 8)} is damaged" in capsys.readouterr().err
+    assert checkpoint.load_model(run.out_dir)[1]["step"] == 4
+    if file != "state.json" or damage is not os.remove:                        # then it is just a model
+        with pytest.raises(ValueError, match="damaged"):
+            checkpoint.load_model(folder_of(run, 8))
+
+def test_training_never_starts_again_silently_when_all_checkpoints_are_damaged(run):
+    for step in (4, 8):
+        cut(os.path.join(folder_of(run, step), "model.safetensors"))
+    with pytest.raises(ValueError, match="all 2 checkpoints of .* are damaged"):
+        train.main(run)
+    assert len(checkpoint.checkpoints(run.out_dir)) == 2
+
+def test_a_run_that_went_back_replaces_the_damaged_checkpoint(run):
+    flip(os.path.join(folder_of(run, 8), "optimizer.safetensors"))
+    train.main(run)
+    assert checkpoint.verify(folder_of(run, 8)) is None
+
+class Died(Exception):
+    """Stands for a kill: nothing after it runs."""
+
+@pytest.mark.parametrize("name, module, calls", [
+    ("save_file", checkpoint, 2), ("_write_json", checkpoint, 3), ("sha256_file", checkpoint, 5),
+    ("sync_folder", checkpoint, 2), ("rename", os, 2), ("rmtree", shutil, 2),
+])
+def test_a_death_at_any_point_of_a_save_leaves_a_good_checkpoint(small, name, module, calls, monkeypatch):
+    config = small(steps=4, keep=1)
+    train.main(config)
+    for fatal in range(1, calls + 1):
+        with monkeypatch.context() as patch:
+            real, count = getattr(module, name), []
+            def dying(*args, **kwargs):
+                count.append(None)
+                if len(count) == fatal:                                        # noqa: B023
+                    raise Died
+                return real(*args, **kwargs)                                   # noqa: B023
+            patch.setattr(module, name, dying)
+            with pytest.raises(Died):
+                model, state = checkpoint.load_model(folder_of(config, 4))
+                optimizers = train.build_optimizers(model, config)
+                checkpoint.load_optimizer(folder_of(config, 4), model, optimizers)
+                count.clear()
+                checkpoint.save_checkpoint(config.out_dir, 5, model, optimizers, state, data.Tokenizer.byte(), 1)
+        assert checkpoint.newest_checkpoint(config.out_dir) in (folder_of(config, 4), folder_of(config, 5))
+        assert all(checkpoint.verify(folder) is None for folder in checkpoint.checkpoints(config.out_dir))
+        checkpoint.sweep(config.out_dir)
+        assert all(name.startswith("step_") for name in os.listdir(os.path.dirname(folder_of(config, 4))))
+        if not os.path.exists(folder_of(config, 4)):
+            os.rename(folder_of(config, 5), folder_of(config, 4))
+        shutil.rmtree(folder_of(config, 5), ignore_errors=True)
+
+def test_only_the_newest_are_kept(small):
+    config = small(save_every=1, keep=2)
+    train.main(config)
+    assert checkpoint.checkpoints(config.out_dir) == [folder_of(config, 7), folder_of(config, 8)]
+
+def test_nothing_is_deleted_before_the_new_checkpoint_verifies(small, monkeypatch):
+    config = small(steps=4, keep=1)
+    train.main(config)
+    model, state = checkpoint.load_model(config.out_dir)
+    monkeypatch.setattr(checkpoint, "verify", lambda folder: "a bad disk")
+    with pytest.raises(OSError, match="does not read back"):
+        checkpoint.save_checkpoint(config.out_dir, 5, model, [], state, data.Tokenizer.byte(), 1)
+    assert os.path.exists(folder_of(config, 4))
+
+def test_the_optimizer_comes_back_whole(run):
+    model, _ = checkpoint.load_model(folder_of(run, 8))
+    optimizers = train.build_optimizers(model, run)
+    checkpoint.load_optimizer(folder_of(run, 8), model, optimizers)
+    again = checkpoint.optimizer_tensors(model, optimizers)
+    stored = checkpoint._load_tensors(os.path.join(folder_of(run, 8), "optimizer.safetensors"))
+    assert again.keys() == stored.keys() and all(torch.equal(again[name], stored[name]) for name in stored)
+    names = {name.rpartition(".")[2] for name in stored}
+    assert names == {"step", "exp_avg", "exp_avg_sq"} and len(stored) == 3 * len(list(model.parameters()))
+
+def test_another_optimizers_state_is_refused(run):
+    model, _ = checkpoint.load_model(folder_of(run, 8))
+    path = os.path.join(folder_of(run, 8), "optimizer.safetensors")
+    save_file({"lm_head.weight.exp_avg": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="no optimizer state for"):
+        checkpoint.load_optimizer(folder_of(run, 8), model, train.build_optimizers(model, run))
+
+def test_pickles_are_refused_and_never_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+    for name in ("pytorch_model.bin", "model.pt"):
+        with open(tmp_path / name, "wb") as f:
+            pickle.dump({"w": Trap()}, f)
+        with pytest.raises(ValueError, match="is a file.*convert it to safetensors"):
+            checkpoint.load_model(str(tmp_path / name))
+    with pytest.raises(ValueError, match="holds pickled weights"):
+        checkpoint.load_model(str(tmp_path))
+    shutil.copy(tmp_path / "model.pt", tmp_path / "model.safetensors")         # a pickle under a trusted name
+    (tmp_path / "config.json").write_text(json.dumps(checkpoint.describe(train.build_model(
+        train.resolve(dict(model="tiny", vocab_size=257)), "meta"))))
+    with pytest.raises(ValueError, match="cannot read .*model.safetensors"):
+        checkpoint.load_model(str(tmp_path))
+    assert not os.path.exists(tmp_path / "ran")
+
+@pytest.mark.parametrize("path, message", [("nowhere", "no checkpoint in nowhere"), ("empty", "no checkpoint in")])
+def test_a_folder_without_a_model_is_refused(tmp_path, monkeypatch, path, message):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("empty")
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_model(path)
+
+def test_weights_that_do_not_fit_their_config_are_refused(run):
+    path = os.path.join(folder_of(run, 8), "config.json")
+    with open(path, encoding="utf-8") as f:
+        content = json.load(f) | {"num_hidden_layers": 3}
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(content, f)
+    os.remove(os.path.join(folder_of(run, 8), "state.json"))                   # else the manifest objects first
+    with pytest.raises(ValueError, match="do not fit its config.json"):
+        checkpoint.load_model(folder_of(run, 8))

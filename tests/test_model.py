@@ -1,0 +1,434 @@
+"""The plain LLaMA against Hugging Face's, its cache and sampler against slow forms, its counts by hand."""
+import pytest
+import torch
+import torch.nn as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig as TheirConfig
+from transformers import LlamaForCausalLM
+
+import lost
+from checkpoint import load_model, save_checkpoint
+from data import Tokenizer
+from lost import LOSTLinear, apply_lost
+from model import (
+    MODELS,
+    KVCache,
+    Llama,
+    LlamaConfig,
+    count_parameters,
+    flops_per_token,
+    multiplications_per_token,
+    pick_token,
+)
+
+SIZES = dict(vocab_size=257, seq_len=12, n_layer=2, n_head=4, n_embd=32, n_ffn=44,
+             rope_theta=300.0, norm_eps=1e-3)
+KINDS = {"plain": {}, "grouped": {"n_kv_head": 2}, "tied": {"tie_embeddings": True},
+         "grouped-tied": {"n_kv_head": 1, "tie_embeddings": True}}
+kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+@torch.no_grad()
+def spread(model, seed=0):
+    """Weights far from the flat start, so that positions, norms and attention all matter."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        if p.dim() == 1:
+            p.uniform_(0.5, 1.5, generator=generator)
+        else:
+            p.normal_(0, 0.3, generator=generator)
+    return model.eval()
+
+def small(seed=0, **changed):
+    return spread(Llama(LlamaConfig(**{**SIZES, **changed})), seed)
+
+def small_lost(**switches):
+    return apply_lost(small(n_kv_head=2), 6, 0.1, **switches)
+
+def tokens(batch, length, seed=0):
+    return torch.randint(257, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+def all_logits(model, idx, cache=None):
+    return model(idx, idx, cache)[0]
+
+def largest_difference(a, b):
+    assert a.shape == b.shape
+    return (a - b).abs().max().item()
+
+def saved(model, out_dir):
+    """A checkpoint folder of the model after one AdamW step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    idx = tokens(2, 8)
+    model(idx, idx)[1].backward()
+    optimizer.step()
+    return save_checkpoint(str(out_dir), 1, model, [optimizer], {"step": 1}, Tokenizer.byte(), keep=1)
+
+# --- the reference implementation ---
+
+def theirs_of(model):
+    config = TheirConfig(**model.config.to_hf(), attn_implementation="eager")
+    theirs = LlamaForCausalLM(config).eval()
+    theirs.load_state_dict(model.state_dict())
+    return theirs
+
+@kinds
+def test_logits_equal_those_of_hugging_face(kind):
+    model, idx = small(**kind), tokens(3, 20)
+    with torch.no_grad():
+        assert largest_difference(all_logits(model, idx), theirs_of(model)(idx).logits) <= 1e-4
+
+@kinds
+def test_loss_equals_that_of_hugging_face(kind):
+    model, idx = small(**kind), tokens(3, 20)
+    targets = torch.cat((idx[:, 1:], torch.full((3, 1), -1)), dim=1)
+    targets[0, :7] = -1
+    labels = idx.clone()
+    labels[0, :8] = -100                                                      # theirs are shifted inside
+    theirs = theirs_of(model)(idx, labels=labels).loss.item()
+    assert model(idx, targets)[1].item() == pytest.approx(theirs, rel=1e-5)
+
+@kinds
+def test_our_checkpoint_folder_loads_in_hugging_face(kind, tmp_path):
+    model = small(**kind)
+    folder = saved(model, tmp_path)
+    theirs, report = LlamaForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    idx = tokens(3, 20)
+    with torch.no_grad():
+        assert largest_difference(all_logits(model, idx), theirs.eval()(idx).logits) <= 1e-4
+
+@kinds
+@pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
+def test_their_folder_loads_here(kind, shard_size, tmp_path):
+    theirs = spread(theirs_of(small(**kind)), seed=5)
+    theirs.save_pretrained(tmp_path, max_shard_size=shard_size)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard_size == "20KB")
+    model, state = load_model(str(tmp_path))
+    idx = tokens(3, 20)
+    with torch.no_grad():
+        assert largest_difference(all_logits(model, idx), theirs(idx).logits) <= 1e-4
+    assert state == {} and model.config == LlamaConfig(**{**SIZES, **kind})
+
+def test_their_half_precision_folder_loads_as_float32(tmp_path):
+    theirs = theirs_of(small()).bfloat16()
+    theirs.save_pretrained(tmp_path)
+    model, _ = load_model(str(tmp_path))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(model.lm_head.weight, theirs.lm_head.weight.float())
+
+def test_greedy_text_equals_that_of_hugging_face():
+    model = small(seq_len=24)
+    ours = model.generate(tokens(2, 5), 19, temperature=0)
+    theirs = theirs_of(model).generate(tokens(2, 5), max_new_tokens=19, do_sample=False, eos_token_id=None,
+                                       pad_token_id=0)
+    assert torch.equal(ours, theirs)
+
+# --- the forward pass ---
+
+@pytest.mark.parametrize("make", [small, small_lost], ids=["dense", "lost"])
+def test_gradient_proves_causality(make):
+    model, seen = make(), []
+    model.model["embed_tokens"].register_forward_hook(lambda module, given, embedded: seen.append(embedded))
+    logits = all_logits(model, tokens(2, 9))
+    for t in range(9):
+        (gradient,) = torch.autograd.grad(logits[:, t].square().sum(), seen, retain_graph=True)
+        reached = gradient.abs().amax(-1)                                     # (B, T)
+        assert (reached[:, t + 1:] == 0).all() and (reached[:, :t + 1] > 0).all()
+
+def test_targets_of_minus_one_are_left_out():
+    model, idx, targets = small(), tokens(2, 9), tokens(2, 9, 1)
+    kept = torch.rand(2, 9, generator=torch.Generator().manual_seed(0)) < 0.5
+    logits, loss = model(idx, targets.masked_fill(~kept, -1))
+    literal = [-logits[b, t].log_softmax(-1)[targets[b, t]].item() for b, t in kept.nonzero().tolist()]
+    assert loss.item() == pytest.approx(sum(literal) / len(literal), rel=1e-5)
+    assert logits.shape == (2, 9, 257)
+
+def test_without_targets_only_the_last_position_has_logits():
+    model, idx = small(), tokens(2, 9)
+    logits, loss = model(idx)
+    assert logits.shape == (2, 1, 257) and loss is None
+    assert largest_difference(logits, all_logits(model, idx)[:, -1:]) < 1e-5
+
+def test_rows_of_a_batch_do_not_mix():
+    model, idx = small(n_kv_head=2), tokens(3, 9)
+    rows = torch.cat([all_logits(model, row[None]) for row in idx])
+    assert largest_difference(all_logits(model, idx), rows) < 1e-4
+
+# --- the cache ---
+
+PIECES = {"at-once": [30], "token-by-token": [1] * 30, "in-pieces": [3, 1, 12, 2, 12],
+          "prefill-then-tokens": [9] + [1] * 21}
+
+@pytest.mark.parametrize("make", [small, small_lost], ids=["dense", "grouped-lost"])
+@pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
+@torch.no_grad()
+def test_cached_decoding_equals_the_full_forward(make, pieces):
+    model, idx = make(), tokens(2, 30)                                        # 30 > seq_len
+    cache = KVCache(model.config, 2, 30)
+    logits = torch.cat([all_logits(model, piece, cache) for piece in idx.split(pieces, dim=1)], dim=1)
+    assert largest_difference(logits, all_logits(model, idx)) <= 1e-4
+    assert cache.length == 30
+
+@torch.no_grad()
+def test_cache_holds_the_keys_of_kv_heads_only():
+    cache = KVCache(LlamaConfig(**SIZES, n_kv_head=2), 3, 7)
+    assert cache.kv.shape == (2, 2, 3, 2, 7, 8) and cache.length == 0
+
+# --- generation ---
+
+def greedy_literally(model, row, count):
+    """The likeliest token each time; a context that outgrows seq_len loses its older half."""
+    context, text = row[-model.config.seq_len:], list(row)
+    for _ in range(count):
+        if len(context) > model.config.seq_len:
+            context = context[-max(1, model.config.seq_len // 2):]
+        token = max(range(257), key=model(torch.tensor([context]))[0][0, -1].tolist().__getitem__)
+        context, text = context + [token], text + [token]
+    return text
+
+@pytest.mark.parametrize("seq_len", [1, 7, 12])
+@pytest.mark.parametrize("length", [1, 12, 31])
+@torch.no_grad()
+def test_greedy_text_with_and_without_cache_equals_the_literal_loop(seq_len, length):
+    model, idx = small(n_kv_head=2, seq_len=seq_len), tokens(2, length)
+    cached = model.generate(idx, 40, temperature=0)                           # several windows
+    assert torch.equal(cached, model.generate(idx, 40, temperature=0, use_cache=False))
+    assert cached.tolist() == [greedy_literally(model, row, 40) for row in idx.tolist()]
+    assert len(set(cached[0, length:].tolist())) > 3 or seq_len == 1
+
+def test_cached_generation_reads_each_token_once_a_window():
+    model, read = small(), []
+    model.model["embed_tokens"].register_forward_hook(lambda module, given, x: read.append(x.shape[1]))
+    model.generate(tokens(1, 5), 22, temperature=0)
+    assert read == [5] + [1] * 7 + [6] + [1] * 6 + [6] + [1] * 6
+
+def test_generation_stops_at_end_of_text():
+    model, idx = small(), tokens(3, 5)
+    free = model.generate(idx, 20, temperature=0).tolist()
+    eot = free[0][9]
+    rows = [row[:row.index(eot, 5) + 1] if eot in row[5:] else row for row in free]
+    assert min(len(row) for row in rows) < max(len(row) for row in rows)
+    longest = max(len(row) for row in rows)
+    expected = [row + [eot] * (longest - len(row)) for row in rows]
+    assert model.generate(idx, 20, temperature=0, eot=eot).tolist() == expected
+    alone = model.generate(idx[:1], 20, temperature=0, eot=eot).tolist()
+    assert alone == [rows[0]] and len(rows[0]) < 25
+
+def test_end_of_text_in_the_prompt_does_not_stop():
+    model, idx = small(), torch.full((1, 3), 9)
+    assert torch.equal(model.generate(idx, 1, temperature=0, eot=9)[:, :3], idx)
+    assert model.generate(idx, 1, temperature=0, eot=9).shape == (1, 4)
+
+def test_top_k_of_one_is_greedy():
+    model, idx = small(), tokens(2, 5)
+    greedy = model.generate(idx, 20, temperature=0)
+    assert torch.equal(model.generate(idx, 20, temperature=1.7, top_k=1), greedy)
+
+def test_generator_decides_the_text():
+    model, idx = small(), tokens(2, 5)
+    def text(seed):
+        return model.generate(idx, 20, generator=torch.Generator().manual_seed(seed)).tolist()
+    assert text(3) == text(3) != text(4)
+
+# --- picking a token ---
+
+LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.5, -3.0, 0.0])
+
+def draws(count=20_000, logits=LOGITS, seed=0, **how):
+    generator = torch.Generator().manual_seed(seed)
+    return pick_token(logits.expand(count, -1), generator=generator, **how).flatten()
+
+def frequencies(**how):
+    return draws(**how).bincount(minlength=len(LOGITS)) / 20_000
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_frequencies_are_the_softmax_at_the_temperature(temperature):
+    expected = (LOGITS / temperature).softmax(-1)
+    assert largest_difference(frequencies(temperature=temperature), expected) < 0.012
+
+@pytest.mark.parametrize("how, kept", [
+    (dict(top_k=1), [0]), (dict(top_k=3), [0, 2, 3]), (dict(top_k=6), range(6)), (dict(top_k=99), range(6)),
+    (dict(top_p=0.01), [0]), (dict(top_p=0.6), [0, 3]), (dict(top_p=0.9), [0, 2, 3]),
+    (dict(top_p=1.0), range(6)), (dict(top_k=2, top_p=0.6), [0]),
+    (dict(top_k=3, top_p=0.8), [0, 3]),        # p of the three: of all six it would keep [0, 2, 3]
+])
+def test_filtered_frequencies_are_the_softmax_of_what_is_kept(how, kept):
+    expected = torch.zeros(6)
+    expected[list(kept)] = LOGITS[list(kept)].softmax(-1)
+    found = frequencies(temperature=1.0, **how)
+    assert largest_difference(found, expected) < 0.012
+    assert not found[expected == 0].any()
+
+def smallest_set_reaching(probabilities, top_p):
+    kept, total = [], 0.0
+    for token in sorted(range(len(probabilities)), key=lambda i: -probabilities[i]):
+        if total >= top_p:
+            break
+        kept.append(token)
+        total += probabilities[token]
+    return set(kept)
+
+scores = st.lists(st.integers(-400, 400), min_size=1, max_size=12, unique=True)
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(scores, st.sampled_from([0.3, 1.0, 3.0]), st.integers(1, 14), st.integers(1, 100))
+def test_a_draw_stays_inside_what_top_k_and_top_p_leave(scores, temperature, top_k, percent):
+    logits = torch.tensor(scores) / 100
+    probabilities = (logits.double() / temperature).softmax(-1)
+    best = set(probabilities.topk(min(top_k, len(logits))).indices.tolist())
+    assert set(draws(300, logits, temperature=temperature, top_k=top_k).tolist()) <= best
+    nucleus = smallest_set_reaching(probabilities.tolist(), percent / 100 + 1e-6)
+    assert set(draws(300, logits, temperature=temperature, top_p=percent / 100).tolist()) <= nucleus
+    assert set(draws(5, logits, temperature=0, top_k=top_k).tolist()) == {logits.argmax().item()}
+
+def test_pick_token_gives_one_token_a_row():
+    logits = torch.tensor([[0.0, 50.0, 0.0], [50.0, 0.0, 0.0]])
+    assert pick_token(logits, 1.0).tolist() == pick_token(logits, 0).tolist() == [[1], [0]]
+    assert torch.equal(logits, torch.tensor([[0.0, 50.0, 0.0], [50.0, 0.0, 0.0]]))
+
+# --- counts ---
+
+COUNTS = {                                     # millions: dense, low-rank, added at a sparsity of 0.01; rank
+    "60m": ("58.07", "42.77", "0.25", 128), "130m": ("134.11", "94.00", "0.78", 256),
+    "350m": ("367.97", "185.22", "2.96", 256), "1b": ("1339.08", "609.31", "11.83", 512),
+    "7b": ("6738.42", "2820.94", None, 1024)}
+
+def millions(size, rank=None, sparsity=0.0):
+    with torch.device("meta"):
+        model = Llama(LlamaConfig(vocab_size=32_000, **MODELS[size]))
+    return count_parameters(apply_lost(model, rank, sparsity) if rank else model) / 1e6
+
+@pytest.mark.parametrize("size", COUNTS)
+def test_parameters_are_the_published_counts(size):
+    dense, low_rank, added, rank = COUNTS[size]
+    assert f"{millions(size):.2f}" == dense
+    assert f"{millions(size, rank):.2f}" == low_rank
+    if added:                                  # the printed digits are those of the sum
+        assert f"{millions(size, rank, 0.01):.2f}" == f"{float(low_rank) + float(added):.2f}"
+
+HAND = dict(vocab_size=11, seq_len=16, n_layer=2, n_head=2, n_kv_head=1, n_embd=8, n_ffn=12)
+
+def counts(model):
+    return count_parameters(model), multiplications_per_token(model), flops_per_token(model)
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_counts_of_a_dense_model_by_hand(tied):
+    matrices = 2 * (8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 3 * 8 * 12) + 11 * 8      # q k v o, MLP; head
+    norms, embedding = 2 * 2 * 8 + 8, 0 if tied else 11 * 8
+    attention = 12 * 2 * 8 * 16
+    model = Llama(LlamaConfig(**HAND, tie_embeddings=tied))
+    assert counts(model) == (matrices + norms + embedding, matrices, 6 * matrices + attention)
+
+@pytest.mark.parametrize("learn_gamma", [False, True])
+def test_counts_of_a_lost_model_by_hand(learn_gamma):
+    def layer(out_features, in_features, k):
+        return 3 * (out_features + in_features) + k * out_features
+    block = 2 * layer(8, 8, 2) + 2 * layer(4, 8, 2) + 2 * layer(12, 8, 2) + layer(8, 12, 3)
+    matrices, norms, embedding, gammas = 2 * block + 11 * 8, 2 * 2 * 8 + 8, 11 * 8, 14 * learn_gamma
+    attention = 12 * 2 * 8 * 16
+    model = apply_lost(Llama(LlamaConfig(**HAND)), 3, 0.25, learn_gamma=learn_gamma)
+    assert counts(model) == (matrices + norms + embedding + gammas, matrices, 6 * matrices + attention)
+
+# --- initialisation ---
+
+class WithUnknownParameter(Llama):
+    def init_weights(self, std=0.02):
+        self.extra = nn.Parameter(torch.zeros(3))
+        super().init_weights(std)
+
+def test_parameter_that_no_rule_names_is_refused():
+    with pytest.raises(ValueError, match="no rule says how to initialise extra: add one"):
+        WithUnknownParameter(LlamaConfig(**SIZES))
+
+def seeded_model(seed):
+    torch.manual_seed(seed)
+    return Llama(LlamaConfig(**SIZES)).state_dict()
+
+def test_seed_decides_every_matrix():
+    first, again, other = seeded_model(1), seeded_model(1), seeded_model(2)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(torch.equal(first[name], other[name]) == name.endswith("norm.weight") for name in first)
+
+def test_matrices_start_normal_and_norms_at_one():
+    for name, p in Llama(LlamaConfig(**{**SIZES, "n_embd": 64})).named_parameters():
+        if name.endswith("norm.weight"):
+            assert (p == 1).all()
+        else:
+            assert p.std().item() == pytest.approx(0.02, rel=0.08) and abs(p.mean().item()) < 2e-3
+
+def test_tied_head_is_the_embedding():
+    model = Llama(LlamaConfig(**SIZES, tie_embeddings=True))
+    assert model.lm_head.weight is model.model["embed_tokens"].weight
+
+# --- configuration ---
+
+@pytest.mark.parametrize("sizes, message", [
+    (dict(n_embd=33), "n_embd 33 must be an even multiple of n_head 4"),
+    (dict(n_embd=36), "n_embd 36 must be an even multiple of n_head 4"),
+    (dict(n_kv_head=3), "n_head 4 must be a multiple of n_kv_head 3"),
+    (dict(n_kv_head=8), "n_head 4 must be a multiple of n_kv_head 8"),
+])
+def test_sizes_that_do_not_fit_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        LlamaConfig(**{**SIZES, **sizes})
+
+@kinds
+def test_configuration_round_trips_through_hugging_face(kind):
+    config = LlamaConfig(**{**SIZES, **kind})
+    assert LlamaConfig.from_hf(config.to_hf()) == config
+    assert LlamaConfig.from_hf(TheirConfig(**config.to_hf()).to_dict()) == config
+
+def test_flat_rope_theta_of_older_files_is_read():
+    old = {**LlamaConfig(**SIZES).to_hf(), "rope_theta": 77.0, "rope_scaling": None}
+    del old["rope_parameters"]
+    assert LlamaConfig.from_hf(old).rope_theta == 77.0
+
+@pytest.mark.parametrize("changed, name", [
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling = 'linear'"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling = 'llama3'"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_scaling = 'yarn'"),
+    ({"attention_bias": True}, "attention_bias = True"), ({"mlp_bias": True}, "mlp_bias = True"),
+    ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"), ({"head_dim": 16}, "head_dim = 16"),
+])
+def test_what_the_model_does_not_compute_is_refused(changed, name):
+    theirs = LlamaConfig(**SIZES).to_hf()
+    with pytest.raises(ValueError, match=f"config.json: {name} is not supported"):
+        LlamaConfig.from_hf({**theirs, **changed})
+
+@pytest.mark.parametrize("key", [
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"])
+def test_missing_size_is_refused(key):
+    theirs = LlamaConfig(**SIZES).to_hf()
+    del theirs[key]
+    with pytest.raises(ValueError, match=f"config.json lacks {key}: is it a LLaMA"):
+        LlamaConfig.from_hf(theirs)
+
+# --- LOST checkpoints ---
+
+def forbidden(*given):
+    raise AssertionError("a decomposition was called")
+
+@pytest.mark.parametrize("switches", [
+    {}, {"learn_gamma": True}, {"activation": "none", "gamma": 0.3}, {"skip": ("lm_head", "o_proj")}])
+@pytest.mark.parametrize("tied", [False, True])
+def test_lost_checkpoint_round_trips_without_a_decomposition(switches, tied, tmp_path, monkeypatch):
+    rank, sparsity = {"default": 6, "q_proj": 3}, {"default": 0.1, "up_proj": 0, "down_proj": 0.5}
+    model = apply_lost(small(n_kv_head=2, tie_embeddings=tied), rank, sparsity, **switches)
+    folder = saved(model, tmp_path)
+    monkeypatch.setattr(lost, "decompose", forbidden)
+    with pytest.raises(AssertionError, match="a decomposition was called"):
+        small_lost()
+    for path in (folder, str(tmp_path)):
+        loaded, state = load_model(path)
+        assert state == {"step": 1} and loaded.config == model.config
+        assert_same_model(loaded, model)
+
+def assert_same_model(loaded, model):
+    ours, theirs = loaded.state_dict(), model.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(ours[name].dtype == t.dtype and torch.equal(ours[name], t) for name, t in theirs.items())
+    assert count_parameters(loaded) == count_parameters(model)
+    layers = {name: m.settings() for name, m in model.named_modules() if isinstance(m, LOSTLinear)}
+    assert {n: m.settings() for n, m in loaded.named_modules() if isinstance(m, LOSTLinear)} == layers
+    idx = tokens(2, 9)
+    assert torch.equal(all_logits(loaded, idx), all_logits(model, idx))

@@ -1,0 +1,349 @@
+"""The trainer: exactness of resuming, of splitting a batch and of evaluation, its files, its refusals."""
+import glob
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, flags_of, launch
+
+import data
+import train
+from checkpoint import load_model
+from model import Llama, LlamaConfig
+
+def lines(config, kind="train"):
+    with open(os.path.join(config.out_dir, "metrics.jsonl"), encoding="utf-8") as f:
+        return [entry for entry in map(json.loads, f) if entry["kind"] == kind]
+
+def losses(config):
+    return [(entry["step"], entry["loss"]) for entry in lines(config)]
+
+def files_of(config, step):
+    folder = os.path.join(config.out_dir, "checkpoints", f"step_{step:08d}")
+    return {name: open(os.path.join(folder, name), "rb").read()
+            for name in ("model.safetensors", "optimizer.safetensors")}
+
+def status(config):
+    with open(os.path.join(config.out_dir, "status.json"), encoding="utf-8") as f:
+        return json.load(f)
+
+# --- the same run, however it is interrupted or split ---
+
+@pytest.mark.parametrize("switches", [
+    {}, dict(linear="dense"), dict(learn_gamma=True, n_kv_head=1, tie_embeddings=True), dict(optimizer="muon"),
+    dict(dtype="bfloat16"),
+], ids=["lost", "dense", "learned-gamma", "muon", "bfloat16"])
+def test_a_resumed_run_equals_the_straight_run_bit_for_bit(small, switches, tmp_path):
+    straight = small(**switches)
+    train.main(straight)
+    resumed = small(**switches, out_dir=str(tmp_path / "resumed"))
+    shutil.copytree(straight.out_dir, resumed.out_dir)
+    shutil.rmtree(os.path.join(resumed.out_dir, "checkpoints", "step_00000008"))
+    train.main(resumed)
+    assert losses(resumed) == losses(straight) and len(losses(straight)) == 8
+    assert lines(resumed, "eval") == lines(straight, "eval")
+    assert files_of(resumed, 8) == files_of(straight, 8)
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_stops_cleanly_and_the_same_command_continues_as_if_nothing_had_been(small, tmp_path, processes):
+    straight = small(steps=150, save_every=150, eval_every=150, out_dir=str(tmp_path / "straight"))
+    stopped = small(steps=150, save_every=150, eval_every=150)
+    assert launch(straight, processes).communicate() and status(straight)["state"] == "finished"
+    process = launch(stopped, processes)
+    for line in process.stdout:
+        if line.startswith("step     20/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    output = process.communicate()[0]
+    assert status(stopped) | {"step": 0} == {"state": "stopped", "step": 0, "reason": "SIGTERM"}, output
+    assert 20 <= status(stopped)["step"] < 150
+    if processes == 1:                         # torchrun itself reports a signal as 1
+        assert process.returncode == 0
+    assert "continuing from" in launch(stopped, processes).communicate()[0]
+    assert losses(stopped) == losses(straight) and files_of(stopped, 150) == files_of(straight, 150)
+
+def test_a_second_interrupt_ends_at_once(small):
+    config = small(batch_tokens=32 * 8 * 3000, micro_batch=8, eval_every=1, eval_tokens=32)
+    process = launch(config)
+    for line in process.stdout:
+        if line.startswith("tokens"):          # the first step has begun, and takes many seconds
+            break
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode not in (0, 2) and status(config)["state"] == "failed"
+
+def test_two_processes_and_any_split_of_a_batch_give_the_losses_of_one(small, tmp_path):
+    def run(name, processes=1, **given):
+        config = small(out_dir=str(tmp_path / name), **given)
+        if processes > 1:
+            assert launch(config, processes).wait() == 0
+        else:
+            train.main(config)
+        return [loss for _, loss in losses(config)] + [entry["val_loss"] for entry in lines(config, "eval")]
+    whole = run("1 × 8", micro_batch=8)
+    assert run("4 × 2", micro_batch=2) == pytest.approx(whole, rel=1e-5)
+    assert run("8 × 1", micro_batch=1) == pytest.approx(whole, rel=1e-5)
+    assert run("world 2", processes=2, micro_batch=2) == pytest.approx(whole, rel=1e-5)
+
+def test_accumulated_gradients_equal_those_of_the_whole_batch(small):
+    model = train.build_model(small(vocab_size=257), "cpu")
+    x, y = torch.randint(257, (2, 4, 32))
+    gradients = []
+    for micro in (4, 2, 1):
+        flat = train.flat_gradients(model)
+        for a, b in zip(x.split(micro), y.split(micro), strict=True):
+            (model(a, b)[1] * micro / 4).backward()
+        gradients.append(flat.clone())
+    assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[0].norm()
+    assert (gradients[0] - gradients[2]).norm() <= 1e-5 * gradients[0].norm()
+
+def test_a_process_reads_only_its_share_and_all_together_read_the_order_once(small, monkeypatch):
+    read = []
+    batch = data.TokenDataset.batch
+    def spy(self, samples):
+        if isinstance(samples, np.ndarray) and "train" in self.paths[0]:
+            read.extend(samples.tolist())
+        return batch(self, samples)
+    monkeypatch.setattr(data.TokenDataset, "batch", spy)
+    config = small(micro_batch=2)
+    train.main(config)
+    dataset = data.TokenDataset(config.data_dir, "train", 32)
+    assert read == data.SampleOrder(len(dataset), config.seed)[np.arange(8 * 8)].tolist()
+
+def test_evaluation_does_not_move_training(small, tmp_path):
+    often, seldom = small(eval_every=1), small(eval_every=8, out_dir=str(tmp_path / "seldom"))
+    train.main(often)
+    train.main(seldom)
+    assert losses(often) == losses(seldom) and files_of(often, 8) == files_of(seldom, 8)
+    assert len(lines(often, "eval")) == 8 and len(lines(seldom, "eval")) == 1
+
+def test_compiled_training_keeps_names_and_losses(small, tmp_path):
+    eager, compiled = small(steps=3), small(steps=3, compile="true", out_dir=str(tmp_path / "compiled"))
+    train.main(eager)
+    train.main(compiled)
+    assert [x for _, x in losses(compiled)] == pytest.approx([x for _, x in losses(eager)], rel=1e-5)
+    ours, theirs = (load_model(c.out_dir)[0].state_dict() for c in (eager, compiled))
+    assert ours.keys() == theirs.keys()
+
+# --- evaluation and schedule ---
+
+@pytest.mark.parametrize("micro", [1, 3, 7])
+def test_evaluation_is_the_mean_over_all_tokens_for_any_micro_batch(data_dir, micro):
+    dataset = data.TokenDataset(data_dir, "val", 32)
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(257, 32, 1, 2, n_embd=16, n_ffn=24))
+    token_bytes = torch.tensor([1] * 256 + [0])
+    result = train.evaluate(model, dataset, 10, micro, token_bytes, torch.autocast("cpu", enabled=False),
+                            torch.device("cpu"))
+    x, y = dataset.batch(range(10))
+    with torch.no_grad():
+        nats = F.cross_entropy(model(x, y)[0].double().flatten(0, 1), y.flatten(), reduction="sum").item()
+    assert result["val_tokens"] == 320 and result["val_loss"] == pytest.approx(nats / 320, rel=1e-6)
+    assert result["val_ppl"] == pytest.approx(math.exp(nats / 320), rel=1e-5)
+    assert result["val_bpb"] == pytest.approx(nats / math.log(2) / (y != 256).sum().item(), rel=1e-6)
+
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine_to_its_floor(small):
+    config = small(steps=100, warmup=10, lr=1.0, min_lr_ratio=0.1)
+    rates = [train.lr_at(step, config) for step in range(1, 101)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert rates[54] == pytest.approx(0.55) and rates[99] == pytest.approx(0.1)
+    assert all(a > b for a, b in zip(rates[9:], rates[10:], strict=False))
+
+# --- flags and sizes ---
+
+def test_a_size_brings_its_recipe_and_each_value_can_be_overridden():
+    config = train.resolve({"model": "350m", "lr": 1e-4, "linear": "cola"})
+    assert (config.n_embd, config.rank, config.steps, config.lr) == (1024, 256, 60_000, 1e-4)
+    assert (config.sparsity, config.gamma, config.init, config.activation) == (0.0, 1.0, "random", "silu")
+    assert train.resolve({"linear": "lowrank", "init": "svd"}).init == "svd"
+
+@pytest.mark.parametrize("given, message", [
+    (dict(linear="dense", rank=8), "--rank means nothing"), (dict(steps=0), "--steps 0: must be positive"),
+    (dict(warmup=9), "--warmup 9: must lie between 0 and --steps 8"),
+    (dict(batch_tokens=250), r"use \[224, 256\]"), (dict(micro_batch=3), r"use one of \[1, 2, 4, 8\]"),
+    (dict(rank=100), "q_proj: rank 100 of a 32×32 weight"), (dict(vocab_size=100), "below the tokenizer's 257"),
+    (dict(data_dir="nowhere"), "run prepare_c4.py"), (dict(seq_len=10**6, batch_tokens=10**6), "fewer than 1000001"),
+])
+def test_what_cannot_be_is_refused_with_the_repair(small, given, message):
+    with pytest.raises(ValueError, match=message):
+        train.main(small(**given))
+
+def test_a_batch_that_does_not_divide_among_processes_is_refused_with_those_that_do(small):
+    with pytest.raises(ValueError, match=r"start one of \[1, 2, 4, 8\], or use --batch_tokens 288"):
+        train.split_batch(small(), 3, 4096)
+
+PUBLISHED = {                                  # millions of parameters for 32 000 tokens: dense, low-rank, and ρ = 0.01
+    "60m": (58.07, 42.77, 0.25), "130m": (134.11, 94.00, 0.78), "350m": (367.97, 185.22, 2.96),
+    "1b": (1339.08, 609.31, 11.83), "7b": (6738.42, 2820.94, None),
+}
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_dry_run_prints_the_published_parameter_counts(size, capsys):
+    def parameters(**given):
+        train.main(train.resolve(dict(model=size, vocab_size=32_000, dry_run=True, device="cpu", **given)))
+        words = capsys.readouterr().out.split("\n")[0].replace(",", "").split()
+        return [int(word) / 1e6 for word in words if word.isdigit()]           # total, low-rank, sparse, dense
+    dense, low_rank, sparse = PUBLISHED[size]
+    assert round(parameters(linear="dense")[0], 2) == dense
+    assert round(parameters(linear="lowrank")[0], 2) == low_rank
+    total, _, extra, _ = parameters(sparsity=0.01)
+    assert sparse is None or math.floor(100 * extra) / 100 == sparse           # published cut, not rounded
+    assert total == pytest.approx(low_rank + extra, abs=0.006)
+
+def test_dry_run_counts_the_bytes_that_a_checkpoint_has(small, capsys):
+    config = small(learn_gamma=True, optimizer="muon", n_embd=128, n_ffn=344)
+    train.main(config)
+    stored = sum(len(content) for content in files_of(config, 8).values())
+    config.dry_run = True
+    capsys.readouterr()
+    train.main(config)
+    row = next(line for line in capsys.readouterr().out.split("\n") if line.startswith("checkpoint"))
+    assert int(row.split()[1].replace(",", "")) == pytest.approx(stored, rel=0.02)
+
+# --- optimizer ---
+
+def test_each_parameter_is_in_one_group_and_only_matrices_decay(small):
+    for optimizer in ("adamw", "muon"):
+        model = train.build_model(small(vocab_size=257, learn_gamma=True), "cpu")
+        optimizers = train.build_optimizers(model, small(optimizer=optimizer))
+        groups = [group for o in optimizers for group in o.param_groups]
+        assert sorted(id(p) for g in groups for p in g["params"]) == sorted(map(id, model.parameters()))
+        assert all((g["weight_decay"] > 0) == (p.dim() == 2) for g in groups for p in g["params"])
+    assert {name for name, p in model.named_parameters() if any(p is q for q in groups[-1]["params"])} == {
+        name for name, p in model.named_parameters() if name.startswith("model.layers.") and p.dim() == 2}
+
+@pytest.mark.parametrize("switches", [
+    dict(linear="lost"), dict(linear="dense"), dict(linear="lowrank"), dict(linear="cola"), dict(optimizer="muon"),
+    dict(rank={"q_proj": 4, "default": 8}, sparsity={"down_proj": 0.1, "default": 0}),
+], ids=str)
+def test_every_kind_of_layer_learns(small, switches):
+    config = small(steps=30, lr=1e-2, **switches)
+    train.main(config)
+    first, last = losses(config)[0][1], losses(config)[-1][1]
+    assert abs(first - math.log(257)) < 0.1 and last < first - 1.5
+
+def test_clipping_comes_after_the_sum_over_micro_batches(small, tmp_path):
+    whole = small(micro_batch=8, grad_clip=0.01)
+    split = small(micro_batch=1, grad_clip=0.01, out_dir=str(tmp_path / "split"))
+    train.main(whole)
+    train.main(split)
+    assert [e["grad_norm"] for e in lines(split)] == pytest.approx([e["grad_norm"] for e in lines(whole)], rel=1e-4)
+    assert all(e["grad_norm"] > 0.01 for e in lines(whole))                    # the norm before clipping
+
+# --- files ---
+
+def test_the_files_of_a_run_hold_what_they_promise(small):
+    config = small(log_every=3)
+    train.main(config)
+    assert [e["step"] for e in lines(config)] == [3, 6, 8] and [e["step"] for e in lines(config, "eval")] == [4, 8]
+    assert set(lines(config)[0]) == {"kind", "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_ms",
+                                     "mfu", "peak_memory_bytes"}
+    assert set(lines(config, "eval")[0]) == {"kind", "step", "val_loss", "val_ppl", "val_bpb", "val_tokens"}
+    assert lines(config)[-1]["tokens"] == 8 * 256 and lines(config)[0]["mfu"] is None
+    assert status(config) == {"state": "finished", "step": 8, "reason": ""}
+    with open(os.path.join(config.out_dir, "config.json"), encoding="utf-8") as f:
+        assert json.load(f) == json.loads(json.dumps(vars(config)))
+    folder = os.path.join(config.out_dir, "checkpoints", "step_00000008")
+    assert set(os.listdir(folder)) == {"model.safetensors", "optimizer.safetensors", "state.json", "config.json",
+                                       "tokenizer.json", "manifest.json"}
+    state = load_model(config.out_dir)[1]
+    assert (state["step"], state["samples"], state["tokens"]) == (8, 64, 2048)
+    assert state["best_val_loss"] == min(e["val_loss"] for e in lines(config, "eval"))
+
+def test_lines_after_the_checkpoint_and_half_lines_are_dropped_on_resume(small):
+    config = small()
+    train.main(config)
+    expected = losses(config)
+    shutil.rmtree(os.path.join(config.out_dir, "checkpoints", "step_00000008"))
+    with open(os.path.join(config.out_dir, "metrics.jsonl"), "a", encoding="utf-8") as f:
+        f.write('{"kind": "train", "step": 99, "loss": 0}\n{"kind": "tra')
+    train.main(config)
+    assert losses(config) == expected
+
+def test_the_same_command_after_the_end_does_nothing(small, capsys):
+    config = small()
+    train.main(config)
+    before = files_of(config, 8), lines(config)
+    train.main(config)
+    assert (files_of(config, 8), lines(config)) == before and status(config)["state"] == "finished"
+
+def test_a_changed_architecture_or_data_set_is_refused_and_another_change_printed(small, capsys, tmp_path):
+    train.main(small(steps=4, save_every=4))
+    for changed, name in [(dict(rank=4), "rank"), (dict(gamma=0.5), "gamma"), (dict(n_ffn=64), "n_ffn"),
+                          (dict(linear="dense"), "linear"), (dict(optimizer="muon"), "optimizer")]:
+        with pytest.raises(ValueError, match=f"{name} was .* when this run began"):
+            train.main(small(**changed))
+    other = str(tmp_path / "other")
+    shutil.copytree(small().data_dir, other)
+    tokens = np.array(data.read_shard(os.path.join(other, "train_00000.bin")))[:-1]
+    data.write_shard(os.path.join(other, "train_00000.bin"), tokens, 257)
+    os.remove(os.path.join(other, "manifest.json"))
+    with pytest.raises(ValueError, match="data was"):
+        train.main(small(data_dir=other))
+    train.main(small(lr=1e-4))
+    assert "changed: lr 0.006 → 0.0001" in capsys.readouterr().out
+
+def test_never_refuses_a_used_folder_unless_it_may_overwrite(small):
+    train.main(small())
+    with pytest.raises(ValueError, match="not empty: continue with --resume auto"):
+        train.main(small(resume="never"))
+    stranger = os.path.join(small().out_dir, "notes.txt")
+    open(stranger, "w").close()
+    train.main(small(resume="never", overwrite=True, steps=2))
+    assert losses(small())[-1][0] == 2 and os.path.exists(stranger)
+
+def test_resuming_from_a_path_takes_that_checkpoint(small, tmp_path):
+    train.main(small())
+    folder = glob.glob(os.path.join(small().out_dir, "checkpoints", "step_00000004"))[0]
+    other = small(resume=folder, out_dir=str(tmp_path / "other"))
+    train.main(other)
+    assert losses(other) == losses(small())[4:] and files_of(other, 8) == files_of(small(), 8)
+
+def test_two_runs_cannot_write_one_folder(small):
+    config = small()
+    os.makedirs(config.out_dir)
+    with train.claimed(config.out_dir), pytest.raises(ValueError, match=f"process {os.getpid()} is training"):
+        train.main(config)
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_the_update(small):
+    config = small(steps=8, save_every=1, lr=1e30, grad_clip=0, warmup=0)
+    with pytest.raises(FloatingPointError, match=r"step 2: loss .*samples 8 to 15 .*Nothing was updated"):
+        train.main(config)
+    assert status(config)["state"] == "failed" and status(config)["step"] == 1
+    assert load_model(config.out_dir)[1]["step"] == 1
+
+def test_shards_without_a_manifest_train_when_a_tokenizer_is_named(small, tmp_path):
+    folder = tmp_path / "ready"
+    folder.mkdir()
+    for split in ("train", "val"):
+        shutil.copy(os.path.join(small().data_dir, f"{split}_00000.bin"), folder / f"fineweb_{split}_000001.bin")
+    with pytest.raises(ValueError, match="say --tokenizer gpt2"):
+        train.main(small(data_dir=str(folder)))
+    train.main(small(data_dir=str(folder), tokenizer="byte", steps=2))
+
+def test_tokens_outside_the_vocabulary_are_found_before_the_first_step(small, tmp_path):
+    folder = tmp_path / "wrong"
+    shutil.copytree(small().data_dir, folder)
+    os.remove(folder / "manifest.json")
+    tokens = np.array(data.read_shard(str(folder / "train_00000.bin")))
+    tokens[-1] = 257
+    data.write_shard(str(folder / "train_00000.bin"), tokens)
+    with pytest.raises(ValueError, match="holds token 257, the last one is 256"):
+        train.main(small(data_dir=str(folder)))
+
+def test_bad_configuration_ends_a_command_with_code_2_and_one_line(small):
+    command = [sys.executable, os.path.join(ROOT, "train.py"), *flags_of(small(micro_batch=3))]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("error: --micro_batch 3") and result.stderr.count("\n") == 1
