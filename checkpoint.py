@@ -3,9 +3,8 @@
     out/checkpoints/step_00001000/   model.safetensors  optimizer.safetensors  config.json  state.json
                                      tokenizer.json  manifest.json (sha256 of each of the others)
 
-A checkpoint is a temporary folder until one rename gives it its name. The folder of a dense model is a
-Hugging Face model folder as it stands; Hugging Face's LLaMA folders load here. No pickle: safetensors and
-JSON only."""
+A checkpoint is a temporary folder until one rename names it. That of a dense model is a Hugging Face model
+folder as it stands, and theirs load here. Safetensors and JSON only: loading runs nothing."""
 import glob
 import json
 import os
@@ -20,19 +19,16 @@ from data import Tokenizer, sha256_file, sync_folder
 from lost import LOSTLinear
 from model import Llama, LlamaConfig
 
-def _root(out_dir: str) -> str:
-    return os.path.join(out_dir, "checkpoints")
-
 def checkpoints(out_dir: str) -> list[str]:
     """Folders of the finished checkpoints, oldest first."""
-    return sorted(glob.glob(os.path.join(_root(out_dir), "step_*")))
+    return sorted(glob.glob(os.path.join(out_dir, "checkpoints", "step_*")))
 
 def sweep(out_dir: str):
     """Remove what an interrupted save or deletion left."""
-    for leftover in glob.glob(os.path.join(_root(out_dir), ".tmp_*")):
+    for leftover in glob.glob(os.path.join(out_dir, "checkpoints", ".tmp_*")):
         shutil.rmtree(leftover)
 
-def _remove(folder: str):
+def remove(folder: str):
     """Delete a checkpoint so that a half-deleted one never has a checkpoint's name."""
     doomed = os.path.join(os.path.dirname(folder), ".tmp_old_" + os.path.basename(folder))
     os.rename(folder, doomed)
@@ -40,37 +36,38 @@ def _remove(folder: str):
 
 def save_checkpoint(out_dir: str, step: int, model: Llama, optimizers: list, state: dict,
                     tokenizer: Tokenizer, keep: int) -> str:
-    """Write step_XXXXXXXX and, once it verifies, delete all but the newest `keep`. Returns its folder."""
-    name = f"step_{step:08d}"
-    folder, final = os.path.join(_root(out_dir), ".tmp_" + name), os.path.join(_root(out_dir), name)
+    """Write the checkpoint of `step` and, once it verifies, delete all but the newest `keep`. Returns its
+    folder."""
+    final = os.path.join(out_dir, "checkpoints", f"step_{step:08d}")
+    folder = os.path.join(out_dir, "checkpoints", f".tmp_step_{step:08d}")
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
     save_file(model_tensors(model), os.path.join(folder, "model.safetensors"), {"format": "pt"})
     save_file(optimizer_tensors(model, optimizers), os.path.join(folder, "optimizer.safetensors"))
-    _write_json(folder, "config.json", describe(model))
-    _write_json(folder, "state.json", state)
+    write_json(folder, "config.json", describe(model))
+    write_json(folder, "state.json", state)
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
     digests = {file: sha256_file(os.path.join(folder, file)) for file in sorted(os.listdir(folder))}
-    _write_json(folder, "manifest.json", digests)
+    write_json(folder, "manifest.json", digests)
     for file in os.listdir(folder):
         with open(os.path.join(folder, file), "rb") as f:
             os.fsync(f.fileno())
     sync_folder(folder)
     if os.path.exists(final):                  # a damaged one: the run went back to an earlier step
-        _remove(final)
+        remove(final)
     os.rename(folder, final)
-    sync_folder(_root(out_dir))
+    sync_folder(os.path.dirname(final))
     if fault := verify(final):
         raise OSError(f"{final} does not read back as it was written ({fault}): is the disk failing?")
-    for old in checkpoints(out_dir)[:-keep]:
-        _remove(old)
+    for old in set(checkpoints(out_dir)) - set([c for c in checkpoints(out_dir) if c <= final][-keep:]):
+        remove(old)                            # later ones too: damaged, or of a future that was given up
     return final
 
-def _write_json(folder: str, name: str, content: dict):
+def write_json(folder: str, name: str, content: dict):
     with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
         json.dump(content, f, indent=1)
 
-def _read_json(folder: str, name: str) -> dict:
+def read_json(folder: str, name: str) -> dict:
     try:
         with open(os.path.join(folder, name), encoding="utf-8") as f:
             return json.load(f)
@@ -80,7 +77,7 @@ def _read_json(folder: str, name: str) -> dict:
 def verify(folder: str) -> str | None:
     """What is wrong with a checkpoint by its manifest, or None."""
     try:
-        for file, digest in _read_json(folder, "manifest.json").items():
+        for file, digest in read_json(folder, "manifest.json").items():
             if sha256_file(os.path.join(folder, file)) != digest:
                 return f"{file} has changed since it was written"
     except (ValueError, AttributeError):
@@ -90,7 +87,7 @@ def verify(folder: str) -> str | None:
     return None
 
 def newest_checkpoint(out_dir: str) -> str | None:
-    """The newest checkpoint that verifies; None if there is none at all. Each damaged one is named on stderr.
+    """The newest checkpoint that verifies, None if there is none at all; damaged ones are named on stderr.
     Raises ValueError if all are damaged: training must not silently start again from nothing."""
     found = checkpoints(out_dir)
     for folder in reversed(found):
@@ -112,12 +109,11 @@ def model_tensors(model: Llama) -> dict[str, torch.Tensor]:
     return tensors
 
 def describe(model: Llama) -> dict:
-    """Content of config.json: Hugging Face's for a dense model; else also the settings of each LOST layer,
-    under a model type of our own, so that no other program takes the folder for a dense LLaMA."""
+    """Content of config.json: Hugging Face's; with LOST layers also the settings of each, under a model type
+    of our own, so that no other program takes the folder for a dense LLaMA."""
     layers = {name: m.settings() for name, m in model.named_modules() if isinstance(m, LOSTLinear)}
-    kind = {"model_type": "lost_llama", "lost": layers} if layers else \
-           {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    return {"dtype": "float32", **model.config.to_hf(), **kind}
+    ours, dense = {"model_type": "lost_llama", "lost": layers}, {"architectures": ["LlamaForCausalLM"]}
+    return {"dtype": "float32", "model_type": "llama", **model.config.to_hf(), **(ours if layers else dense)}
 
 def optimizer_tensors(model: Llama, optimizers: list) -> dict[str, torch.Tensor]:
     """The optimizers' state as "parameter name.state name", for example model.norm.weight.exp_avg."""
@@ -128,7 +124,7 @@ def optimizer_tensors(model: Llama, optimizers: list) -> dict[str, torch.Tensor]
 def load_optimizer(folder: str, model: Llama, optimizers: list):
     """Put the saved state back: the inverse of `optimizer_tensors`."""
     saved: dict[str, dict] = {}
-    for name, value in _load_tensors(os.path.join(folder, "optimizer.safetensors")).items():
+    for name, value in load_tensors(os.path.join(folder, "optimizer.safetensors")).items():
         parameter, _, key = name.rpartition(".")
         saved.setdefault(parameter, {})[key] = value
     names = {p: name for name, p in model.named_parameters()}
@@ -138,7 +134,7 @@ def load_optimizer(folder: str, model: Llama, optimizers: list):
                 raise ValueError(f"{folder} has no optimizer state for {names[p]}: it is another optimizer's")
             optimizer.state[p] = {key: value.to(p.device) for key, value in saved[names[p]].items()}
 
-def _load_tensors(path: str) -> dict[str, torch.Tensor]:
+def load_tensors(path: str) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as e:
@@ -146,33 +142,30 @@ def _load_tensors(path: str) -> dict[str, torch.Tensor]:
 
 def checkpoint_folder(path: str) -> str:
     """The folder with a model's files: `path` itself, or the newest good checkpoint of the out_dir `path`."""
+    refused = "pickled checkpoints are refused, since loading one can run any code: convert it to safetensors"
     if os.path.isfile(path):
-        raise ValueError(f"{path} is a file: give an out_dir or a checkpoint folder (a pickled checkpoint is "
-                         "refused, since loading it can run any code: convert it to safetensors)")
+        raise ValueError(f"{path} is a file: give an out_dir or a checkpoint folder ({refused})")
     if glob.glob(os.path.join(path, "*.safetensors")):
         if os.path.exists(os.path.join(path, "state.json")) and (fault := verify(path)):       # ours
             raise ValueError(f"{path} is damaged: {fault}; use an earlier checkpoint")
         return path
-    folder = newest_checkpoint(path)
-    if folder is None:
-        pickled = any(glob.glob(os.path.join(path, f"*.{kind}")) for kind in ("bin", "pt", "pth", "ckpt"))
-        raise ValueError(f"{path} holds pickled weights, which are refused: convert them to safetensors"
-                         if pickled else f"no checkpoint in {path}: give an out_dir or a checkpoint folder")
+    if (folder := newest_checkpoint(path)) is None:
+        raise ValueError(f"no checkpoint in {path}: give an out_dir or a checkpoint folder ({refused})")
     return folder
 
 def load_model(path: str) -> tuple[Llama, dict]:
     """Model and state.json (empty for a folder of Hugging Face) from an out_dir or a checkpoint folder, on
-    the CPU in float32. Nothing is decomposed: the layers are built empty and filled. Raises ValueError if
-    anything does not fit."""
+    the CPU in float32. The layers are built empty and filled, nothing is decomposed. ValueError if anything
+    does not fit."""
     folder = checkpoint_folder(path)
-    content = _read_json(folder, "config.json")
+    content = read_json(folder, "config.json")
     with torch.device("meta"):                 # shapes only
         model = Llama(LlamaConfig.from_hf(content))
         for name, settings in content.get("lost", {}).items():
             model.set_submodule(name, LOSTLinear(**settings))
     tensors = {}
     for file in sorted(glob.glob(os.path.join(folder, "model*.safetensors"))):
-        tensors.update(_load_tensors(file))
+        tensors |= load_tensors(file)
     tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
     if model.config.tie_embeddings:
         tensors["lm_head.weight"] = tensors.get("model.embed_tokens.weight")
@@ -183,4 +176,4 @@ def load_model(path: str) -> tuple[Llama, dict]:
     if model.config.tie_embeddings:            # assigning made two parameters of one
         model.lm_head.weight = model.model["embed_tokens"].weight
     has_state = os.path.exists(os.path.join(folder, "state.json"))
-    return model, _read_json(folder, "state.json") if has_state else {}
+    return model, read_json(folder, "state.json") if has_state else {}

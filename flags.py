@@ -1,13 +1,9 @@
-"""Command lines from dataclasses, and the exit codes that every command shares.
-
-A command's flags are the fields of one dataclass, each made by `flag(default, help)`: the type is the
-annotation, the help text and the default stand once. `command` turns a ValueError into one line `error: …`
-and exit code 2."""
+"""Command lines from dataclasses, and the exit codes that all commands share. A flag is a field made by
+`flag(default, help)`: its type is the annotation, its default and help stand once."""
 import argparse
 import dataclasses
+import decimal
 import difflib
-import functools
-import operator
 import os
 import re
 import sys
@@ -17,79 +13,69 @@ def flag(default, help, choices=None):
     """A field of a dataclass of flags; choices: the allowed values."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
-def boolean(text: str) -> bool:
-    return {"true": True, "false": False}[text.lower()]
-
 def integer(text: str) -> int:
     """10000, 10_000, 1e4, 10K, 10M or 10B."""
-    number, unit = re.fullmatch(r"(-?[\d_.]+(?:[eE]\d+)?)([KMB]?)", text).groups()
-    value = float(number) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[unit]
-    if value != int(value):
-        raise ValueError
-    return int(value)
-
-def pair(text: str) -> tuple[float, float]:
-    first, second = text.split(",")
-    return float(first), float(second)
+    number, unit = re.fullmatch(r"(-?[\d_.]+(?:[eE]\d\d?)?)([KMB]?)", text).groups()
+    value = decimal.Decimal(number).scaleb({"": 0, "K": 3, "M": 6, "B": 9}[unit])
+    return {value: int(value)}[int(value)]     # KeyError unless it is whole
 
 def by_module(kind):
-    """Parser of one number, or of name=number,name=number,…: a dict by module name."""
-    def read(text: str):
+    """Parser of one number, or of name=number,name=number,… into a dict."""
+    def read(text):
         if "=" not in text:
             return kind(text)
         return {name.strip(): kind(value) for name, value in (entry.split("=") for entry in text.split(","))}
     return read
 
-KINDS = {int: ("INT", integer), float: ("NUMBER", float), bool: ("true|false", boolean), str: ("TEXT", str),
-         int | dict: ("INT|NAME=INT,…", by_module(integer)),
-         float | dict: ("NUMBER|NAME=NUMBER,…", by_module(float)),
-         tuple[float, float]: ("X,Y", pair), list[str]: ("TEXT …", str)}
+def pair(text: str) -> tuple[float, float]:
+    first, second = text.split(",")
+    return float(first), float(second)
+
+KINDS = {                                      # annotation → (how it is shown, parser)
+    int: ("INT", integer), int | dict: ("INT|NAME=INT,…", by_module(integer)), str: ("TEXT", str),
+    float: ("NUMBER", float), float | dict: ("NUMBER|NAME=NUMBER,…", by_module(float)),
+    list[str]: ("TEXT …", str), tuple[float, float]: ("X,Y", pair),
+    bool: ("true|false", lambda text: {"true": True, "false": False}[text.lower()]),
+}
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(message)
 
 def parse(cls, argv: list[str], description: str = "") -> dict:
-    """The flags given in argv, name → value, typed by the dataclass `cls`; the other fields are absent.
-
-    Raises ValueError for an unknown or abbreviated flag (with the nearest known ones) and for a wrong value.
-    `--help` prints every flag with meaning, type and default, and exits 0."""
+    """The flags given in argv, name → value; fields of `cls` that were not given are absent. Raises
+    ValueError for an unknown or abbreviated flag and for a wrong value. `--help` prints all flags and exits
+    0."""
     parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [--FLAG VALUE …]")
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
-        kind = hints[f.name]
-        if type(None) in typing.get_args(kind):                    # None is only ever a default
-            kind = functools.reduce(operator.or_, [k for k in typing.get_args(kind) if k is not type(None)])
-        (metavar, convert), choices = KINDS[kind], f.metadata["choices"]
-        shown = str(f.default).lower() if kind is bool else f.default
-        default = "" if f.default is None else f" (default {shown})"
-        extra = {"nargs": "?", "const": True} if kind is bool else {"nargs": "+"} if kind == list[str] else {}
-        parser.add_argument(f"--{f.name}", type=_named(convert, f"--{f.name} {metavar}"), choices=choices,
-                            metavar="|".join(choices) if choices else metavar, **extra,
-                            help=(f.metadata["help"] + default).replace("%", "%%"))
+        kind = next(k for k in KINDS if hints[f.name] in (k, k | None))    # None is only ever a default
+        (shown, convert), choices = KINDS[kind], f.metadata["choices"]
+        def checked(text, convert=convert, expected=f"--{f.name} {shown}"):
+            try:
+                return convert(text)
+            except (ValueError, KeyError, AttributeError, ArithmeticError):
+                raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}") from None
+        default = str(f.default).lower() if kind is bool else f.default
+        text = f.metadata["help"] + ("" if f.default is None else f" (default {default})")
+        extra = {bool: {"nargs": "?", "const": True}, list[str]: {"nargs": "+"}}.get(kind, {})
+        parser.add_argument(f"--{f.name}", type=checked, choices=choices, help=text.replace("%", "%%"),
+                            metavar="|".join(choices) if choices else shown, **extra)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
         near = difflib.get_close_matches(name, [f"--{f.name}" for f in dataclasses.fields(cls)], 3, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
-        raise ValueError(f"{'unknown flag' if name.startswith('-') else 'unexpected'} {name}: {hint}")
+        raise ValueError(f"unknown flag {name}: {hint}")
     return vars(given)
 
-def _named(convert, what: str):
-    def checked(text):
-        try:
-            return convert(text)
-        except (ValueError, KeyError, AttributeError):
-            raise argparse.ArgumentTypeError(f"expected {what}, not {text!r}") from None
-    return checked
-
 def command(main):
-    """Run main() as a program: ValueError → `error: …` on one line and exit 2; any other exception keeps its
-    traceback and exit 1."""
+    """Run main() as a program: a ValueError becomes one line `error: …` and exit code 2; anything else keeps
+    its traceback and exit code 1."""
     try:
         main()
     except ValueError as e:
-        rank = os.environ.get("RANK", "0")                         # set by torchrun
+        rank = os.environ.get("RANK", "0")                                 # set by torchrun
         print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)

@@ -28,9 +28,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 ACTIVATIONS = {"silu": F.silu, "none": lambda z: z}
-INITS = ("svd", "random")
-SELECTS = ("residual", "residual_l1", "weight", "random")
-SPARSE_INITS = ("weight", "residual")
+SWITCHES = {"init": ("svd", "random"), "select": ("residual", "residual_l1", "weight", "random"),
+            "sparse_init": ("weight", "residual"), "activation": tuple(ACTIVATIONS)}
 
 class Decomposition(NamedTuple):
     A: torch.Tensor                            # (r, in)
@@ -53,8 +52,8 @@ def top_svd(W: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, tor
         return vector, sigma, inverse[:, None] * (vector.T @ W)
     return (W @ vector) * inverse, sigma, vector.T
 
-def channel_importance(W, U, sigma, Vt, select: str, generator=None) -> torch.Tensor:
-    """CI_j of each input channel, (in,), eq. 4 and its alternatives."""
+def importance(W, U, sigma, Vt, select: str, generator=None) -> torch.Tensor:
+    """CI_j of each input channel, (in,): eq. 4 and its alternatives."""
     if select == "weight":
         return W.norm(dim=0)
     if select == "random":
@@ -65,89 +64,83 @@ def channel_importance(W, U, sigma, Vt, select: str, generator=None) -> torch.Te
     return (W.square().sum(0) - (sigma[:, None] * Vt).square().sum(0)).clamp(min=0).sqrt()
 
 def random_factors(out_features: int, in_features: int, rank: int, generator=None):
-    """A and B with independent normal elements so that those of B A have the standard deviation (in +
-    out)^-½: the start of CoLA (Liu et al. 2025, arXiv 2502.10940, its published code)."""
+    """A and B of independent normal elements; those of B A have the standard deviation (in + out)^-½: the
+    start of CoLA (Liu et al. 2025, arXiv 2502.10940, its published code)."""
     std = (in_features + out_features) ** -0.25 * rank ** -0.25
     A = torch.randn(rank, in_features, generator=generator, dtype=torch.float64) * std
-    B = torch.randn(out_features, rank, generator=generator, dtype=torch.float64) * std
-    return A, B
+    return A, torch.randn(out_features, rank, generator=generator, dtype=torch.float64) * std
 
-@torch.no_grad()
-def decompose(weight: torch.Tensor, rank: int, k: int, init: str = "svd", select: str = "residual",
-              sparse_init: str = "weight", generator: torch.Generator | None = None) -> Decomposition:
-    """Split weight (out, in) into low-rank factors and k input channels: eqs. 1–6.
-
-    init: factors from the SVD or at "random" (CoLA's); select: channels by the residual's column norms (L2 or
-    L1), by the weight's, or at random; sparse_init: W_s from the columns of W or of W_comp. Random draws come
-    from `generator`, one of the CPU (default: torch's global one). Computed in float64, returned in the
-    weight's dtype and on its device. Raises ValueError for a non-finite weight, a rank outside [1, min(out,
-    in)] or k outside [0, in]."""
-    _check_choice(init=(init, INITS), select=(select, SELECTS), sparse_init=(sparse_init, SPARSE_INITS))
-    if weight.dim() != 2:
-        raise ValueError(f"a weight is a matrix (out, in), not of shape {tuple(weight.shape)}")
-    out_features, in_features = weight.shape
-    _check_sizes(out_features, in_features, rank, k, select)
-    if not weight.isfinite().all():
-        raise ValueError("the weight has NaN or infinite elements: decompose before anything diverges")
-    W = weight.detach().cpu() if weight.device.type == "mps" else weight.detach()     # MPS has no float64
-    W = W.double()
-    needs_svd = init == "svd" or (k and (select.startswith("residual") or sparse_init == "residual"))
-    U, sigma, Vt = top_svd(W, rank) if needs_svd else (None, None, None)
-    if init == "svd":
-        A, B = sigma.sqrt()[:, None] * Vt, U * sigma.sqrt()
-    else:
-        A, B = random_factors(out_features, in_features, rank, generator)
-    index, W_s = torch.empty(0, dtype=torch.int64), W[:, :0]
-    if k:
-        index = channel_importance(W, U, sigma, Vt, select, generator).topk(k).indices.sort().values
-        W_s = W[:, index] if sparse_init == "weight" else W[:, index] - (U * sigma) @ Vt[:, index]
-    parts = (A.to(weight), B.to(weight), index.to(weight.device, torch.int32), W_s.to(weight))
-    if not all(p.isfinite().all() for p in parts):
-        raise ValueError(f"the decomposition overflows {weight.dtype}: use a wider dtype or a smaller weight")
-    return Decomposition(*(p.contiguous() for p in parts))
-
-def _check_sizes(out_features: int, in_features: int, rank: int, k: int, select: str):
+def check(out_features: int, in_features: int, rank: int, k: int, **switches):
+    """Raises ValueError for a decomposition that cannot be."""
+    for name, value in switches.items():
+        if value not in SWITCHES[name]:
+            raise ValueError(f"{name} = {value!r}: choose one of {', '.join(SWITCHES[name])}")
     full = min(out_features, in_features)
     if not 1 <= rank <= full:
         raise ValueError(f"rank {rank} of a {out_features}×{in_features} weight must lie in [1, {full}]")
     if not 0 <= k <= in_features:
         raise ValueError(f"k = {k} channels of {in_features} must lie in [0, {in_features}]")
-    if k and rank == full and select.startswith("residual"):
+    if k and rank == full and switches["select"].startswith("residual"):
         raise ValueError(f"rank {rank} of a {out_features}×{in_features} weight leaves no residual to choose "
                          "channels by: lower the rank, set the sparsity to 0, or select by weight or random")
 
-def _check_choice(**given):
-    for name, (value, known) in given.items():
-        if value not in known:
-            raise ValueError(f"{name} = {value!r}: choose one of {', '.join(known)}")
+@torch.no_grad()
+def decompose(weight: torch.Tensor, rank: int, k: int, init: str = "svd", select: str = "residual",
+              sparse_init: str = "weight", generator: torch.Generator | None = None) -> Decomposition:
+    """Split weight (out, in) into low-rank factors and k input channels, eqs. 1–6.
+
+    init: factors from the SVD, or at "random" as CoLA's. select: channels by the residual's column norms (L2
+    or L1), by the weight's, or at random. sparse_init: W_s from the columns of W or of W_comp. generator, of
+    the CPU: for random draws (default: torch's global one). Computed in float64, returned in the weight's
+    dtype on its device. Raises ValueError for a non-finite weight, a rank outside [1, min(out, in)], k
+    outside [0, in]."""
+    if weight.dim() != 2:
+        raise ValueError(f"a weight is a matrix (out, in), not of shape {tuple(weight.shape)}")
+    check(*weight.shape, rank, k, init=init, select=select, sparse_init=sparse_init)
+    if not weight.isfinite().all():
+        raise ValueError("the weight has NaN or infinite elements: decompose before anything diverges")
+    W = (weight.cpu() if weight.device.type == "mps" else weight.detach()).double()      # MPS has no float64
+    U = sigma = Vt = None
+    if init == "svd" or k and (select.startswith("residual") or sparse_init == "residual"):
+        U, sigma, Vt = top_svd(W, rank)
+    if init == "svd":
+        A, B = sigma.sqrt()[:, None] * Vt, U * sigma.sqrt()
+    else:
+        A, B = random_factors(*weight.shape, rank, generator)
+    index, W_s = torch.empty(0, dtype=torch.int64), W[:, :0]
+    if k:
+        index = importance(W, U, sigma, Vt, select, generator).topk(k).indices.sort().values
+        W_s = W[:, index] if sparse_init == "weight" else W[:, index] - (U * sigma) @ Vt[:, index]
+    A, B, W_s = (part.to(weight).contiguous() for part in (A, B, W_s))
+    if not all(part.isfinite().all() for part in (A, B, W_s)):
+        raise ValueError(f"the decomposition overflows {weight.dtype}: use a wider dtype or a smaller weight")
+    return Decomposition(A, B, index.to(weight.device, torch.int32), W_s)
 
 class LOSTLinear(nn.Module):
     """Drop-in for nn.Linear by eq. 7: x (..., in) → (..., out).
 
     Parameters A (rank, in), B (out, rank), W_s (out, k); buffer index (k,) int32; gamma a number, or a
-    parameter where `learn_gamma`; k = 0 has no sparse path, and neither W_s nor index. The constructor leaves
-    all of them empty, to be filled by `from_linear` or a checkpoint."""
+    parameter where `learn_gamma`. With k = 0 there is no sparse path, no W_s and no index. The constructor
+    leaves all empty, to be filled by `from_linear` or from a checkpoint."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, k: int, gamma: float = 0.7,
-                 activation: str = "silu", learn_gamma: bool = False, bias: bool = False,
-                 device=None, dtype=None):
+                 activation: str = "silu", learn_gamma: bool = False, bias: bool = False, **kwargs):
         super().__init__()
-        _check_choice(activation=(activation, tuple(ACTIVATIONS)))
+        check(out_features, in_features, rank, k, activation=activation, select="weight")
         if not 0 <= gamma <= 1:
             raise ValueError(f"gamma = {gamma}: must lie in [0, 1]")
         self.in_features, self.out_features, self.rank, self.k = in_features, out_features, rank, k
         self.activation = activation
-
-        def empty(*shape):
-            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
-        self.A, self.B = empty(rank, in_features), empty(out_features, rank)
+        self.A = nn.Parameter(torch.empty(rank, in_features, **kwargs))
+        self.B = nn.Parameter(torch.empty(out_features, rank, **kwargs))
         if k:
-            self.W_s = empty(out_features, k)
-            self.register_buffer("index", torch.empty(k, dtype=torch.int32, device=device))
-        self.bias = empty(out_features) if bias else None
-        self.gamma = nn.Parameter(torch.tensor(gamma, device=device, dtype=dtype)) if learn_gamma else gamma
+            self.W_s = nn.Parameter(torch.empty(out_features, k, **kwargs))
+            self.register_buffer("index", torch.empty(k, **{**kwargs, "dtype": torch.int32}))
+        self.bias = nn.Parameter(torch.empty(out_features, **kwargs)) if bias else None
+        self.gamma = nn.Parameter(torch.tensor(gamma, **kwargs)) if learn_gamma else gamma
 
     @classmethod
+    @torch.no_grad()
     def from_linear(cls, linear: nn.Linear, rank: int, sparsity: float, gamma: float = 0.7,
                     activation: str = "silu", learn_gamma: bool = False, init: str = "svd",
                     select: str = "residual", sparse_init: str = "weight",
@@ -157,18 +150,14 @@ class LOSTLinear(nn.Module):
         if not 0 <= sparsity <= 1:
             raise ValueError(f"sparsity = {sparsity}: must lie in [0, 1]")
         k = max(1, int(sparsity * linear.in_features)) if sparsity else 0
-        _check_sizes(linear.out_features, linear.in_features, rank, k, select)
         layer = cls(linear.in_features, linear.out_features, rank, k, gamma, activation, learn_gamma,
-                    linear.bias is not None, linear.weight.device, linear.weight.dtype)
-        if linear.weight.is_meta:
-            return layer
-        parts = decompose(linear.weight, rank, k, init, select, sparse_init, generator)
-        with torch.no_grad():
-            for name, value in parts._asdict().items():
-                if k or name in ("A", "B"):
+                    linear.bias is not None, device=linear.weight.device, dtype=linear.weight.dtype)
+        check(*linear.weight.shape, rank, k, init=init, select=select, sparse_init=sparse_init)
+        if not linear.weight.is_meta:
+            parts = decompose(linear.weight, rank, k, init, select, sparse_init, generator)._asdict()
+            for name, value in {**parts, "bias": linear.bias}.items():
+                if getattr(layer, name, None) is not None:                 # without k or a bias it has none
                     getattr(layer, name).copy_(value)
-            if linear.bias is not None:
-                layer.bias.copy_(linear.bias)
         return layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -180,11 +169,10 @@ class LOSTLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
-        """The dense layer with the same output: γ B A + (1 − γ) W_s in the columns I. Only a linear layer has
-        one."""
+        """The dense layer with the same output, weight γ B A + (1 − γ) W_s in the columns I: without SiLU."""
         if self.activation != "none":
-            raise ValueError(f"activation {self.activation!r} between the factors makes the layer non-linear: no "
-                             "single weight equals it. Train with activation none to merge")
+            raise ValueError(f"activation {self.activation!r} between the factors makes the layer non-linear, "
+                             "no single weight equals it: train with activation none to merge")
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None,
                           self.A.device, self.A.dtype)
         dense.weight.copy_(self.gamma * (self.B @ self.A))
@@ -195,8 +183,7 @@ class LOSTLinear(nn.Module):
         return dense
 
     def settings(self) -> dict:
-        """The constructor's arguments: what a checkpoint must know to build the layer without a
-        decomposition."""
+        """The constructor's arguments, from which a checkpoint builds the layer without a decomposition."""
         learned = isinstance(self.gamma, nn.Parameter)
         return {"in_features": self.in_features, "out_features": self.out_features, "rank": self.rank,
                 "k": self.k, "gamma": float(self.gamma.detach()) if learned else self.gamma,
@@ -209,24 +196,22 @@ def _ends(name: str, key: str) -> bool:
     return f".{name}".endswith(f".{key}")
 
 def by_module(value, name: str):
-    """Look a module up in `value`: a number for all, or a dict from the end of dotted names to numbers, the
-    longest match first, "default" for the rest. `by_module({"q_proj": 64, "default": 128},
+    """The number for the module `name`: `value` itself, or where it is a dict the entry whose key is the
+    longest end of the dotted name, else "default". `by_module({"q_proj": 64, "default": 128},
     "layers.0.q_proj")` is 64."""
     if not isinstance(value, dict):
         return value
-    matches = [key for key in value if _ends(name, key)]
-    if not matches and "default" not in value:
+    longest = max((key for key in value if _ends(name, key)), key=len, default="default")
+    if longest not in value:
         raise ValueError(f"nothing is said for {name}, only for {', '.join(value)}: add a default")
-    return value[max(matches, key=len, default="default")]
+    return value[longest]
 
-def apply_lost(model: nn.Module, rank: int | dict, sparsity: float | dict, gamma: float = 0.7,
-               activation: str = "silu", learn_gamma: bool = False, init: str = "svd",
-               select: str = "residual", sparse_init: str = "weight",
-               generator: torch.Generator | None = None, skip: tuple[str, ...] = ("lm_head",)) -> nn.Module:
+def apply_lost(model: nn.Module, rank: int | dict, sparsity: float | dict, gamma: float = 0.7, *,
+               skip: tuple[str, ...] = ("lm_head",), **switches) -> nn.Module:
     """Replace every nn.Linear of `model` by a LOSTLinear, in place and one at a time, and return the model.
 
-    rank, sparsity: one number, or a dict by module name (`by_module`). skip: ends of the names of modules
-    that stay dense. The rest is as in `decompose`. Raises ValueError, naming the module, for what cannot be
+    rank, sparsity: a number, or a dict by module name (`by_module`). skip: ends of the names of modules that
+    stay dense. switches: as of `LOSTLinear.from_linear`. ValueError names the module that cannot be
     replaced."""
     names = [name for name, m in model.named_modules()
              if isinstance(m, nn.Linear) and not any(_ends(name, s) for s in skip)]
@@ -237,9 +222,8 @@ def apply_lost(model: nn.Module, rank: int | dict, sparsity: float | dict, gamma
             raise ValueError(f"no module is called {key!r}: the first ones are {', '.join(names[:7])}")
     for name in names:
         try:
-            layer = LOSTLinear.from_linear(
-                model.get_submodule(name), by_module(rank, name), by_module(sparsity, name), gamma,
-                activation, learn_gamma, init, select, sparse_init, generator)
+            layer = LOSTLinear.from_linear(model.get_submodule(name), by_module(rank, name),
+                                           by_module(sparsity, name), gamma, **switches)
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from None
         model.set_submodule(name, layer)

@@ -34,8 +34,7 @@ class LlamaConfig:
         """The same sizes under the names of Hugging Face's config.json."""
         ours = {hf: getattr(self, name) for name, hf in HF_NAMES.items()}
         rope = {"rope_theta": self.rope_theta, "rope_type": "default"}    # for transformers 5; 4 has it flat
-        return {**ours, "rope_parameters": rope, "hidden_act": "silu", "attention_bias": False,
-                "mlp_bias": False}
+        return {**ours, "rope_parameters": rope, "hidden_act": "silu"}       # biases are off by default
 
     @classmethod
     def from_hf(cls, hf: dict) -> "LlamaConfig":
@@ -116,7 +115,7 @@ class Attention(nn.Module):
     def forward(self, x, rope, cache=None):
         B, T, C = x.shape
         q = rotate(self.q_proj(x).view(B, T, self.n_head, -1).transpose(1, 2), rope)       # (B, H, T, D)
-        k = rotate(self.k_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2), rope)  # (B, n_kv_head, T, D)
+        k = rotate(self.k_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2), rope)  # (B, n_kv, T, D)
         v = self.v_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)
         mask = None
         if cache is not None:
@@ -216,7 +215,7 @@ class Llama(nn.Module):
             if not use_cache:
                 logits, _ = self(idx[:, start:])
             elif cache is None:
-                cache = KVCache(self.config, idx.shape[0], window, idx.device, self._activation_dtype())
+                cache = KVCache(self.config, idx.shape[0], window, idx.device, self.lm_head.weight.dtype)
                 logits, _ = self(idx[:, start:], cache=cache)
             else:
                 logits, _ = self(idx[:, -1:], cache=cache)
@@ -228,11 +227,6 @@ class Llama(nn.Module):
             if done.all():
                 break
         return idx
-
-    def _activation_dtype(self) -> torch.dtype:
-        device = self.lm_head.weight.device.type
-        autocast = torch.is_autocast_enabled(device)
-        return torch.get_autocast_dtype(device) if autocast else self.lm_head.weight.dtype
 
 def pick_token(logits, temperature, top_k=None, top_p=None, generator=None):
     """One token a row from logits (B, V): the likeliest at temperature 0, else drawn from the top_k

@@ -23,15 +23,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from checkpoint import load_model, load_optimizer, newest_checkpoint, save_checkpoint, sweep
 from data import SampleOrder, TokenDataset, Tokenizer, write_atomic
 from flags import command, flag, parse
-from lost import ACTIVATIONS, INITS, SELECTS, SPARSE_INITS, apply_lost
+from lost import SWITCHES, apply_lost
 from model import MODELS, Llama, LlamaConfig, count_parameters, flops_per_token, multiplications_per_token
 
-# Per size LOST's rank, and the steps and learning rates that CoLA published (LOST's own are unknown; 13b as 7b).
-# tiny is ours, for a CPU: README.md says how its learning rate was found.
+# Per size LOST's rank, and the steps and learning rates that CoLA published (LOST's own are unknown; 13b: as
+# 7b). tiny is ours, for a CPU: README.md says how its learning rate was found.
 RECIPES = {
     "tiny": dict(rank=32,   steps=700,     lr=6e-3, warmup=70, batch_tokens=8192,
                  eval_tokens=200_000, eval_every=100, save_every=100),
@@ -78,10 +79,10 @@ class Config:
     sparsity: float | dict = flag(0.01, "ρ, share of input channels on the sparse path; also by module")
     gamma: float = flag(0.7, "γ, weight of the low-rank path; the sparse one has 1 - γ")
     learn_gamma: bool = flag(False, "train γ, one a layer")
-    init: str = flag("svd", "start of the factors", list(INITS))
-    select: str = flag("residual", "channels by column norm (residual: L2), or at random", list(SELECTS))
-    sparse_init: str = flag("weight", "the columns that the sparse path starts from", list(SPARSE_INITS))
-    activation: str = flag("silu", "between the factors", list(ACTIVATIONS))
+    init: str = flag("svd", "start of the factors", SWITCHES["init"])
+    select: str = flag("residual", "channels by column norm (residual: L2), or at random", SWITCHES["select"])
+    sparse_init: str = flag("weight", "the columns that the sparse path starts from", SWITCHES["sparse_init"])
+    activation: str = flag("silu", "between the factors", SWITCHES["activation"])
     # training
     seq_len: int = flag(256, "tokens of a sample")
     batch_tokens: int = flag(131_072, "tokens of an update, over all processes and micro-batches")
@@ -110,18 +111,19 @@ class Config:
     timeout: int = flag(600, "seconds of silence of one process after which the others give up")
     dry_run: bool = flag(False, "print parameters, memory and tokens, and exit")
 
-METHOD = {"rank", "sparsity", "gamma", "learn_gamma", "init", "select", "sparse_init", "activation"}
+METHOD = ("rank", "sparsity", "gamma", "learn_gamma", "init", "select", "sparse_init", "activation")
 # A resumed run must agree in these; any other value that changed is printed
-FIXED = METHOD | {"n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn", "tie_embeddings", "vocab_size",
-                  "linear", "seq_len", "optimizer", "data"}
+FIXED = {*METHOD, "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn", "tie_embeddings", "vocab_size", "linear",
+         "seq_len", "optimizer", "data"}
 
 def resolve(given: dict) -> Config:
     """A whole Config from the values given, the recipe of the size and the switches of the kind of layer."""
     base = Config(**given)
     config = Config(**{**MODELS[base.model], **RECIPES[base.model], **LINEARS[base.linear], **given})
     config.n_kv_head = config.n_kv_head or config.n_head
-    if config.linear == "dense" and (unused := given.keys() & METHOD):
-        raise ValueError(f"--{min(unused)} means nothing with --linear dense: drop one of them")
+    for name in METHOD if config.linear == "dense" else ():
+        if name in given:
+            raise ValueError(f"--{name} means nothing with --linear dense: drop one of them")
     for name in ("seq_len", "batch_tokens", "micro_batch", "steps", "eval_every", "eval_tokens", "save_every",
                  "keep", "log_every"):
         if (value := getattr(config, name)) is not None and value < 1:
@@ -132,8 +134,6 @@ def resolve(given: dict) -> Config:
 
 def split_batch(config: Config, world: int, micro_tokens: int) -> tuple[int, int]:
     """(samples of a micro-batch, micro-batches of a process for an update); ValueError names valid values."""
-    def divisors(n):
-        return [d for d in range(1, n + 1) if n % d == 0]
     samples, rest = divmod(config.batch_tokens, config.seq_len)
     if rest:
         near = [n * config.seq_len for n in (samples, samples + 1) if n]
@@ -145,9 +145,12 @@ def split_batch(config: Config, world: int, micro_tokens: int) -> tuple[int, int
     fitting = [d for d in divisors(share) if d * config.seq_len <= micro_tokens]
     micro = config.micro_batch or max(fitting, default=1)
     if share % micro:
-        raise ValueError(f"--micro_batch {micro} does not divide the {share} samples of a process: use "
-                         f"one of {divisors(share)}")
+        raise ValueError(f"--micro_batch {micro} does not divide a process's {share} samples: use one of "
+                         f"{divisors(share)}")
     return micro, share // micro
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
 
 def lr_at(step: int, config: Config) -> float:
     """Learning rate of update `step`, from 1: linear warm-up, then a cosine to min_lr_ratio of the peak."""
@@ -163,10 +166,10 @@ def build_model(config: Config, device) -> Llama:
     names = [f.name for f in dataclasses.fields(LlamaConfig) if hasattr(config, f.name)]
     with torch.device("meta" if device == "meta" else "cpu"):
         model = Llama(LlamaConfig(**{name: getattr(config, name) for name in names}))
-    if config.linear == "dense":
-        return model.to(device)
-    return apply_lost(model.to(device), config.rank, config.sparsity, config.gamma, config.activation,
-                      config.learn_gamma, config.init, config.select, config.sparse_init)
+    model.to(device)
+    if config.linear != "dense":
+        apply_lost(model, **{name: getattr(config, name) for name in METHOD})
+    return model
 
 def build_optimizers(model: Llama, config: Config) -> list[torch.optim.Optimizer]:
     """AdamW, with Muon beside it where that is asked for. Matrices decay, vectors and scalars do not."""
@@ -175,38 +178,36 @@ def build_optimizers(model: Llama, config: Config) -> list[torch.optim.Optimizer
         inner = config.optimizer == "muon" and name.startswith("model.layers.")
         groups["vectors" if p.dim() < 2 else "muon" if inner else "matrices"].append(p)
     assert sum(map(len, groups.values())) == len(list(model.parameters())), "a parameter is in no group"
-    adamw = [dict(params=groups["matrices"], weight_decay=config.weight_decay),
-             dict(params=groups["vectors"], weight_decay=0.0)]
-    optimizers = [torch.optim.AdamW(adamw, lr=config.lr, betas=config.betas, fused=True)]
+    decay = {"lr": config.lr, "weight_decay": config.weight_decay}
+    optimizers = [torch.optim.AdamW([dict(params=groups["matrices"]), dict(params=groups["vectors"], weight_decay=0.0)],
+                                    betas=config.betas, fused=True, **decay)]
     if groups["muon"]:                         # match_rms_adamw: updates of AdamW's size, one lr for both
-        optimizers.append(torch.optim.Muon(groups["muon"], lr=config.lr, weight_decay=config.weight_decay,
-                                           adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(torch.optim.Muon(groups["muon"], adjust_lr_fn="match_rms_adamw", **decay))
     return optimizers
 
 def flat_gradients(model: Llama) -> torch.Tensor:
     """One vector of which all gradients are views: one reduction, one norm, one scaling. Its layout never
-    changes, so sums over processes round alike before and after a restart; DistributedDataParallel rearranges its
-    buckets after the first step, which for three or more processes changes the last bits."""
+    changes, so sums over processes round alike before and after a restart; DistributedDataParallel rearranges
+    its buckets after the first step, which for three or more processes changes the last bits."""
     parameters = list(model.parameters())
-    flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+    flat = torch.zeros(count_parameters(model), device=parameters[0].device)
     for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         p.grad = piece.view_as(p)
     return flat
 
 @torch.no_grad()
-def evaluate(model, data: TokenDataset, samples, micro, token_bytes, autocast, device, rank=0, world=1):
+def evaluate(model, data: TokenDataset, samples, micro, token_bytes, autocast, device, rank=0, world=1) -> dict:
     """Loss over the first `samples` windows of the validation split: every token weighs the same for any
-    micro-batch and number of processes. Bits per byte: those of all tokens, also end-of-text, over bytes of text."""
+    micro-batch and number of processes. Bits per byte: those of all tokens, also end-of-text, over the bytes of
+    text."""
     sums = torch.zeros(3, dtype=torch.float64)                             # nats, tokens, bytes
     for first in range(rank * micro, samples, world * micro):
         x, y = data.batch(np.arange(first, min(first + micro, samples)))
-        count, short = y.numel(), micro - len(y)
-        sums[1:] += torch.tensor([count, token_bytes[y].sum()])
-        if short:                              # fill up with targets that do not count: no second compilation
-            x = torch.cat((x, x[:1].expand(short, -1)))
-            y = torch.cat((y, y.new_full((short, y.shape[1]), -1)))
+        sums[1:] += torch.tensor([y.numel(), token_bytes[y].sum()])
+        count, fill = y.numel(), (0, 0, 0, micro - len(y))                 # a smaller batch would compile again
         with autocast:
-            sums[0] += model(x.to(device), y.to(device))[1].item() * count
+            loss = model(F.pad(x, fill).to(device), F.pad(y, fill, value=-1).to(device))[1]
+        sums[0] += loss.item() * count
     if world > 1:
         sums = sums.to(device)                 # nccl reduces nothing on the CPU
         dist.all_reduce(sums)
@@ -216,23 +217,21 @@ def evaluate(model, data: TokenDataset, samples, micro, token_bytes, autocast, d
 
 def describe(config: Config, model: Llama, world: int, micro: int, accumulation: int) -> str:
     """Sizes of a run, counted from the modules present."""
-    def count(*ends):
-        return sum(p.numel() for name, p in model.named_parameters() if name.endswith(ends))
-    total, low_rank, sparse = count_parameters(model), count(".A", ".B"), count(".W_s")
-    dense = total - low_rank - sparse
-    weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    total, kinds = count_parameters(model), {".A": 0, ".B": 0, ".W_s": 0}
+    for name, p in model.named_parameters():
+        for end in kinds:
+            kinds[end] += p.numel() if name.endswith(end) else 0
+    weights = 4 * total + sum(b.numel() * b.element_size() for b in model.buffers())
     inner = sum(p.numel() for p in model.model["layers"].parameters() if p.dim() == 2)
     moments = 4 * (2 * total - (inner if config.optimizer == "muon" else 0))   # Muon keeps one, AdamW two
-    rows = {
-        "parameters": f"{total:,} = low-rank {low_rank:,} + sparse {sparse:,} + dense {dense:,}",
-        "compute": f"{multiplications_per_token(model):,} multiplications a token forward, "
-                   f"{flops_per_token(model):,} FLOPs a token of training",
-        "memory": f"weights {weights:,} + gradients {4 * total:,} + moments {moments:,} bytes + activations",
-        "checkpoint": f"{weights + moments:,} bytes, the newest {config.keep} are kept",
-        "tokens": f"{config.steps * config.batch_tokens:,} = {config.steps:,} steps × {world} processes × "
-                  f"{accumulation} micro-batches × {micro} samples × {config.seq_len}",
-    }
-    return "\n".join(f"{name:<12}{row}" for name, row in rows.items())
+    return (f"parameters  {total:,} = low-rank {kinds['.A'] + kinds['.B']:,} + sparse {kinds['.W_s']:,} + dense "
+            f"{total - sum(kinds.values()):,}\n"
+            f"compute     {multiplications_per_token(model):,} multiplications a token forward, "
+            f"{flops_per_token(model):,} FLOPs a token of training\n"
+            f"memory      weights {weights:,} + gradients {4 * total:,} + optimizer {moments:,} bytes, and "
+            f"activations\ncheckpoint  {weights + moments:,} bytes, the newest {config.keep} are kept\n"
+            f"tokens      {config.steps * config.batch_tokens:,} = {config.steps:,} steps × {world} processes × "
+            f"{accumulation} micro-batches × {micro} samples × {config.seq_len}")
 
 # --- out_dir ---
 
@@ -250,25 +249,22 @@ def on_first(rank: int, world: int, work):
         raise answer[1]
     return answer[0]
 
-@contextlib.contextmanager
-def claimed(out_dir: str):
-    """Keep other runs out of out_dir meanwhile; the kernel drops the lock however this process ends."""
+def claim(out_dir: str):
+    """Make out_dir and lock it; returns the open file that holds the lock until it is closed, however this
+    process ends. Raises ValueError where another run holds it or it cannot be written."""
     try:
         os.makedirs(out_dir, exist_ok=True)
         file = open(os.path.join(out_dir, ".lock"), "a+")
     except OSError as e:
         raise ValueError(f"cannot write to {out_dir} ({e.strerror}): use another --out_dir") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise ValueError(f"process {file.read()} is training in {out_dir}: stop it, or use another "
-                             "--out_dir") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise ValueError(f"process {file.read()} trains in {out_dir}: stop it, or use another --out_dir") from None
+    file.truncate(0)
+    print(os.getpid(), end="", file=file, flush=True)
+    return file
 
 def choose_checkpoint(config: Config) -> str | None:
     """Folder to continue from, or None for a new run, for which out_dir must be empty or is emptied."""
@@ -279,9 +275,9 @@ def choose_checkpoint(config: Config) -> str | None:
     if old and not config.overwrite:
         raise ValueError(f"{config.out_dir} is not empty: continue with --resume auto, delete its run with "
                          "--overwrite, or use another --out_dir")
-    for name in old & {"metrics.jsonl", "config.json", "status.json", "checkpoints"}:
-        path = os.path.join(config.out_dir, name)
-        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+    shutil.rmtree(os.path.join(config.out_dir, "checkpoints"), ignore_errors=True)
+    for name in old & {"metrics.jsonl", "config.json", "status.json"}:
+        os.remove(os.path.join(config.out_dir, name))
     return None
 
 def check_same_run(saved: dict, now: dict):
@@ -322,30 +318,26 @@ def run(config: Config, stack: contextlib.ExitStack):
     # where: this process among the others, its device, its share of a batch
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     kind = best_device() if config.device == "auto" else config.device
-    auto = DEVICES[kind]
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
+    auto, cuda = DEVICES[kind], kind == "cuda"
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if cuda else None)
     dtype = getattr(torch, auto["dtype"] if config.dtype == "auto" else config.dtype)
     autocast = torch.autocast(kind, dtype, enabled=dtype != torch.float32)
     micro, accumulation = split_batch(config, world, auto["micro_tokens"])
     batch = world * accumulation * micro       # samples of an update
 
-    # what: the vocabulary is the last of the model's sizes
-    tokenizer_file = config.tokenizer or os.path.join(config.data_dir, "tokenizer.json")
-    if config.dry_run:                         # needs no data, and for 7b no 27 GB either
-        if config.vocab_size is None and (config.tokenizer or os.path.exists(tokenizer_file)):
-            config.vocab_size = Tokenizer.named(tokenizer_file).vocab_size
-        config.vocab_size = config.vocab_size or LlamaConfig.vocab_size
-        print(describe(config, build_model(config, "meta"), world, micro, accumulation))
-        return
-    if not config.tokenizer and not os.path.exists(tokenizer_file):
-        raise ValueError(f"no {tokenizer_file}: run prepare_c4.py --out_dir {config.data_dir} first, or, for "
-                         "ready-made shards, say --tokenizer gpt2")
-    tokenizer = Tokenizer.named(tokenizer_file)
-    config.vocab_size = config.vocab_size or tokenizer.vocab_size
-    if config.vocab_size < tokenizer.vocab_size:
-        raise ValueError(f"--vocab_size {config.vocab_size} is below the tokenizer's {tokenizer.vocab_size}")
-    token_bytes = torch.zeros(config.vocab_size, dtype=torch.int64)
-    token_bytes[:tokenizer.vocab_size] = torch.from_numpy(tokenizer.token_bytes())
+    # what: the vocabulary is the last of the model's sizes; a dry run can do without data
+    file = config.tokenizer or os.path.join(config.data_dir, "tokenizer.json")
+    tokenizer = Tokenizer.named(file) if config.tokenizer or os.path.exists(file) else None
+    if not tokenizer and not config.dry_run:
+        raise ValueError(f"no {file}: run prepare_c4.py --out_dir {config.data_dir} first, or, for ready-made "
+                         "shards, say --tokenizer gpt2")
+    known = tokenizer.vocab_size if tokenizer else LlamaConfig.vocab_size
+    config.vocab_size = config.vocab_size or known
+    if config.dry_run:                         # on the meta device: for 7b no 27 GB either
+        return print(describe(config, build_model(config, "meta"), world, micro, accumulation))
+    if config.vocab_size < known:
+        raise ValueError(f"--vocab_size {config.vocab_size} is below the tokenizer's {known}")
+    token_bytes = F.pad(torch.from_numpy(tokenizer.token_bytes()), (0, config.vocab_size - known))
     train_data = TokenDataset(config.data_dir, "train", config.seq_len)
     val_data = TokenDataset(config.data_dir, "val", config.seq_len)
     order = SampleOrder(len(train_data), config.seed)
@@ -358,7 +350,7 @@ def run(config: Config, stack: contextlib.ExitStack):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         stack.callback(signal.signal, number, signal.signal(number, ask))
-    if kind == "cuda":
+    if cuda:
         torch.cuda.set_device(device)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -369,16 +361,16 @@ def run(config: Config, stack: contextlib.ExitStack):
     say = print if rank == 0 else lambda *args, **kwargs: None
 
     # the first process alone looks after out_dir, and reads every shard once
-    def claim():
-        stack.enter_context(claimed(config.out_dir))
+    def prepare():
+        stack.enter_context(claim(config.out_dir))
         for data in (train_data, val_data):
-            data.check_ids(tokenizer.vocab_size)
+            data.check_ids(known)
         return choose_checkpoint(config)
-    folder = on_first(rank, world, claim)
+    folder = on_first(rank, world, prepare)
 
     # model and optimizer: of step 0, or as they were
     values = json.loads(json.dumps(dataclasses.asdict(config)))
-    identity = {**values, "data": [train_data.fingerprint(), val_data.fingerprint()]}
+    identity = {**values, "data": [train_data.fingerprint, val_data.fingerprint]}
     if folder:
         model, state = load_model(folder)
         if "config" not in state:
@@ -396,26 +388,25 @@ def run(config: Config, stack: contextlib.ExitStack):
     if folder:
         load_optimizer(folder, model, optimizers)
     gradients = flat_gradients(model)
-    if config.compile == "true" or (config.compile == "auto" and auto["compile"]):
+    if config.compile == "true" or config.compile == "auto" and auto["compile"]:
         model.compile()                        # in place: parameters keep their names
     say(describe(config, model, world, micro, accumulation), flush=True)
-    flops = flops_per_token(model)
-    chip = torch.cuda.get_device_name(device) if kind == "cuda" else ""
+    flops, chip = flops_per_token(model), torch.cuda.get_device_name(device) if cuda else ""
     peak = next((PEAK_FLOPS[name] for name in PEAK_FLOPS if name in chip), None)
 
     # files
-    def status(state_name, reason=""):
+    def path(name):
+        return os.path.join(config.out_dir, name)
+    def status(word, reason=""):
         if rank == 0:
-            content = {"state": state_name, "step": state["step"], "reason": reason}
-            write_atomic(os.path.join(config.out_dir, "status.json"), json.dumps(content).encode())
+            content = {"state": word, "step": state["step"], "reason": reason}
+            write_atomic(path("status.json"), json.dumps(content).encode())
     def record(kind_of_line, **fields):
         if rank == 0:
-            metrics.write(json.dumps({"kind": kind_of_line, "step": state["step"], **fields}) + "\n")
-            metrics.flush()
+            print(json.dumps({"kind": kind_of_line, "step": state["step"], **fields}), file=metrics, flush=True)
     if rank == 0:
-        path = os.path.join(config.out_dir, "metrics.jsonl")
-        metrics = stack.enter_context(open_metrics(path, state["step"]))
-        write_atomic(os.path.join(config.out_dir, "config.json"), json.dumps(values, indent=1).encode())
+        metrics = stack.enter_context(open_metrics(path("metrics.jsonl"), state["step"]))
+        write_atomic(path("config.json"), json.dumps(values, indent=1).encode())
     status("running")
     stack.push(lambda kind, error, trace: status("failed", f"{kind.__name__}: {error}") if error else None)
 
@@ -424,7 +415,7 @@ def run(config: Config, stack: contextlib.ExitStack):
         step = state["step"] + 1
         torch.manual_seed(hash((config.seed, step, rank)))                 # for dropout, should one add it
         lr = lr_at(step, config)
-        for group in (g for o in optimizers for g in o.param_groups):
+        for group in (g for optimizer in optimizers for g in optimizer.param_groups):
             group["lr"] = lr
 
         # gradient of the mean loss over batch_tokens: micro-batches add up here, processes in one reduction
@@ -434,7 +425,7 @@ def run(config: Config, stack: contextlib.ExitStack):
             first = state["samples"] + (i * world + rank) * micro
             x, y = train_data.batch(order[np.arange(first, first + micro)])
             with autocast:
-                part = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True))[1]
+                part = model(x.to(device), y.to(device))[1]
             part = part / (accumulation * world)
             part.backward()
             loss += part.detach()
@@ -446,8 +437,8 @@ def run(config: Config, stack: contextlib.ExitStack):
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(
                 f"step {step}: loss {loss}, gradient norm {norm}, in samples {state['samples']} to "
-                f"{state['samples'] + batch - 1} of the order. Nothing was updated, the last checkpoint is "
-                "good: lower --lr, or look at the data")
+                f"{state['samples'] + batch - 1} of the order. Nothing was updated, the last checkpoint is good: "
+                "lower --lr, or look at the data")
         if step == 1:                          # a parameter that learns nothing is a mistake in the model
             dead = [name for name, p in model.named_parameters() if not p.grad.any()]
             assert not dead, f"no gradient reaches {dead}"
@@ -459,27 +450,25 @@ def run(config: Config, stack: contextlib.ExitStack):
         state["step"], state["samples"] = step, state["samples"] + batch
         state["tokens"] += config.batch_tokens
 
-        timed += 1
-        last = step == config.steps or bool(stop)
+        timed, last = timed + 1, step == config.steps or bool(stop)
+        where = f"step {step:>6}/{config.steps}"
         if step % config.log_every == 0 or last:
             seconds = (time.perf_counter() - started) / timed
-            speed = config.batch_tokens / seconds
+            speed, memory = config.batch_tokens / seconds, peak_memory(device)
             mfu = speed * flops / (peak * world) if peak else None
             record("train", loss=loss, lr=lr, grad_norm=norm, tokens=state["tokens"], tokens_per_second=speed,
-                   step_ms=1000 * seconds, mfu=mfu, peak_memory_bytes=peak_memory(device))
+                   step_ms=1000 * seconds, mfu=mfu, peak_memory_bytes=memory)
             left = datetime.timedelta(seconds=round(seconds * (config.steps - step)))
-            say(f"step {step:>6}/{config.steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
-                f"{speed:,.0f} tok/s | mfu {f'{mfu:.1%}' if mfu else 'n/a'} | "
-                f"{peak_memory(device) / 1e9:.2f} GB | {left} left", flush=True)
+            say(f"{where} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {speed:,.0f} tok/s | mfu "
+                f"{f'{mfu:.1%}' if mfu else 'n/a'} | {memory / 1e9:.2f} GB | {left} left", flush=True)
             timed, started = 0, time.perf_counter()
         paused = time.perf_counter()
-        if (step % config.eval_every == 0 or step == config.steps) and not stop:
+        if step == config.steps or step % config.eval_every == 0 and not stop:
             val = evaluate(model, val_data, eval_samples, micro, token_bytes, autocast, device, rank, world)
             state["best_val_loss"] = min(val["val_loss"], state["best_val_loss"] or math.inf)
             record("eval", **val)
-            say(f"step {step:>6}/{config.steps} | val loss {val['val_loss']:.4f} | perplexity "
-                f"{val['val_ppl']:.2f} | {val['val_bpb']:.4f} bits per byte | {val['val_tokens']:,} tokens",
-                flush=True)
+            say(f"{where} | val loss {val['val_loss']:.4f} | perplexity {val['val_ppl']:.2f} | "
+                f"{val['val_bpb']:.4f} bits per byte | {val['val_tokens']:,} tokens", flush=True)
         if step % config.save_every == 0 or last:
             if rank == 0:
                 os.fsync(metrics.fileno())     # its lines are on disk before the checkpoint is

@@ -60,7 +60,7 @@ class Died(Exception):
     """Stands for a kill: nothing after it runs."""
 
 @pytest.mark.parametrize("name, module, calls", [
-    ("save_file", checkpoint, 2), ("_write_json", checkpoint, 3), ("sha256_file", checkpoint, 5),
+    ("save_file", checkpoint, 2), ("write_json", checkpoint, 3), ("sha256_file", checkpoint, 5),
     ("sync_folder", checkpoint, 2), ("rename", os, 2), ("rmtree", shutil, 2),
 ])
 def test_a_death_at_any_point_of_a_save_leaves_a_good_checkpoint(small, name, module, calls, monkeypatch):
@@ -89,6 +89,16 @@ def test_a_death_at_any_point_of_a_save_leaves_a_good_checkpoint(small, name, mo
             os.rename(folder_of(config, 5), folder_of(config, 4))
         shutil.rmtree(folder_of(config, 5), ignore_errors=True)
 
+def test_after_going_back_the_new_checkpoint_stays_and_the_abandoned_later_ones_go(small):
+    config = small(save_every=1, keep=2)
+    train.main(config)
+    flip(os.path.join(folder_of(config, 8), "state.json"))                     # continues from step 7
+    later = folder_of(config, 12)
+    shutil.copytree(folder_of(config, 8), later)
+    train.main(config)
+    assert checkpoint.checkpoints(config.out_dir) == [folder_of(config, 7), folder_of(config, 8)]
+    assert checkpoint.verify(folder_of(config, 8)) is None
+
 def test_only_the_newest_are_kept(small):
     config = small(save_every=1, keep=2)
     train.main(config)
@@ -108,7 +118,7 @@ def test_the_optimizer_comes_back_whole(run):
     optimizers = train.build_optimizers(model, run)
     checkpoint.load_optimizer(folder_of(run, 8), model, optimizers)
     again = checkpoint.optimizer_tensors(model, optimizers)
-    stored = checkpoint._load_tensors(os.path.join(folder_of(run, 8), "optimizer.safetensors"))
+    stored = checkpoint.load_tensors(os.path.join(folder_of(run, 8), "optimizer.safetensors"))
     assert again.keys() == stored.keys() and all(torch.equal(again[name], stored[name]) for name in stored)
     names = {name.rpartition(".")[2] for name in stored}
     assert names == {"step", "exp_avg", "exp_avg_sq"} and len(stored) == 3 * len(list(model.parameters()))
@@ -129,7 +139,7 @@ def test_pickles_are_refused_and_never_run(tmp_path):
             pickle.dump({"w": Trap()}, f)
         with pytest.raises(ValueError, match="is a file.*convert it to safetensors"):
             checkpoint.load_model(str(tmp_path / name))
-    with pytest.raises(ValueError, match="holds pickled weights"):
+    with pytest.raises(ValueError, match="no checkpoint in .*pickled checkpoints are refused"):
         checkpoint.load_model(str(tmp_path))
     shutil.copy(tmp_path / "model.pt", tmp_path / "model.safetensors")         # a pickle under a trusted name
     (tmp_path / "config.json").write_text(json.dumps(checkpoint.describe(train.build_model(

@@ -279,7 +279,7 @@ def test_apply_replaces_every_linear_in_place_but_the_head():
     model = Network()
     embed, head, up = model.embed, model.lm_head, model.blocks[1]["mlp"]["up"]
     expected = decompose(up.weight, 4, 4)
-    assert apply_lost(model, 4, 0.25, 0.4, "none", True) is model
+    assert apply_lost(model, 4, 0.25, gamma=0.4, activation="none", learn_gamma=True) is model
     assert kinds(model) == {**dict.fromkeys(ALL, LOSTLinear), "lm_head": nn.Linear}
     assert model.embed is embed and model.lm_head is head
     layer = model.blocks[1]["mlp"]["up"]
@@ -457,7 +457,7 @@ def test_parts_have_the_dtype_of_the_weight(shape, dtype, tolerance, init):
     W_r = literal_decomposition(W, 6, 5)[3]
     assert init == "random" or relative_error(parts.B.double() @ parts.A.double(), W_r) < tolerance
 
-@pytest.mark.parametrize("select", lost.SELECTS)
+@pytest.mark.parametrize("select", lost.SWITCHES["select"])
 def test_index_is_int32_and_ascending(select):
     index = decompose(random_weight((20, 40)), 5, 17, select=select).index
     assert index.dtype == torch.int32 and index.is_contiguous() and (index.diff() > 0).all()
@@ -491,8 +491,10 @@ def every_warning_is_an_error():
         yield
     torch.set_warn_always(False)
 
-def test_settings_rebuild_the_layer(every_warning_is_an_error):
-    layer = LOSTLinear.from_linear(dense_layer((12, 16), bias=True), 4, 0.25, 0.4, "none", learn_gamma=True)
+@pytest.mark.parametrize("sparsity", [0, 0.25])
+def test_settings_rebuild_the_layer(sparsity, every_warning_is_an_error):
+    given = dense_layer((12, 16), bias=True)
+    layer = LOSTLinear.from_linear(given, 4, sparsity, 0.4, "none", learn_gamma=True)
     rebuilt = LOSTLinear(**layer.settings(), dtype=torch.float64)
     rebuilt.load_state_dict(layer.state_dict())
     assert rebuilt.settings() == layer.settings() and torch.equal(rebuilt(inputs(16)), layer(inputs(16)))

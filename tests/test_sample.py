@@ -164,7 +164,7 @@ def test_place_without_a_checkpoint_is_refused(refused, tmp_path):
 def test_folder_of_pickled_weights_is_refused(refused, tmp_path):
     torch.save({}, tmp_path / "pytorch_model.bin")
     message = refused("--ckpt", str(tmp_path))
-    assert re.search(f"{tmp_path} holds .*pickled weights.* refused: convert them to safetensors", message)
+    assert str(tmp_path) in message and re.search("pickled .* refused.* convert .* safetensors", message)
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "state.json"])
 def test_changed_file_is_refused(refused, copied, file):
@@ -180,7 +180,8 @@ def test_missing_file_is_refused(refused, copied):
     ("tokenizer.json", "tokenizer.json is no tokenizer: give a tokenizer.json"),
 ])
 def test_cut_file_of_a_folder_without_a_manifest_is_refused(refused, copied, file, message):
-    os.remove(os.path.join(copied[2], "manifest.json"))
+    for ours in ("manifest.json", "state.json"):
+        os.remove(os.path.join(copied[2], ours))
     path = os.path.join(copied[2], file)
     os.truncate(path, os.path.getsize(path) // 2)
     assert re.search(message, refused("--ckpt", copied[2]))
@@ -199,7 +200,7 @@ def test_out_dir_of_damaged_checkpoints_ends_with_code_two(copied, capsys):
 @pytest.mark.parametrize("argv, message", [
     (["--promt", "A"], "unknown flag --promt: did you mean --prompt"),
     (["--num", "2"], "unknown flag --num"),
-    (["A"], "unexpected "),
+    (["A"], " A: see --help"),
     (["--top_k", "many"], "expected --top_k INT, not 'many'"),
     (["--max_new_tokens", "2.5"], "expected --max_new_tokens INT, not '2.5'"),
     (["--temperature"], "--temperature: expected one argument"),

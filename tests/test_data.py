@@ -1,0 +1,572 @@
+"""data.py: shards to the byte, tokenizers that give every text back, an order that is a pure function."""
+import base64
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import data
+import prepare_c4
+from data import SampleOrder, ShardWriter, TokenDataset, Tokenizer, read_shard, write_shard
+
+ROOT = Path(__file__).resolve().parents[1]
+GPT2_FILE = ROOT.parent / "shared" / "data" / "gpt2.tiktoken"
+# OpenAI's first spelling (gpt-2/src/encoder.py); ours, tiktoken's, is a faster one
+PUBLISHED_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+TEXTS = st.text() | st.text("ab'\n\r\t <|endof>é🙂", max_size=60)
+
+def llm_c_bytes(tokens, magic=20240520, version=1, code="H") -> bytes:
+    header = struct.pack("<256i", magic, version, len(tokens), *[0] * 253)
+    return header + struct.pack(f"<{len(tokens)}{code}", *tokens)
+
+def names(folder) -> list[str]:
+    return sorted(os.listdir(folder))
+
+# --- shards ---
+
+@pytest.mark.parametrize("vocab_size, magic, version, code", [
+    (257, 20240520, 1, "H"), (50257, 20240520, 1, "H"), (65536, 20240520, 1, "H"),
+    (65537, 20240801, 7, "I"), (128256, 20240801, 7, "I")])
+def test_a_shard_is_llm_c_s_file_to_the_byte(tmp_path, vocab_size, magic, version, code):
+    tokens = [0, vocab_size - 1, 5, 256]
+    write_shard(tmp_path / "a.bin", np.array(tokens), vocab_size)
+    assert (tmp_path / "a.bin").read_bytes() == llm_c_bytes(tokens, magic, version, code)
+    assert names(tmp_path) == ["a.bin"]
+
+@pytest.mark.parametrize("magic, version, code, dtype", [
+    (20240520, 1, "H", "uint16"), (20240801, 7, "I", "uint32")])
+@pytest.mark.parametrize("tokens", [[], [7], [3, 1, 65535]])
+def test_llm_c_s_bytes_are_read_as_its_tokens(tmp_path, magic, version, code, dtype, tokens):
+    (tmp_path / "a.bin").write_bytes(llm_c_bytes(tokens, magic, version, code))
+    read = read_shard(str(tmp_path / "a.bin"))
+    assert read.dtype == dtype and read.tolist() == tokens
+
+@pytest.mark.parametrize("largest, dtype", [
+    (0, "uint16"), (65535, "uint16"), (65536, "uint32"), (2**32 - 1, "uint32")])
+def test_the_largest_token_chooses_the_type(tmp_path, largest, dtype):
+    write_shard(tmp_path / "a.bin", [0, largest])
+    assert read_shard(tmp_path / "a.bin").dtype == dtype
+    assert read_shard(tmp_path / "a.bin").tolist() == [0, largest]
+
+@pytest.mark.parametrize("tokens, vocab_size", [
+    ([0, 10], 10), ([0, 65536], 65536), ([-1, 0], 10), ([-1], None), ([0.5], None), ([1.0, 2.0], 10),
+    ([True], None), ([[1, 2], [3, 4]], 10), (3, 10), (["a"], None), ([float("inf")], None),
+    ([2**32], None)], ids=repr)
+def test_tokens_that_fit_no_vocabulary_are_refused(tmp_path, tokens, vocab_size):
+    with pytest.raises(ValueError):
+        write_shard(tmp_path / "a.bin", tokens, vocab_size)
+    assert names(tmp_path) == []
+
+DAMAGES = {
+    "wrong magic": lambda good: struct.pack("<i", 20240521) + good[4:],
+    "version of the other magic": lambda good: good[:4] + struct.pack("<i", 7) + good[8:],
+    "magic of the other version": lambda good: struct.pack("<i", 20240801) + good[4:],
+    "cut by a byte": lambda good: good[:-1],
+    "cut by a token": lambda good: good[:-2],
+    "a token too long": lambda good: good + b"\0\0",
+    "a byte too long": lambda good: good + b"\0",
+    "count below zero": lambda good: good[:8] + struct.pack("<i", -4) + good[12:],
+    "header only": lambda good: good[:1024],
+    "short header": lambda good: good[:1023],
+    "twelve bytes": lambda good: good[:12],
+    "empty": lambda good: b"",
+    "a text": lambda good: b"no shard " * 1000,
+}
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_what_is_no_whole_shard_is_refused_by_name(tmp_path, damage):
+    path = tmp_path / "train_00003.bin"
+    path.write_bytes(damage(llm_c_bytes([1, 2, 3, 4])))
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        read_shard(path)
+
+def test_a_missing_shard_and_a_folder_are_refused_by_name(tmp_path):
+    for path in (tmp_path / "nothing.bin", tmp_path):
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            read_shard(path)
+
+class Killed(BaseException):
+    pass
+
+def test_a_shard_that_was_not_closed_has_no_final_name(tmp_path):
+    writer = ShardWriter(str(tmp_path / "a.bin"), np.uint16)
+    writer.append(np.arange(10**6))
+    assert names(tmp_path) == ["a.bin.tmp"]
+    writer.file.close()
+
+@pytest.mark.parametrize("write", [
+    lambda path: write_shard(path, [9] * 50), lambda path: data.write_atomic(path, b"new")],
+    ids=["shard", "small"])
+@pytest.mark.parametrize("point", ["fsync", "replace"])
+def test_a_writer_killed_at_any_point_leaves_the_old_file_whole(tmp_path, monkeypatch, write, point):
+    def killed(*args):
+        raise Killed
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, point, killed)
+    with pytest.raises(Killed):
+        write(str(path))
+    assert path.read_bytes() == b"old"
+
+@pytest.mark.parametrize("write, expected", [
+    (lambda path: write_shard(path, [1, 2, 3]), llm_c_bytes([1, 2, 3])),
+    (lambda path: data.write_atomic(path, b"whole"), b"whole")], ids=["shard", "small"])
+def test_a_file_gets_its_name_when_it_is_whole_and_on_the_disk(tmp_path, monkeypatch, write, expected):
+    synced, at_rename = [], []
+    fsync, replace = os.fsync, os.replace
+    def fsync_seen(fd):
+        synced.append(os.fstat(fd).st_ino)
+        fsync(fd)
+    def replace_seen(source, target):
+        at_rename.append((Path(source).read_bytes(), os.stat(source).st_ino in synced))
+        replace(source, target)
+    monkeypatch.setattr(os, "fsync", fsync_seen)
+    monkeypatch.setattr(os, "replace", replace_seen)
+    write(str(tmp_path / "a.bin"))
+    assert at_rename == [(expected, True)]
+    assert synced[-1] == os.stat(tmp_path).st_ino, "the folder is not synced after the rename"
+
+# --- tokenizers ---
+
+def tiktoken_lines(tokens) -> bytes:
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+
+def trained_tokenizer(folder) -> Tokenizer:
+    text = "the cat's hat, the 11 cats' hats\n\n" * 9 + "été 🙂🙂 été, a dog, another dog"
+    Path(folder, "a.txt").write_text(text, encoding="utf-8")
+    source = [os.path.join(folder, "a.txt")]
+    values = {"input": source, "val_input": source, "tokenizer": "train:280", "workers": 1}
+    prepare_c4.main(prepare_c4.Config(folder, **values))
+    return Tokenizer.load(os.path.join(folder, "tokenizer.json"))
+
+@functools.cache
+def tokenizer(kind: str) -> Tokenizer:
+    if kind == "byte":
+        return Tokenizer.byte()
+    with tempfile.TemporaryDirectory() as folder:
+        if kind == "trained":
+            return trained_tokenizer(folder)
+        path = Path(folder) / "bytes.tiktoken"
+        path.write_bytes(tiktoken_lines([bytes([b]) for b in reversed(range(256))] + [b"en", b"end"]))
+        return Tokenizer.load(path)
+
+KINDS = pytest.mark.parametrize("kind", ["byte", "trained", "tiktoken file"])
+
+@KINDS
+@settings(deadline=None, max_examples=150)
+@given(text=TEXTS)
+@example(text="")
+@example(text=data.END_OF_TEXT)
+@example(text=f"a{data.END_OF_TEXT}b")
+@example(text="x" * 200 + "\r\n" * 70 + "\0")
+def test_decoding_gives_every_text_back(kind, text):
+    ids = tokenizer(kind).encode(text)
+    assert tokenizer(kind).decode(ids) == text
+    assert tokenizer(kind).decode(np.array(ids, np.uint16)) == text
+
+@KINDS
+@settings(deadline=None, max_examples=100)
+@given(before=TEXTS, after=TEXTS)
+def test_end_of_text_inside_a_text_is_ordinary_text(kind, before, after):
+    t = tokenizer(kind)
+    assert max(t.encode(before + data.END_OF_TEXT + after)) < t.eot
+    assert t.decode([t.eot]) == data.END_OF_TEXT
+
+@KINDS
+@settings(deadline=None, max_examples=100)
+@given(text=TEXTS)
+def test_token_bytes_sum_to_the_bytes_of_the_text(kind, text):
+    counts = tokenizer(kind).token_bytes()
+    assert counts[tokenizer(kind).encode(text)].sum() == len(text.encode())
+
+@KINDS
+def test_end_of_text_is_the_last_id_and_stands_for_no_byte(kind):
+    t = tokenizer(kind)
+    assert t.vocab_size == t.eot + 1 == len(t.tokens) + 1 == len(t.token_bytes())
+    assert t.token_bytes()[t.eot] == 0 and t.token_bytes()[:t.eot].min() >= 1
+
+def test_a_character_cut_in_two_decodes_to_the_replacement_character():
+    t = Tokenizer.byte()
+    assert t.decode(t.encode("aé")[:-1]) == "a\ufffd"
+
+@KINDS
+def test_a_saved_tokenizer_is_the_same_tokenizer(tmp_path, kind):
+    first, path = tokenizer(kind), tmp_path / "tokenizer.json"
+    first.save(path)
+    second = Tokenizer.load(path)
+    text = f"The cats' 11 hats,\n\n  été 🙂 {data.END_OF_TEXT}"
+    assert second.encode(text) == first.encode(text)
+    assert second.decode(first.encode(text)) == text
+    assert (second.name, second.pattern, second.eot) == (first.name, first.pattern, first.eot)
+    assert second.sha256() == first.sha256() == hashlib.sha256(path.read_bytes()).hexdigest()
+
+def test_the_hash_tells_tokenizers_apart():
+    byte = Tokenizer.byte()
+    others = [Tokenizer(byte.tokens, data.GPT2_PATTERN, "byte"),
+              Tokenizer(byte.tokens[::-1], byte.pattern, "byte"),
+              Tokenizer([*byte.tokens, b"ab"], byte.pattern, "byte")]
+    assert len({t.sha256() for t in [byte, *others]}) == 4
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+HUGGING_FACE = {"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}
+NO_TOKENIZERS = {
+    "tokenizer.pkl": pickle.dumps(Bomb()),
+    "tokenizer.json": pickle.dumps(Bomb(), 0),
+    "hugging_face.json": json.dumps(HUGGING_FACE).encode(),
+    "other_format.json": Tokenizer.byte().to_json().replace(b"nanolost-tokenizer-1", b"nanolost-tokenizer-9"),
+    "no_base64.json": Tokenizer.byte().to_json().replace(b"AA==", b"A!=="),
+    "no_pattern.json": Tokenizer.byte().to_json().replace(b'"pattern"', b'"patter"'),
+    "broken_pattern.json": Tokenizer.byte().to_json().replace(b"(?s:", b"(?s"),
+    "list.json": b"[1, 2]",
+    "deep.json": b"[" * 200_000,
+    "empty.json": b"",
+    "latin1.json": '{"format": "é"}'.encode("latin-1"),
+    "empty.tiktoken": b"",
+    "rank_missing.tiktoken": b"YQ== 0\nYg== 2\n",
+    "not_base64.tiktoken": b"YQ== 0\n!!!! 1\n",
+    "three_words.tiktoken": b"YQ== 0 0\n",
+    "pickle.tiktoken": pickle.dumps(Bomb()),
+}
+
+@pytest.mark.parametrize("name", NO_TOKENIZERS)
+def test_what_is_no_tokenizer_is_refused_by_name_and_not_executed(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(NO_TOKENIZERS[name])
+    with pytest.raises(ValueError, match=re.escape(name)):
+        Tokenizer.load(tmp_path / name)
+    assert names(tmp_path) == [name]
+
+def test_a_tokenizer_cut_anywhere_is_refused(tmp_path):
+    whole, path = Tokenizer.byte().to_json(), tmp_path / "tokenizer.json"
+    for length in [*range(0, len(whole), 97), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="no tokenizer"):
+            Tokenizer.load(path)
+
+def test_a_missing_tokenizer_and_a_folder_are_refused_by_name(tmp_path):
+    for path in (tmp_path / "nothing.json", tmp_path / "nothing.tiktoken", tmp_path):
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            Tokenizer.load(path)
+
+def test_a_tokenizer_is_named_by_kind_or_by_path(tmp_path):
+    Tokenizer.byte().save(tmp_path / "mine.json")
+    assert Tokenizer.named("byte").sha256() == Tokenizer.named(str(tmp_path / "mine.json")).sha256()
+    with pytest.raises(ValueError, match="nonsense"):
+        Tokenizer.named("nonsense")
+
+@settings(deadline=None, max_examples=300)
+@given(text=TEXTS)
+@example(text="I'll  say: 'it''s 12.5 o'clock'\n\n \t x  ")
+def test_the_split_pattern_gives_the_published_pieces(text):
+    assert regex.findall(data.GPT2_PATTERN, text) == regex.findall(PUBLISHED_PATTERN, text)
+
+@KINDS
+def test_a_very_long_run_of_one_character_is_encoded(kind):
+    for text in (" " * 1_200_000 + "a", "a" * 1_200_000):
+        assert tokenizer(kind).decode(tokenizer(kind).encode(text)) == text
+
+@pytest.mark.skipif(not GPT2_FILE.exists(), reason="no gpt2.tiktoken here")
+def test_gpt2_s_file_gives_gpt2_s_ids():
+    gpt2 = Tokenizer.load(GPT2_FILE)
+    assert (gpt2.vocab_size, gpt2.eot) == (50257, 50256)
+    assert gpt2.encode("Hello world") == [15496, 995]
+    assert gpt2.encode("Hello world!\n\nIt's  2024.") == [15496, 995, 0, 198, 198, 1026, 338, 220, 48609, 13]
+
+# --- the order of samples ---
+
+SEEDS = st.integers(-2**63, 2**64)
+
+@settings(deadline=None)
+@given(n=st.integers(1, 3000), seed=SEEDS, epoch=st.integers(0, 10**6))
+@example(n=1, seed=0, epoch=3)
+@example(n=4096, seed=0, epoch=0)
+@example(n=4097, seed=0, epoch=0)
+def test_each_epoch_is_a_permutation(n, seed, epoch):
+    order = SampleOrder(n, seed)[np.arange(epoch * n, (epoch + 1) * n)]
+    assert np.array_equal(np.sort(order), np.arange(n))
+
+@settings(deadline=None)
+@given(n=st.integers(20, 500), seed=st.integers(0, 10**9))
+def test_epochs_and_seeds_have_different_orders(n, seed):
+    orders = [SampleOrder(n, s)[np.arange(3 * n)].reshape(3, n) for s in range(seed, seed + 3)]
+    assert len({tuple(epoch) for seed_s in orders for epoch in seed_s.tolist()}) == 9
+
+@settings(deadline=None)
+@given(n=st.integers(1, 10**12), seed=SEEDS, numbers=st.lists(st.integers(0, 10**13), min_size=1),
+       draw=st.data())
+def test_a_sample_depends_on_its_number_alone(n, seed, numbers, draw):
+    expected = [SampleOrder(n, seed)[i] for i in numbers]
+    assert all(type(i) is int and 0 <= i < n for i in expected)
+    order = SampleOrder(n, seed)
+    assert order[np.array(numbers)].tolist() == expected
+    assert [order[i] for i in reversed(numbers)] == expected[::-1]
+    shuffled = draw.draw(st.permutations(range(len(numbers))))
+    assert order[[numbers[i] for i in shuffled]].tolist() == [expected[i] for i in shuffled]
+
+@settings(deadline=None)
+@given(n=st.integers(1, 300), seed=SEEDS, first=st.integers(0, 2000), cuts=st.lists(st.integers(0, 200)))
+def test_the_order_does_not_depend_on_the_split_into_batches(n, seed, first, cuts):
+    order, edges = SampleOrder(n, seed), sorted({0, 200, *cuts})
+    pieces = [order[np.arange(first + a, first + b)] for a, b in zip(edges, edges[1:], strict=False)]
+    assert np.array_equal(np.concatenate(pieces), order[np.arange(first, first + 200)])
+    assert np.array_equal(order[np.arange(first, first + 200).reshape(8, 25)].ravel(), np.concatenate(pieces))
+
+def test_a_trillion_samples_need_no_memory():
+    tracemalloc.start()
+    order = SampleOrder(10**12, 1)
+    samples = order[np.arange(10**12 - 5000, 10**12 + 5000)]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5e6
+    assert samples.min() >= 0 and samples.max() < 10**12
+    assert len(np.unique(samples[:5000])) == len(np.unique(samples[5000:])) == 5000
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_an_order_of_no_sample_is_refused(n):
+    with pytest.raises(ValueError, match=str(n)):
+        SampleOrder(n, 0)
+
+@pytest.mark.parametrize("index", [-1, [3, -7], np.array([[0], [-1]])], ids=repr)
+def test_a_number_below_zero_is_refused(index):
+    with pytest.raises(IndexError):
+        SampleOrder(10, 0)[index]
+
+def mean_distance(a, b) -> float:
+    return float(np.abs(a - b).mean())
+
+@pytest.mark.parametrize("n", [5000, 8192, 16384, 16385])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_neighbours_epochs_and_seeds_are_as_far_apart_as_chance_puts_them(n, seed):
+    number = np.arange(n)
+    here, next_epoch = SampleOrder(n, seed)[number], SampleOrder(n, seed)[number + n]
+    other_seed = SampleOrder(n, seed + 1)[number]
+    pairs = [(here[1:], here[:-1]), (here[2:], here[:-2]),
+             (here, number), (here, next_epoch), (here, other_seed)]
+    for a, b in pairs:                         # chance: n / 3, of which 0.7 / sqrt(n), 1 %, is the deviation
+        assert mean_distance(a, b) == pytest.approx(n / 3, rel=0.05)
+
+@pytest.mark.parametrize("n, place", [(10, 0), (10, 9), (16, 3), (17, 16)])
+def test_each_sample_is_as_likely_at_each_place_of_an_epoch(n, place):
+    counts = np.bincount(SampleOrder(n, 5)[np.arange(4000) * n + place], minlength=n)
+    chi_square = ((counts - 4000 / n) ** 2 / (4000 / n)).sum()
+    assert chi_square < 45                     # of at most 17 values: 39 is one chance in a thousand
+
+# --- windows of tokens ---
+
+def put_shards(folder, lengths, split="train", code="H", first=0) -> list[np.ndarray]:
+    """Shards in which every token has another value, so that a window tells where it came from."""
+    shards = []
+    for i, length in enumerate(lengths):
+        shards.append(np.arange(first, first + length))
+        magic, version = {"H": (20240520, 1), "I": (20240801, 7)}[code]
+        Path(folder, f"{split}_{i:05d}.bin").write_bytes(llm_c_bytes(shards[-1], magic, version, code))
+        first += length
+    return shards
+
+def put_manifest(folder, complete=True, **changed):
+    paths = sorted(Path(folder).glob("*.bin"))
+    shards = [{"name": p.name, "split": p.name[:-10], "tokens": changed.get(p.stem, len(read_shard(p))),
+               "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in paths]
+    Path(folder, "manifest.json").write_text(json.dumps({"complete": complete, "shards": shards}))
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(0, 60), min_size=1, max_size=5), seq_len=st.integers(1, 9),
+       with_manifest=st.booleans(), code=st.sampled_from("HI"))
+@example(lengths=[9, 1, 13], seq_len=4, with_manifest=True, code="H")
+def test_every_token_but_a_shard_s_first_is_a_target_once(lengths, seq_len, with_manifest, code):
+    if max(lengths) <= seq_len:
+        lengths = [*lengths, seq_len + 1]
+    with tempfile.TemporaryDirectory() as folder:
+        shards = put_shards(folder, lengths, code=code)
+        if with_manifest:
+            put_manifest(folder)
+        windows = TokenDataset(folder, "train", seq_len)
+        x, y = windows.batch(np.arange(len(windows)))
+    full = [s[:(len(s) - 1) // seq_len * seq_len + 1] for s in shards if len(s)]   # the rest: no window
+    assert y.flatten().tolist() == np.concatenate([s[1:] for s in full]).tolist()
+    assert x.flatten().tolist() == np.concatenate([s[:-1] for s in full]).tolist()
+    assert x.shape == y.shape == (len(windows), seq_len) and x.dtype == y.dtype == torch.int64
+
+@settings(deadline=None)
+@given(draw=st.data())
+def test_a_batch_holds_the_samples_asked_for_in_their_order(draw):
+    with tempfile.TemporaryDirectory() as folder:
+        put_shards(folder, [33, 4, 50, 21])
+        windows = TokenDataset(folder, "train", 4)
+        samples = draw.draw(st.lists(st.integers(0, len(windows) - 1), min_size=1, max_size=30))
+        x, y = windows.batch(np.array(samples))
+        alone = [windows.batch([i]) for i in samples]
+    assert x.tolist() == [a[0][0].tolist() for a in alone]
+    assert y.tolist() == [a[1][0].tolist() for a in alone]
+    assert (y == x + 1).all(), "a window crosses the end of a shard or skips a token"
+
+def test_samples_are_the_same_after_the_maps_were_released(tmp_path, monkeypatch):
+    put_shards(tmp_path, [400, 300])
+    steady = TokenDataset(tmp_path, "train", 3)
+    monkeypatch.setattr(TokenDataset, "RELEASE_EVERY", 5)
+    released = TokenDataset(tmp_path, "train", 3)
+    for samples in np.split(np.random.default_rng(0).permutation(len(steady))[:192], 64):
+        assert released.batch(samples)[1].tolist() == steady.batch(samples)[1].tolist()
+
+@pytest.mark.parametrize("with_manifest", [False, True])
+def test_the_splits_do_not_mix(tmp_path, with_manifest):
+    put_shards(tmp_path, [11, 11], "train")
+    put_shards(tmp_path, [11], "val", first=1000)
+    if with_manifest:
+        put_manifest(tmp_path)
+    train, val = (TokenDataset(tmp_path, split, 5) for split in ("train", "val"))
+    assert train.batch(np.arange(len(train)))[0].max() < 1000 <= val.batch(np.arange(len(val)))[0].min()
+    assert (len(train), len(val)) == (4, 2)
+
+def test_ready_made_shards_train_without_a_manifest(tmp_path):
+    for name, tokens in {"fineweb_val_000000.bin": [7] * 9, "fineweb_train_000001.bin": range(9),
+                         "fineweb_train_000002.bin": range(100, 109)}.items():
+        (tmp_path / name).write_bytes(llm_c_bytes(list(tokens)))
+    train, val = (TokenDataset(str(tmp_path), split, 8) for split in ("train", "val"))
+    assert train.batch([0, 1])[1].tolist() == [list(range(1, 9)), list(range(101, 109))]
+    assert val.batch([0])[1].tolist() == [[7] * 8]
+
+def test_a_folder_with_brackets_in_its_name_is_read(tmp_path):
+    folder = tmp_path / "c4[1]"
+    folder.mkdir()
+    put_shards(folder, [9])
+    assert len(TokenDataset(str(folder), "train", 8)) == 1
+
+def test_a_manifest_names_the_shards_that_count(tmp_path):
+    put_shards(tmp_path, [9])
+    put_manifest(tmp_path)
+    put_shards(tmp_path, [9, 9, 9])
+    assert len(TokenDataset(tmp_path, "train", 8)) == 1
+
+@pytest.mark.parametrize("seq_len, valid", [(7, True), (8, False)])
+def test_shards_shorter_than_a_window_are_refused(tmp_path, seq_len, valid):
+    put_shards(tmp_path, [8, 8])
+    with pytest.raises(ValueError, match="--seq_len") if not valid else contextlib.nullcontext():
+        assert len(TokenDataset(tmp_path, "train", seq_len)) == 2
+
+def test_a_folder_without_shards_of_the_split_is_refused(tmp_path):
+    for split in ("train", "val"):             # in the second round there is a train shard
+        with pytest.raises(ValueError, match=f"no {split} shard.*{re.escape(str(tmp_path))}.*prepare_c4.py"):
+            TokenDataset(tmp_path, split, 4)
+        put_shards(tmp_path, [9])
+
+def test_a_shard_that_disagrees_with_the_manifest_is_refused(tmp_path):
+    put_shards(tmp_path, [9, 9])
+    put_manifest(tmp_path, train_00001=8)
+    with pytest.raises(ValueError, match=r"train_00001.bin.*\b9\b.*\b8\b"):
+        TokenDataset(tmp_path, "train", 4)
+
+@pytest.mark.parametrize("damage", [
+    lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1])], ids=["gone", "cut"])
+def test_a_shard_that_is_gone_or_cut_is_refused_by_name(tmp_path, damage):
+    put_shards(tmp_path, [9, 9])
+    put_manifest(tmp_path)
+    damage(tmp_path / "train_00001.bin")
+    with pytest.raises(ValueError, match="train_00001.bin"):
+        TokenDataset(tmp_path, "train", 4)
+
+def test_an_unfinished_folder_is_refused(tmp_path):
+    put_shards(tmp_path, [9])
+    put_manifest(tmp_path, complete=False)
+    with pytest.raises(ValueError, match="not finished"):
+        TokenDataset(tmp_path, "train", 4)
+
+@pytest.mark.parametrize("content", [
+    b"", b"{}", b"[]", b"null", b"\xff\xfe", b'{"complete": true}', b'{"shards": []}',
+    b'{"complete": true, "shards": 5}', b'{"complete": true, "shards": [{}]}'])
+def test_a_damaged_manifest_is_refused(tmp_path, content):
+    put_shards(tmp_path, [9])
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(ValueError, match="manifest.json"):
+        TokenDataset(tmp_path, "train", 4)
+
+def test_a_manifest_cut_anywhere_is_refused(tmp_path):
+    put_shards(tmp_path, [9])
+    put_manifest(tmp_path)
+    whole = (tmp_path / "manifest.json").read_bytes()
+    for length in range(len(whole)):
+        (tmp_path / "manifest.json").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="manifest.json"):
+            TokenDataset(tmp_path, "train", 4)
+
+def test_one_token_outside_the_vocabulary_is_found(tmp_path):
+    put_shards(tmp_path, [20, 20])                                     # the last token is 39
+    windows = TokenDataset(tmp_path, "train", 4)
+    windows.check_ids(40)
+    with pytest.raises(ValueError, match=r"train_00001.bin.*\b39\b"):
+        windows.check_ids(39)
+
+def sparse_shard(path, tokens: int, last: int = 0):
+    """A shard of zeros that takes no room on the disk, but for its last token."""
+    with open(path, "wb") as f:
+        f.write(struct.pack("<256i", 20240520, 1, tokens, *[0] * 253))
+        f.truncate(1024 + 2 * tokens)
+        f.seek(-2, os.SEEK_END)
+        f.write(struct.pack("<H", last))
+
+def test_a_bad_token_far_into_a_shard_is_found(tmp_path):
+    sparse_shard(tmp_path / "train_00000.bin", (1 << 24) + 5, last=300)
+    windows = TokenDataset(tmp_path, "train", 1024)
+    windows.check_ids(301)
+    with pytest.raises(ValueError, match=r"\b300\b"):
+        windows.check_ids(257)
+
+@pytest.mark.parametrize("change", [
+    lambda folder: put_shards(folder, [9, 8]), lambda folder: put_shards(folder, [9, 9], first=1),
+    lambda folder: (folder / "train_00001.bin").rename(folder / "train_00002.bin")],
+    ids=["length", "content", "name"])
+def test_the_fingerprint_follows_the_data_and_not_the_folder(tmp_path, change):
+    prints = []
+    for name, alter in {"a": lambda folder: None, "b": lambda folder: None, "c": change}.items():
+        (tmp_path / name).mkdir()
+        put_shards(tmp_path / name, [9, 9])
+        alter(tmp_path / name)
+        put_manifest(tmp_path / name)
+        prints.append(TokenDataset(tmp_path / name, "train", 4).fingerprint())
+    assert prints[0] == prints[1] != prints[2]
+
+READER = """
+import os, sys
+import numpy as np
+from data import TokenDataset
+
+def resident():
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+data = TokenDataset(sys.argv[1], "train", 1024)
+def read(first, last):
+    for i in range(first, last, 256):
+        data.batch(np.arange(i, i + 256))
+
+read(0, 10_240)                                # 20 MB
+before, largest = resident(), 0
+for first in range(10_240, 112_640, 2048):     # 200 MB more
+    read(first, first + 2048)
+    largest = max(largest, resident())
+print(largest - before)
+"""
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+def test_resident_memory_does_not_grow_with_the_tokens_read(tmp_path):
+    sparse_shard(tmp_path / "train_00000.bin", 116_000 * 1024)
+    assert int(subprocess.check_output([sys.executable, "-c", READER, tmp_path], cwd=ROOT)) < 40e6
