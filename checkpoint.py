@@ -21,11 +21,11 @@ from model import Llama, LlamaConfig
 
 def checkpoints(out_dir: str) -> list[str]:
     """Folders of the finished checkpoints, oldest first."""
-    return sorted(glob.glob(os.path.join(out_dir, "checkpoints", "step_*")))
+    return sorted(glob.glob(os.path.join(glob.escape(out_dir), "checkpoints", "step_*")))
 
 def sweep(out_dir: str):
     """Remove what an interrupted save or deletion left."""
-    for leftover in glob.glob(os.path.join(out_dir, "checkpoints", ".tmp_*")):
+    for leftover in glob.glob(os.path.join(glob.escape(out_dir), "checkpoints", ".tmp_*")):
         shutil.rmtree(leftover)
 
 def remove(folder: str):
@@ -145,7 +145,7 @@ def checkpoint_folder(path: str) -> str:
     refused = "pickled checkpoints are refused, since loading one can run any code: convert it to safetensors"
     if os.path.isfile(path):
         raise ValueError(f"{path} is a file: give an out_dir or a checkpoint folder ({refused})")
-    if glob.glob(os.path.join(path, "*.safetensors")):
+    if glob.glob(os.path.join(glob.escape(path), "*.safetensors")):
         if os.path.exists(os.path.join(path, "state.json")) and (fault := verify(path)):       # ours
             raise ValueError(f"{path} is damaged: {fault}; use an earlier checkpoint")
         return path
@@ -164,7 +164,7 @@ def load_model(path: str) -> tuple[Llama, dict]:
         for name, settings in content.get("lost", {}).items():
             model.set_submodule(name, LOSTLinear(**settings))
     tensors = {}
-    for file in sorted(glob.glob(os.path.join(folder, "model*.safetensors"))):
+    for file in sorted(glob.glob(os.path.join(glob.escape(folder), "model*.safetensors"))):
         tensors |= load_tensors(file)
     tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
     if model.config.tie_embeddings:

@@ -18,7 +18,7 @@ HEADER_BYTES = 256 * 4
 FORMATS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}     # (magic, version) → token type
 # tiktoken's faster spelling of GPT-2's split pattern (tiktoken_ext/openai_public.py): the same pieces
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT, PIECE = "<|endoftext|>", 400_000                                  # characters encoded at once
 
 # --- files ---
 
@@ -80,7 +80,7 @@ def write_shard(path: str, tokens, vocab_size: int | None = None):
         raise ValueError(f"tokens of shape {tokens.shape} and type {tokens.dtype}: give one row of integers")
     low, high = int(tokens.min(initial=0)), int(tokens.max(initial=0))
     vocab_size = vocab_size or high + 1
-    if low < 0 or high >= vocab_size:
+    if low < 0 or high >= min(vocab_size, 2**32):
         raise ValueError(f"tokens {low} to {high} do not fit a vocabulary of {vocab_size}")
     writer = ShardWriter(os.fspath(path), token_dtype(vocab_size))
     writer.append(tokens)
@@ -98,8 +98,8 @@ def read_shard(path: str) -> np.ndarray:
         raise ValueError(f"{path} is not a token shard (wrong magic or version): make it with prepare_c4.py")
     count = int(header[2])
     if size != HEADER_BYTES + count * dtype.itemsize:
-        raise ValueError(f"{path} has {size} bytes but promises {count} tokens of {dtype.itemsize}: it is cut or "
-                         "damaged; delete it and run prepare_c4.py again")
+        raise ValueError(f"{path} has {size} bytes but promises {count} tokens of {dtype.itemsize}: it is "
+                         "cut or damaged; delete it and run prepare_c4.py again")
     return np.asarray(np.memmap(path, dtype, "r", HEADER_BYTES, (count,))) if count else np.empty(0, dtype)
 
 # --- tokenizers ---
@@ -119,7 +119,8 @@ class Tokenizer:
                                      special_tokens={END_OF_TEXT: self.eot})
 
     def encode(self, text: str) -> list[int]:
-        return self.bpe.encode_ordinary(text)
+        # in pieces, as tiktoken's regular expressions overflow on a run of a million spaces
+        return [i for a in range(0, len(text), PIECE) for i in self.bpe.encode_ordinary(text[a:a + PIECE])]
 
     def decode(self, ids) -> str:
         """Text of some ids; bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
@@ -157,9 +158,9 @@ class Tokenizer:
             return cls(tokens, content["pattern"], content["name"])
         except OSError as e:
             raise ValueError(f"cannot read the tokenizer {path}: {e.strerror}") from None
-        except (AssertionError, KeyError, TypeError, ValueError):
-            raise ValueError(f"{path} is no tokenizer: give a tokenizer.json of prepare_c4.py or a .tiktoken file "
-                             "with ranks 0, 1, 2, …") from None
+        except (AssertionError, KeyError, TypeError, ValueError, RecursionError):
+            raise ValueError(f"{path} is no tokenizer: give a tokenizer.json of prepare_c4.py or a .tiktoken "
+                             "file with ranks 0, 1, 2, …") from None
 
     @classmethod
     def named(cls, name: str) -> "Tokenizer":
@@ -173,7 +174,7 @@ class Tokenizer:
         except Exception as e:                 # of many kinds: no network, no such host, a damaged cache
             raise ValueError(
                 f"tiktoken could not fetch GPT-2's vocabulary ({type(e).__name__}). Without a network give "
-                "--tokenizer a .tiktoken file with its ranks, set TIKTOKEN_CACHE_DIR to a folder that has it, or "
+                "--tokenizer a .tiktoken file with its ranks, set TIKTOKEN_CACHE_DIR to a folder with it, or "
                 "use --tokenizer train:N (trained on your text) or byte") from None
         return cls([gpt2.decode_single_token_bytes(i) for i in range(gpt2.eot_token)], name=name)
 
@@ -226,7 +227,7 @@ def load_manifest(data_dir: str, unfinished: bool = False) -> dict | None:
     try:
         with open(path, encoding="utf-8") as f:
             manifest = json.load(f)
-        complete, _ = manifest["complete"], manifest["shards"]
+        complete, _ = manifest["complete"], [(s["split"], s["name"], s["tokens"]) for s in manifest["shards"]]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is damaged: delete {data_dir} and run prepare_c4.py again") from None
     if not complete and not unfinished:
@@ -242,8 +243,9 @@ class TokenDataset:
 
     def __init__(self, data_dir: str, split: str, seq_len: int):
         manifest, self.seq_len = load_manifest(data_dir), seq_len
+        found = sorted(glob.glob(os.path.join(glob.escape(data_dir), f"*{split}*.bin")))
         shards = [s for s in manifest["shards"] if s["split"] == split] if manifest else [
-            {"name": os.path.basename(p)} for p in sorted(glob.glob(os.path.join(data_dir, f"*{split}*.bin")))]
+            {"name": os.path.basename(path)} for path in found]
         if not shards:
             raise ValueError(f"no {split} shards in {data_dir}: run prepare_c4.py --out_dir {data_dir} first")
         self.paths = [os.path.join(data_dir, s["name"]) for s in shards]
@@ -254,8 +256,8 @@ class TokenDataset:
                                  f"{shard['tokens']}: delete the folder and run prepare_c4.py again")
         self.ends = np.cumsum([max(0, (n - 1) // seq_len) for n in lengths])   # windows up to a shard's end
         if not len(self):
-            raise ValueError(f"the {split} shards of {data_dir} hold fewer than {seq_len + 1} tokens each: prepare "
-                             "more text or lower --seq_len")
+            raise ValueError(f"the {split} shards of {data_dir} hold fewer than {seq_len + 1} tokens each: "
+                             "prepare more text or lower --seq_len")
         # identity of the split: what a resumed run must find again
         known = json.dumps([[s["name"], s["tokens"], s.get("sha256")] for s in shards])
         self.fingerprint = hashlib.sha256(known.encode()).hexdigest()
@@ -270,8 +272,8 @@ class TokenDataset:
             tokens = read_shard(path)
             for i in range(0, len(tokens), 1 << 24):
                 if (largest := int(tokens[i:i + (1 << 24)].max())) >= vocab_size:
-                    raise ValueError(f"{path} holds token {largest}, the last one is {vocab_size - 1}: it was made "
-                                     "with another tokenizer; prepare it again")
+                    raise ValueError(f"{path} holds token {largest}, the last is {vocab_size - 1}: it was "
+                                     "made with another tokenizer; prepare it again")
 
     def batch(self, samples) -> tuple[torch.Tensor, torch.Tensor]:
         """Windows `samples` as inputs and targets, two int64 tensors of shape (len(samples), seq_len)."""

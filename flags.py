@@ -67,7 +67,7 @@ def parse(cls, argv: list[str], description: str = "") -> dict:
         name = unknown[0].split("=")[0]
         near = difflib.get_close_matches(name, [f"--{f.name}" for f in dataclasses.fields(cls)], 3, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
-        raise ValueError(f"unknown flag {name}: {hint}")
+        raise ValueError(f"{'unknown flag' if name.startswith('-') else 'unexpected'} {name}: {hint}")
     return vars(given)
 
 def command(main):

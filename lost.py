@@ -171,10 +171,10 @@ class LOSTLinear(nn.Module):
     def merge(self) -> nn.Linear:
         """The dense layer with the same output, weight γ B A + (1 − γ) W_s in the columns I: without SiLU."""
         if self.activation != "none":
-            raise ValueError(f"activation {self.activation!r} between the factors makes the layer non-linear, "
-                             "no single weight equals it: train with activation none to merge")
-        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None,
-                          self.A.device, self.A.dtype)
+            raise ValueError(f"activation {self.activation!r} makes the layer non-linear, no single weight "
+                             "equals it: train with activation none to merge")
+        dense = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, self.bias is not None,
+                                   device=self.A.device, dtype=self.A.dtype)
         dense.weight.copy_(self.gamma * (self.B @ self.A))
         if self.k:
             dense.weight.index_add_(1, self.index, (1 - self.gamma) * self.W_s)

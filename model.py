@@ -234,7 +234,7 @@ def pick_token(logits, temperature, top_k=None, top_p=None, generator=None):
     or from all. Returns (B, 1)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature               # a small one overflows else
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))
@@ -243,6 +243,13 @@ def pick_token(logits, temperature, top_k=None, top_p=None, generator=None):
         drop = probs.cumsum(-1) - probs >= top_p                                  # the first one always stays
         logits = logits.masked_fill(drop.scatter(1, order, drop), float("-inf"))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+def pick_device(name: str) -> str:
+    """"auto" is the best of cuda, mps and cpu that is here. Raises ValueError for one that is not."""
+    here = [d for d in ("cuda", "mps") if getattr(torch, d).is_available()] + ["cpu"]
+    if name not in ("auto", *here):
+        raise ValueError(f"--device {name}: this machine or this torch has none; use {' or '.join(here)}")
+    return here[0] if name == "auto" else name
 
 # --- counts, from the modules present ---
 

@@ -14,14 +14,18 @@ import gzip
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import sys
+import threading
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
+import huggingface_hub
 import numpy as np
+import rustbpe
 from tqdm import tqdm
 
 from data import GPT2_PATTERN, ShardWriter, Tokenizer, load_manifest, sha256_file, token_dtype, write_atomic
@@ -38,10 +42,10 @@ class Config:
     out_dir: str = flag("data/c4", "where the shards go")
     train_tokens: int = flag(1_320_000_000, "stop once reached; the default is one epoch of the 60m run")
     val_tokens: int = flag(10_000_000, "stop once reached")
-    input: list[str] | None = flag(None, "GLOBs of local files instead of C4: .json or .jsonl (lines with a text "
+    input: list[str] | None = flag(None, "GLOBs of files instead of C4: .json, .jsonl (lines with a text "
                                    "key) or .txt, each also with .gz; or builtin, text of Python's library")
     val_input: list[str] | None = flag(None, "files for validation; else a hash of each document decides")
-    tokenizer: str = flag("gpt2", "gpt2, byte, train:N (a BPE of N ids), a tokenizer.json or a .tiktoken file")
+    tokenizer: str = flag("gpt2", "gpt2, byte, train:N (a BPE of N ids), a tokenizer.json or .tiktoken file")
     shard_tokens: int = flag(100_000_000, "most tokens of a shard")
     workers: int = flag(os.cpu_count(), "tokenizer processes; the output does not depend on it")
     skip_bad: bool = flag(False, "count and skip lines that are no document, instead of stopping")
@@ -51,19 +55,21 @@ class Config:
 
 def expand(patterns: list[str]) -> list[str]:
     """The files that the patterns name, sorted, each once; "builtin" stands for itself."""
-    names = {name for p in patterns for name in ([p] if p == "builtin" else glob.glob(p, recursive=True))}
-    if not names:
-        raise ValueError(f"no file matches {' '.join(patterns)}: look at the path, and quote patterns")
+    names = set()
+    for p in patterns:
+        found = [p] if p == "builtin" or os.path.exists(p) else glob.glob(p, recursive=True)
+        if not found:
+            raise ValueError(f"no file matches {p}: look at the path, and quote patterns")
+        names.update(found)
     return sorted(names)
 
 def fetch(source: str) -> str:
     """Path of a source on this machine; a file of the hub is downloaded into its cache, once."""
     if not source.startswith("hf://"):
         return source
-    from huggingface_hub import hf_hub_download                            # slow to import, needed here alone
     owner, name, file = source.removeprefix("hf://").split("/", 2)
     try:
-        return hf_hub_download(f"{owner}/{name}", file, repo_type="dataset")
+        return huggingface_hub.hf_hub_download(f"{owner}/{name}", file, repo_type="dataset")
     except Exception as e:                     # of many kinds: no network, no such host, a full disk
         raise ValueError(f"cannot download {source} ({type(e).__name__}): check the network and run again to "
                          "continue, or give local files by --input") from None
@@ -86,28 +92,22 @@ class Documents:
                 raise ValueError(f"{self.sources[s]} holds no document: remove it from the input")
 
     def _texts(self, path: str):
-        """A JSON line is a document; other text is cut at the first blank line after 2,000 bytes, or at any
-        line after 100,000."""
         kind = "txt" if path == "builtin" else path.removesuffix(".gz").rpartition(".")[2]
         if kind not in ("json", "jsonl", "txt"):
             raise ValueError(f"{path}: the kinds of input are .json, .jsonl and .txt, each also with .gz")
-        piece = b""
-        for number, line in enumerate(itertools.chain(self._lines(path), [b""]), 1):     # b"": the end
-            piece = piece + line if kind == "txt" else line
-            blank = not line.strip()
-            if piece.strip() if kind != "txt" else piece and (
-                    not line or blank and len(piece) > 2_000 or len(piece) > 100_000):
-                try:
-                    text = piece.decode() if kind == "txt" else json.loads(piece.decode())["text"]
+        lines = enumerate(self._lines(path), 1)
+        for number, raw in pieces(lines) if kind == "txt" else lines:
+            try:
+                if kind == "txt" or raw.strip():
+                    text = raw.decode() if kind == "txt" else json.loads(raw.decode())["text"]
                     text.encode()              # half a surrogate pair may come out of a JSON escape
                     yield text
-                except UnicodeError:
-                    self._bad(path, number, "is not UTF-8")
-                except KeyError:
-                    self._bad(path, number, 'has no "text" key')
-                except (ValueError, TypeError, AttributeError):
-                    self._bad(path, number, 'is not a JSON object whose "text" is a string')
-                piece = b""
+            except UnicodeError as e:
+                self._bad(path, number + raw.count(b"\n", 0, e.start), "is not UTF-8")
+            except KeyError:
+                self._bad(path, number, 'has no "text" key')
+            except (ValueError, TypeError, AttributeError, RecursionError):
+                self._bad(path, number, 'is not a JSON object whose "text" is a string')
 
     def _lines(self, path: str):
         number = 0
@@ -127,6 +127,18 @@ class Documents:
             raise ValueError(f"{path}:{number}: {fault}; mend or remove it, or say --skip_bad true")
         self.skipped += 1
 
+def pieces(lines):
+    """Text without documents, cut at the first blank line after 2,000 bytes or any after 100,000: (its first
+    line's number, bytes)."""
+    piece, first = b"", 1
+    for number, line in lines:
+        piece += line
+        if len(piece) > 2_000 and not line.strip() or len(piece) > 100_000:
+            yield first, piece
+            piece, first = b"", number + 1
+    if piece:
+        yield first, piece
+
 def split_of(text: str) -> str:
     """The split of a document by a hash of its text: the same in every run and for every order of files."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
@@ -141,25 +153,26 @@ def choose_tokenizer(config: Config, streams: dict[str, list[str]]) -> Tokenizer
         return Tokenizer.named(config.tokenizer)
     if int(size) < 257:
         raise ValueError(f"--tokenizer {config.tokenizer}: at least 257, for 256 bytes and end-of-text")
-    import rustbpe
     print(f"training a tokenizer of {size} ids", flush=True)
-    stream, left = "both" if "both" in streams else "train", BPE_CHARACTERS
-    def texts():
-        nonlocal left
+    def texts(stream, left=BPE_CHARACTERS):
         for _, split, text in Documents(streams[stream], config.skip_bad).split(stream):
-            left -= len(text)
-            if left < 0:
+            if (left := left - len(text)) < 0:
                 return
             if split == "train":
                 yield text
     bpe = rustbpe.Tokenizer()
-    bpe.train_from_iterator(texts(), int(size) - 1, pattern=GPT2_PATTERN)
+    stream = "both" if "both" in streams else "train"
+    bpe.train_from_iterator(texts(stream), int(size) - 1, pattern=GPT2_PATTERN)
     ranks = sorted(bpe.get_mergeable_ranks(), key=lambda entry: entry[1])
+    if len(ranks) < int(size) - 1:
+        raise ValueError(f"--tokenizer {config.tokenizer}: this text yields only {len(ranks) + 1} ids")
     return Tokenizer([bytes(token) for token, _ in ranks], name=config.tokenizer)
 
 def _load(path: str):
-    global _tokenizer                          # of this worker process
+    global _tokenizer                          # of this worker process, which ends when the command does
     _tokenizer = Tokenizer.load(path)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 def _encode(texts: list[str]) -> list[np.ndarray]:
     dtype = token_dtype(_tokenizer.vocab_size)
@@ -184,9 +197,10 @@ def encoded(documents, pool: ProcessPoolExecutor, workers: int):
 class SplitWriter:
     """The shards of one split. Each ends with a whole document; closing one enters it in the manifest."""
 
-    def __init__(self, config: Config, split: str, limit: int, manifest: dict):
+    def __init__(self, config: Config, split: str, manifest: dict):
         own = [s for s in manifest["shards"] if s["split"] == split]
-        self.config, self.split, self.limit, self.manifest = config, split, limit, manifest
+        self.config, self.split, self.manifest = config, split, manifest
+        self.limit = getattr(config, f"{split}_tokens")
         self.number, self.total, self.shard = len(own), sum(s["tokens"] for s in own), None
         self.reached = tuple(manifest["reached"].get(split, (0, -1)))      # last document of a closed shard
 
@@ -223,9 +237,10 @@ def verify(out_dir: str):
     manifest = load_manifest(out_dir)
     if manifest is None:
         raise ValueError(f"no manifest.json in {out_dir}: nothing to verify against")
-    for entry in tqdm([*manifest["shards"], {**manifest["tokenizer"], "name": "tokenizer.json"}], unit=" files"):
-        path = os.path.join(out_dir, entry["name"])
-        if not os.path.exists(path) or sha256_file(path) != entry["sha256"]:
+    digests = {s["name"]: s["sha256"] for s in manifest["shards"]}
+    for name, digest in tqdm({**digests, "tokenizer.json": manifest["tokenizer"]["sha256"]}.items()):
+        path = os.path.join(out_dir, name)
+        if not os.path.exists(path) or sha256_file(path) != digest:
             raise ValueError(f"{path} is not what its manifest says: delete {out_dir} and prepare it again")
     print(f"{out_dir}: {len(manifest['shards'])} shards and the tokenizer are as the manifest says")
 
@@ -233,17 +248,15 @@ def plan(config: Config, sources: list[str]):
     """Say what will be read and written, and refuse where the disk has no room for it."""
     tokens, download = config.train_tokens + config.val_tokens, 0
     if config.input is None:
-        download = -(-config.train_tokens // C4_FILE["tokens"]) * C4_FILE["bytes"]
-        print(f"input   C4, about {download / 1e9:.1f} GB to download into the hub's cache")
+        download = -(-config.train_tokens // C4_FILE["tokens"]) * C4_FILE["bytes"] / 1e9
     else:                                      # gzip shrinks text to about a third, 4 bytes make a token
         text = sum(os.path.getsize(s) * (3 if s.endswith(".gz") else 1) for s in sources if s != "builtin")
         tokens = min(tokens, text // (1 if config.tokenizer == "byte" else 4) + 500_000)
-        print(f"input   {len(sources)} sources, about {text / 1e6:,.0f} MB of text")
-    free, needed = shutil.disk_usage(config.out_dir).free, 2 * tokens + download
-    print(f"output  at most about {tokens / 1e6:,.0f} M tokens, {2 * tokens / 1e9:.2f} GB, in "
-          f"{config.out_dir} ({free / 1e9:.1f} GB free)", flush=True)
-    if needed > free:
-        raise ValueError(f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free: free some, use "
+    free, shards = shutil.disk_usage(config.out_dir).free / 1e9, 2 * tokens / 1e9
+    print(f"about {download:.1f} GB to download into the hub's cache, up to {tokens / 1e6:,.0f} M tokens = "
+          f"{shards:.2f} GB to write into {config.out_dir}, {free:.1f} GB free there", flush=True)
+    if shards + download > free:
+        raise ValueError(f"{shards + download:.1f} GB are needed, {free:.1f} GB are free: free some, use "
                          "another --out_dir (and HF_HOME, the hub's cache), or ask for fewer --train_tokens")
 
 def begin(config: Config, streams: dict[str, list[str]]) -> dict:
@@ -263,30 +276,36 @@ def main(config: Config):
     if config.verify:
         return verify(config.out_dir)
     for name in ("train_tokens", "val_tokens", "shard_tokens", "workers"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name} {getattr(config, name)}: must be positive")
+        if getattr(config, name) < 1 or config.shard_tokens >= 2**31:      # a shard counts in an int32
+            raise ValueError(f"--{name} {getattr(config, name)}: must be positive, --shard_tokens below 2**31")
     streams = C4
     if config.input:
         streams = {"both" if not config.val_input else "train": expand(config.input)}
     if config.val_input:
         streams = {"val": expand(config.val_input), "train": streams["train"]}
-    os.makedirs(config.out_dir, exist_ok=True)
+    try:
+        os.makedirs(config.out_dir, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"cannot make {config.out_dir} ({e.strerror}): use another --out_dir") from None
     manifest = begin(config, streams)
     if manifest["complete"]:
-        return print(f"{config.out_dir} is complete ({len(manifest['shards'])} shards); --verify compares them")
+        return print(f"{config.out_dir} is complete: {len(manifest['shards'])} shards")
     plan(config, [source for sources in streams.values() for source in sources])
-    for leftover in glob.glob(os.path.join(config.out_dir, "*.tmp")):
+    for leftover in glob.glob(os.path.join(glob.escape(config.out_dir), "*.tmp")):
         os.remove(leftover)
     tokenizer_path = os.path.join(config.out_dir, "tokenizer.json")
-    if "tokenizer" not in manifest:            # else this run continues one that had chosen it
+    if "tokenizer" in manifest:                # this run continues one that chose it
+        digest = manifest["tokenizer"]["sha256"]
+        if not os.path.exists(tokenizer_path) or sha256_file(tokenizer_path) != digest:
+            raise ValueError(f"{tokenizer_path} is not the one that {config.out_dir} was begun with: delete both")
+    else:
         tokenizer = choose_tokenizer(config, streams)
         tokenizer.save(tokenizer_path)
         manifest["tokenizer"] = {"name": config.tokenizer, "sha256": sha256_file(tokenizer_path),
                                  "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot}
         save_manifest(config.out_dir, manifest)
 
-    writers = {"train": SplitWriter(config, "train", config.train_tokens, manifest),
-               "val": SplitWriter(config, "val", config.val_tokens, manifest)}
+    writers = {split: SplitWriter(config, split, manifest) for split in ("train", "val")}
     with ProcessPoolExecutor(config.workers, initializer=_load, initargs=(tokenizer_path,)) as pool, \
             tqdm(unit=" tokens", unit_scale=True, initial=sum(w.total for w in writers.values())) as bar:
         for stream, sources in streams.items():
@@ -306,7 +325,7 @@ def main(config: Config):
                 print(f"skipped {documents.skipped} bad lines", file=sys.stderr)
     for split, writer in writers.items():
         if not writer.total:
-            raise ValueError(f"no document for {split}: give more input" + " or --val_input" * (split == "val"))
+            raise ValueError(f"no document for {split}: give more --input, or both --input and --val_input")
     manifest["complete"] = True
     save_manifest(config.out_dir, manifest)
     counts = ", ".join(f"{w.total:,} {split} tokens in {w.number} shards" for split, w in writers.items())

@@ -12,6 +12,7 @@ import torch
 from checkpoint import checkpoint_folder, load_model
 from data import Tokenizer
 from flags import command, flag, parse
+from model import pick_device
 
 @dataclass
 class Config:
@@ -27,7 +28,7 @@ class Config:
     dtype: str = flag("float32", "of weights and activations", ["float32", "bfloat16"])
 
 def main(config: Config):
-    if config.max_new_tokens < 1 or config.num_samples < 1 or config.temperature < 0:
+    if config.max_new_tokens < 1 or config.num_samples < 1 or not config.temperature >= 0:
         raise ValueError("--max_new_tokens and --num_samples must be positive, --temperature not negative")
     top_k, top_p = config.top_k, config.top_p
     if top_k is not None and top_k < 1 or top_p is not None and not 0 < top_p <= 1:
@@ -39,8 +40,7 @@ def main(config: Config):
                 prompt = f.read()
         except (OSError, UnicodeDecodeError) as e:
             raise ValueError(f"cannot read the prompt: {e}") from None
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = best if config.device == "auto" else config.device
+    device = pick_device(config.device)
 
     folder = checkpoint_folder(config.ckpt)
     tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))

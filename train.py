@@ -29,7 +29,15 @@ from checkpoint import load_model, load_optimizer, newest_checkpoint, save_check
 from data import SampleOrder, TokenDataset, Tokenizer, write_atomic
 from flags import command, flag, parse
 from lost import SWITCHES, apply_lost
-from model import MODELS, Llama, LlamaConfig, count_parameters, flops_per_token, multiplications_per_token
+from model import (
+    MODELS,
+    Llama,
+    LlamaConfig,
+    count_parameters,
+    flops_per_token,
+    multiplications_per_token,
+    pick_device,
+)
 
 # Per size LOST's rank, and the steps and learning rates that CoLA published (LOST's own are unknown; 13b: as
 # 7b). tiny is ours, for a CPU: README.md says how its learning rate was found.
@@ -113,8 +121,8 @@ class Config:
 
 METHOD = ("rank", "sparsity", "gamma", "learn_gamma", "init", "select", "sparse_init", "activation")
 # A resumed run must agree in these; any other value that changed is printed
-FIXED = {*METHOD, "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn", "tie_embeddings", "vocab_size", "linear",
-         "seq_len", "optimizer", "data"}
+FIXED = {*METHOD, "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn", "tie_embeddings", "vocab_size",
+         "linear", "seq_len", "optimizer", "data"}
 
 def resolve(given: dict) -> Config:
     """A whole Config from the values given, the recipe of the size and the switches of the kind of layer."""
@@ -179,8 +187,8 @@ def build_optimizers(model: Llama, config: Config) -> list[torch.optim.Optimizer
         groups["vectors" if p.dim() < 2 else "muon" if inner else "matrices"].append(p)
     assert sum(map(len, groups.values())) == len(list(model.parameters())), "a parameter is in no group"
     decay = {"lr": config.lr, "weight_decay": config.weight_decay}
-    optimizers = [torch.optim.AdamW([dict(params=groups["matrices"]), dict(params=groups["vectors"], weight_decay=0.0)],
-                                    betas=config.betas, fused=True, **decay)]
+    adamw = [dict(params=groups["matrices"]), dict(params=groups["vectors"], weight_decay=0.0)]
+    optimizers = [torch.optim.AdamW(adamw, betas=config.betas, fused=True, **decay)]
     if groups["muon"]:                         # match_rms_adamw: updates of AdamW's size, one lr for both
         optimizers.append(torch.optim.Muon(groups["muon"], adjust_lr_fn="match_rms_adamw", **decay))
     return optimizers
@@ -196,15 +204,15 @@ def flat_gradients(model: Llama) -> torch.Tensor:
     return flat
 
 @torch.no_grad()
-def evaluate(model, data: TokenDataset, samples, micro, token_bytes, autocast, device, rank=0, world=1) -> dict:
+def evaluate(model, data: TokenDataset, samples, micro, token_bytes, autocast, device, rank=0, world=1):
     """Loss over the first `samples` windows of the validation split: every token weighs the same for any
-    micro-batch and number of processes. Bits per byte: those of all tokens, also end-of-text, over the bytes of
-    text."""
+    micro-batch and number of processes. Bits per byte: those of all tokens, also end-of-text, over the bytes
+    of text."""
     sums = torch.zeros(3, dtype=torch.float64)                             # nats, tokens, bytes
     for first in range(rank * micro, samples, world * micro):
         x, y = data.batch(np.arange(first, min(first + micro, samples)))
         sums[1:] += torch.tensor([y.numel(), token_bytes[y].sum()])
-        count, fill = y.numel(), (0, 0, 0, micro - len(y))                 # a smaller batch would compile again
+        count, fill = y.numel(), (0, 0, 0, micro - len(y))             # another shape would compile again
         with autocast:
             loss = model(F.pad(x, fill).to(device), F.pad(y, fill, value=-1).to(device))[1]
         sums[0] += loss.item() * count
@@ -224,14 +232,15 @@ def describe(config: Config, model: Llama, world: int, micro: int, accumulation:
     weights = 4 * total + sum(b.numel() * b.element_size() for b in model.buffers())
     inner = sum(p.numel() for p in model.model["layers"].parameters() if p.dim() == 2)
     moments = 4 * (2 * total - (inner if config.optimizer == "muon" else 0))   # Muon keeps one, AdamW two
-    return (f"parameters  {total:,} = low-rank {kinds['.A'] + kinds['.B']:,} + sparse {kinds['.W_s']:,} + dense "
-            f"{total - sum(kinds.values()):,}\n"
+    low_rank, sparse = kinds[".A"] + kinds[".B"], kinds[".W_s"]
+    return (f"parameters  {total:,} = low-rank {low_rank:,} + sparse {sparse:,} + dense "
+            f"{total - low_rank - sparse:,}\n"
             f"compute     {multiplications_per_token(model):,} multiplications a token forward, "
             f"{flops_per_token(model):,} FLOPs a token of training\n"
             f"memory      weights {weights:,} + gradients {4 * total:,} + optimizer {moments:,} bytes, and "
             f"activations\ncheckpoint  {weights + moments:,} bytes, the newest {config.keep} are kept\n"
-            f"tokens      {config.steps * config.batch_tokens:,} = {config.steps:,} steps × {world} processes × "
-            f"{accumulation} micro-batches × {micro} samples × {config.seq_len}")
+            f"tokens      {config.steps * config.batch_tokens:,} = {config.steps:,} steps × {world} "
+            f"processes × {accumulation} micro-batches × {micro} samples × {config.seq_len}")
 
 # --- out_dir ---
 
@@ -261,7 +270,8 @@ def claim(out_dir: str):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.seek(0)
-        raise ValueError(f"process {file.read()} trains in {out_dir}: stop it, or use another --out_dir") from None
+        owner = file.read()
+        raise ValueError(f"process {owner} trains in {out_dir}: stop it or use another --out_dir") from None
     file.truncate(0)
     print(os.getpid(), end="", file=file, flush=True)
     return file
@@ -298,9 +308,6 @@ def open_metrics(path: str, step: int):
     write_atomic(path, "".join(kept).encode())
     return open(path, "a", encoding="utf-8")
 
-def best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
 def peak_memory(device: torch.device) -> int:
     """Bytes at the most so far: of the GPU's allocator, else resident in this process."""
     if device.type == "cuda":
@@ -317,7 +324,7 @@ def main(config: Config):
 def run(config: Config, stack: contextlib.ExitStack):
     # where: this process among the others, its device, its share of a batch
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    kind = best_device() if config.device == "auto" else config.device
+    kind = pick_device(config.device)
     auto, cuda = DEVICES[kind], kind == "cuda"
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if cuda else None)
     dtype = getattr(torch, auto["dtype"] if config.dtype == "auto" else config.dtype)
@@ -329,8 +336,8 @@ def run(config: Config, stack: contextlib.ExitStack):
     file = config.tokenizer or os.path.join(config.data_dir, "tokenizer.json")
     tokenizer = Tokenizer.named(file) if config.tokenizer or os.path.exists(file) else None
     if not tokenizer and not config.dry_run:
-        raise ValueError(f"no {file}: run prepare_c4.py --out_dir {config.data_dir} first, or, for ready-made "
-                         "shards, say --tokenizer gpt2")
+        raise ValueError(f"no {file}: run prepare_c4.py --out_dir {config.data_dir} first, or, for ready-"
+                         "made shards, say --tokenizer gpt2")
     known = tokenizer.vocab_size if tokenizer else LlamaConfig.vocab_size
     config.vocab_size = config.vocab_size or known
     if config.dry_run:                         # on the meta device: for 7b no 27 GB either
@@ -403,7 +410,8 @@ def run(config: Config, stack: contextlib.ExitStack):
             write_atomic(path("status.json"), json.dumps(content).encode())
     def record(kind_of_line, **fields):
         if rank == 0:
-            print(json.dumps({"kind": kind_of_line, "step": state["step"], **fields}), file=metrics, flush=True)
+            line = {"kind": kind_of_line, "step": state["step"], **fields}
+            print(json.dumps(line), file=metrics, flush=True)
     if rank == 0:
         metrics = stack.enter_context(open_metrics(path("metrics.jsonl"), state["step"]))
         write_atomic(path("config.json"), json.dumps(values, indent=1).encode())
@@ -437,8 +445,8 @@ def run(config: Config, stack: contextlib.ExitStack):
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(
                 f"step {step}: loss {loss}, gradient norm {norm}, in samples {state['samples']} to "
-                f"{state['samples'] + batch - 1} of the order. Nothing was updated, the last checkpoint is good: "
-                "lower --lr, or look at the data")
+                f"{state['samples'] + batch - 1} of the order. Nothing was updated, the last checkpoint is "
+                "good: lower --lr, or look at the data")
         if step == 1:                          # a parameter that learns nothing is a mistake in the model
             dead = [name for name, p in model.named_parameters() if not p.grad.any()]
             assert not dead, f"no gradient reaches {dead}"

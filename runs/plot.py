@@ -1,9 +1,11 @@
 """Validation loss against tokens, one line a run: python runs/plot.py out/a out/b … [--out curve.png]
 
 Prints the table of the last evaluations too. A folder's line is named by its linear layers, learning rate and
-seed; of each kind of layer the best learning rate is drawn in full, the others faintly. Needs matplotlib (the extra "plot")."""
+seed; of each kind of layer the best learning rate is drawn in full, the others faintly. Needs matplotlib (the
+extra "plot")."""
 import json
 import os
+import statistics
 import sys
 
 import matplotlib
@@ -31,7 +33,7 @@ def main(argv: list[str]):
     runs = sorted((read(folder) for folder in argv), key=lambda r: (r["linear"], r["lr"], r["seed"]))
     print(f"{'linear':8} {'lr':>8} {'seed':>4} {'loss':>8} {'perplexity':>10} {'bits/byte':>9} {'tok/s':>8}")
     for r in runs:
-        last, speed = r["evals"][-1], sorted(t["tokens_per_second"] for t in r["trains"])[len(r["trains"]) // 2]
+        last, speed = r["evals"][-1], statistics.median(t["tokens_per_second"] for t in r["trains"])
         print(f"{r['linear']:8} {r['lr']:8.0e} {r['seed']:4} {last['val_loss']:8.4f} {last['val_ppl']:10.2f} "
               f"{last['val_bpb']:9.4f} {speed:8,.0f}")
     figure, axes = plt.subplots(figsize=(7, 4.5))
@@ -42,8 +44,8 @@ def main(argv: list[str]):
         for r in own:
             drawn = {"label": f"{linear}, lr {r['lr']:g}", "lw": 2} if r is best else {"alpha": 0.35, "lw": 1}
             axes.plot(r["tokens"], [e["val_loss"] for e in r["evals"]], "o-", ms=3, color=color, **drawn)
-    axes.set(xlabel="training tokens", ylabel="loss (nats a token)", title="Validation loss; faint: training loss, "
-             "other learning rates and seeds")
+    axes.set(xlabel="training tokens", ylabel="loss (nats a token)",
+             title="Validation loss; faint: training loss, other learning rates and seeds")
     axes.set_ylim(top=6.5)
     axes.grid(alpha=0.3)
     axes.legend()

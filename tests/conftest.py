@@ -9,8 +9,8 @@ import prepare_c4
 import train
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SMALL = dict(model="tiny", n_layer=2, n_embd=32, n_head=2, n_ffn=48, seq_len=32, batch_tokens=256, steps=8, warmup=2,
-             eval_every=4, eval_tokens=2000, save_every=4, log_every=1, device="cpu")
+SMALL = dict(model="tiny", n_layer=2, n_embd=32, n_head=2, n_ffn=48, seq_len=32, batch_tokens=256, steps=8,
+             warmup=2, eval_every=4, eval_tokens=2000, save_every=4, log_every=1, device="cpu")
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
@@ -24,19 +24,20 @@ def small(data_dir, tmp_path):
     """small(steps=3, …) → a resolved Config that writes to a folder of this test."""
     def make(**given):
         method = {} if given.get("linear") == "dense" else {"rank": 8}
-        return train.resolve({**SMALL, **method, "data_dir": data_dir, "out_dir": str(tmp_path / "out"), **given})
+        folders = {"data_dir": data_dir, "out_dir": str(tmp_path / "out")}
+        return train.resolve({**SMALL, **method, **folders, **given})
     return make
 
 def flags_of(config) -> list[str]:
     """The command line of a Config, without the flags that have their defaults."""
+    def text(value):
+        return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
     default = train.Config()
-    text = {name: str(v).lower() if isinstance(v, bool) else ",".join(map(str, v)) if isinstance(v, tuple) else str(v)
-            for name, v in vars(config).items() if v != getattr(default, name)}
-    return [f"--{name}={value}" for name, value in text.items()]
+    return [f"--{name}={text(v)}" for name, v in vars(config).items() if v != getattr(default, name)]
 
 def launch(config, processes: int = 1, **kwargs) -> subprocess.Popen:
     """train.py as a command of its own, under torchrun for several processes."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
-    command = [sys.executable, *torchrun, os.path.join(ROOT, "train.py"), *flags_of(config)]
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*(torchrun if processes > 1 else []), os.path.join(ROOT, "train.py"), *flags_of(config)]
+    return subprocess.Popen([sys.executable, *command], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)

@@ -35,6 +35,9 @@ def llm_c_bytes(tokens, magic=20240520, version=1, code="H") -> bytes:
     header = struct.pack("<256i", magic, version, len(tokens), *[0] * 253)
     return header + struct.pack(f"<{len(tokens)}{code}", *tokens)
 
+def sha256(path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
 def names(folder) -> list[str]:
     return sorted(os.listdir(folder))
 
@@ -158,7 +161,7 @@ def trained_tokenizer(folder) -> Tokenizer:
 @functools.cache
 def tokenizer(kind: str) -> Tokenizer:
     if kind == "byte":
-        return Tokenizer.byte()
+        return Tokenizer.named("byte")
     with tempfile.TemporaryDirectory() as folder:
         if kind == "trained":
             return trained_tokenizer(folder)
@@ -202,7 +205,7 @@ def test_end_of_text_is_the_last_id_and_stands_for_no_byte(kind):
     assert t.token_bytes()[t.eot] == 0 and t.token_bytes()[:t.eot].min() >= 1
 
 def test_a_character_cut_in_two_decodes_to_the_replacement_character():
-    t = Tokenizer.byte()
+    t = Tokenizer.named("byte")
     assert t.decode(t.encode("aé")[:-1]) == "a\ufffd"
 
 @KINDS
@@ -214,28 +217,23 @@ def test_a_saved_tokenizer_is_the_same_tokenizer(tmp_path, kind):
     assert second.encode(text) == first.encode(text)
     assert second.decode(first.encode(text)) == text
     assert (second.name, second.pattern, second.eot) == (first.name, first.pattern, first.eot)
-    assert second.sha256() == first.sha256() == hashlib.sha256(path.read_bytes()).hexdigest()
-
-def test_the_hash_tells_tokenizers_apart():
-    byte = Tokenizer.byte()
-    others = [Tokenizer(byte.tokens, data.GPT2_PATTERN, "byte"),
-              Tokenizer(byte.tokens[::-1], byte.pattern, "byte"),
-              Tokenizer([*byte.tokens, b"ab"], byte.pattern, "byte")]
-    assert len({t.sha256() for t in [byte, *others]}) == 4
+    second.save(tmp_path / "again.json")
+    assert sha256(tmp_path / "again.json") == sha256(path)
 
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ("executed",)
 
 HUGGING_FACE = {"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}
+BYTE_JSON = Tokenizer.named("byte").to_json()
 NO_TOKENIZERS = {
     "tokenizer.pkl": pickle.dumps(Bomb()),
     "tokenizer.json": pickle.dumps(Bomb(), 0),
     "hugging_face.json": json.dumps(HUGGING_FACE).encode(),
-    "other_format.json": Tokenizer.byte().to_json().replace(b"nanolost-tokenizer-1", b"nanolost-tokenizer-9"),
-    "no_base64.json": Tokenizer.byte().to_json().replace(b"AA==", b"A!=="),
-    "no_pattern.json": Tokenizer.byte().to_json().replace(b'"pattern"', b'"patter"'),
-    "broken_pattern.json": Tokenizer.byte().to_json().replace(b"(?s:", b"(?s"),
+    "other_format.json": BYTE_JSON.replace(b"nanolost-tokenizer-1", b"nanolost-tokenizer-9"),
+    "no_base64.json": BYTE_JSON.replace(b"AA==", b"A!=="),
+    "no_pattern.json": BYTE_JSON.replace(b'"pattern"', b'"patter"'),
+    "broken_pattern.json": BYTE_JSON.replace(b"(?s:", b"(?s"),
     "list.json": b"[1, 2]",
     "deep.json": b"[" * 200_000,
     "empty.json": b"",
@@ -256,9 +254,9 @@ def test_what_is_no_tokenizer_is_refused_by_name_and_not_executed(tmp_path, monk
     assert names(tmp_path) == [name]
 
 def test_a_tokenizer_cut_anywhere_is_refused(tmp_path):
-    whole, path = Tokenizer.byte().to_json(), tmp_path / "tokenizer.json"
-    for length in [*range(0, len(whole), 97), len(whole) - 1]:
-        path.write_bytes(whole[:length])
+    path = tmp_path / "tokenizer.json"
+    for length in [*range(0, len(BYTE_JSON), 97), len(BYTE_JSON) - 1]:
+        path.write_bytes(BYTE_JSON[:length])
         with pytest.raises(ValueError, match="no tokenizer"):
             Tokenizer.load(path)
 
@@ -268,8 +266,8 @@ def test_a_missing_tokenizer_and_a_folder_are_refused_by_name(tmp_path):
             Tokenizer.load(path)
 
 def test_a_tokenizer_is_named_by_kind_or_by_path(tmp_path):
-    Tokenizer.byte().save(tmp_path / "mine.json")
-    assert Tokenizer.named("byte").sha256() == Tokenizer.named(str(tmp_path / "mine.json")).sha256()
+    Tokenizer.named("byte").save(tmp_path / "mine.json")
+    assert Tokenizer.named(str(tmp_path / "mine.json")).to_json() == BYTE_JSON
     with pytest.raises(ValueError, match="nonsense"):
         Tokenizer.named("nonsense")
 
@@ -385,7 +383,7 @@ def put_shards(folder, lengths, split="train", code="H", first=0) -> list[np.nda
 def put_manifest(folder, complete=True, **changed):
     paths = sorted(Path(folder).glob("*.bin"))
     shards = [{"name": p.name, "split": p.name[:-10], "tokens": changed.get(p.stem, len(read_shard(p))),
-               "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in paths]
+               "sha256": sha256(p)} for p in paths]
     Path(folder, "manifest.json").write_text(json.dumps({"complete": complete, "shards": shards}))
 
 @settings(deadline=None)
@@ -541,7 +539,7 @@ def test_the_fingerprint_follows_the_data_and_not_the_folder(tmp_path, change):
         put_shards(tmp_path / name, [9, 9])
         alter(tmp_path / name)
         put_manifest(tmp_path / name)
-        prints.append(TokenDataset(tmp_path / name, "train", 4).fingerprint())
+        prints.append(TokenDataset(tmp_path / name, "train", 4).fingerprint)
     assert prints[0] == prints[1] != prints[2]
 
 READER = """

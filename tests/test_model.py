@@ -1,9 +1,12 @@
 """The plain LLaMA against Hugging Face's, its cache and sampler against slow forms, its counts by hand."""
+import os
+
 import pytest
 import torch
 import torch.nn as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import LlamaConfig as TheirConfig
 from transformers import LlamaForCausalLM
 
@@ -61,7 +64,7 @@ def saved(model, out_dir):
     idx = tokens(2, 8)
     model(idx, idx)[1].backward()
     optimizer.step()
-    return save_checkpoint(str(out_dir), 1, model, [optimizer], {"step": 1}, Tokenizer.byte(), keep=1)
+    return save_checkpoint(str(out_dir), 1, model, [optimizer], {"step": 1}, Tokenizer.named("byte"), keep=1)
 
 # --- the reference implementation ---
 
@@ -91,6 +94,8 @@ def test_loss_equals_that_of_hugging_face(kind):
 def test_our_checkpoint_folder_loads_in_hugging_face(kind, tmp_path):
     model = small(**kind)
     folder = saved(model, tmp_path)
+    names = load_file(os.path.join(folder, "model.safetensors"))
+    assert ("lm_head.weight" in names) != model.config.tie_embeddings      # as theirs
     theirs, report = LlamaForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
     idx = tokens(3, 20)

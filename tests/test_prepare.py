@@ -201,14 +201,16 @@ def test_about_one_document_in_fifty_is_validation():
     splits = collections.Counter(map(prepare_c4.split_of, some_texts(20_000)))
     assert set(splits) == {"train", "val"} and 320 <= splits["val"] <= 480      # 400, deviation 20
 
-@pytest.mark.parametrize("limit", [1, 1000, 1001, 5000])
-def test_each_split_stops_at_the_document_that_reaches_its_limit(tmp_path, limit, out):
-    train, val = some_texts(300), some_texts(300, 1)
-    prepare(out, input=[put(tmp_path / "a.jsonl", train)], val_input=[put(tmp_path / "v.jsonl", val)],
-            train_tokens=limit, val_tokens=2 * limit, shard_tokens=900)
-    for split, texts, limit_of_split in [("train", train, limit), ("val", val, 2 * limit)]:
-        ends = np.cumsum([1 + len(text.encode()) for text in texts])
-        assert documents(out, split) == texts[:int(np.searchsorted(ends, limit_of_split)) + 1]
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+@pytest.mark.parametrize("last", [0, 30])
+def test_each_split_stops_at_the_document_that_reaches_its_limit(tmp_path, out, last, beyond):
+    texts = {"train": some_texts(100), "val": some_texts(100, 1)}
+    ends = {split: np.cumsum([1 + len(text.encode()) for text in own]) for split, own in texts.items()}
+    files = {split: [put(tmp_path / f"{split}.jsonl", own)] for split, own in texts.items()}
+    prepare(out, input=files["train"], train_tokens=int(ends["train"][last]) + beyond, shard_tokens=900,
+            val_input=files["val"], val_tokens=int(ends["val"][last + 5]) + beyond)
+    assert documents(out, "train") == texts["train"][:last + 1 + (beyond > 0)]
+    assert documents(out, "val") == texts["val"][:last + 6 + (beyond > 0)]
 
 def test_hash_splits_stop_each_at_its_own_limit(tmp_path, out):
     texts = some_texts(1500)
@@ -252,7 +254,7 @@ def flip_a_byte(path):
     path.write_bytes(raw)
 
 def another_tokenizer(out_dir):
-    t = Tokenizer.byte()
+    t = Tokenizer.named("byte")
     Tokenizer(t.tokens[::-1], t.pattern, t.name).save(out_dir / "tokenizer.json")
 
 DAMAGES = {
@@ -318,6 +320,8 @@ def test_a_run_killed_at_any_rename_continues_to_the_same_files(tmp_path, monkey
         assert killed_at(monkeypatch, rename, after, folder, corpus)
         named = {name: raw for name, raw in files_of(folder).items() if not name.endswith(".tmp")}
         assert all(raw == straight[name] for name, raw in named.items() if name != "manifest.json")
+        if (rename, after) != (renames, True):                         # then the manifest says complete
+            (folder / "train_00099.bin.tmp").write_bytes(b"left over")
         prepare(folder, **corpus)
         assert files_of(folder) == straight, f"killed {'after' if after else 'before'} rename {rename}"
     assert shards >= 5 and not killed_at(monkeypatch, renames + 1, False, tmp_path / "whole", corpus)

@@ -39,8 +39,8 @@ def status(config):
 # --- the same run, however it is interrupted or split ---
 
 @pytest.mark.parametrize("switches", [
-    {}, dict(linear="dense"), dict(learn_gamma=True, n_kv_head=1, tie_embeddings=True), dict(optimizer="muon"),
-    dict(dtype="bfloat16"),
+    {}, dict(linear="dense"), dict(learn_gamma=True, n_kv_head=1, tie_embeddings=True),
+    dict(optimizer="muon"), dict(dtype="bfloat16"),
 ], ids=["lost", "dense", "learned-gamma", "muon", "bfloat16"])
 def test_a_resumed_run_equals_the_straight_run_bit_for_bit(small, switches, tmp_path):
     straight = small(**switches)
@@ -54,7 +54,7 @@ def test_a_resumed_run_equals_the_straight_run_bit_for_bit(small, switches, tmp_
     assert files_of(resumed, 8) == files_of(straight, 8)
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_signal_stops_cleanly_and_the_same_command_continues_as_if_nothing_had_been(small, tmp_path, processes):
+def test_a_signal_stops_cleanly_and_the_same_command_continues_the_same_run(small, tmp_path, processes):
     straight = small(steps=150, save_every=150, eval_every=150, out_dir=str(tmp_path / "straight"))
     stopped = small(steps=150, save_every=150, eval_every=150)
     assert launch(straight, processes).communicate() and status(straight)["state"] == "finished"
@@ -173,8 +173,9 @@ def test_a_size_brings_its_recipe_and_each_value_can_be_overridden():
     (dict(linear="dense", rank=8), "--rank means nothing"), (dict(steps=0), "--steps 0: must be positive"),
     (dict(warmup=9), "--warmup 9: must lie between 0 and --steps 8"),
     (dict(batch_tokens=250), r"use \[224, 256\]"), (dict(micro_batch=3), r"use one of \[1, 2, 4, 8\]"),
-    (dict(rank=100), "q_proj: rank 100 of a 32×32 weight"), (dict(vocab_size=100), "below the tokenizer's 257"),
-    (dict(data_dir="nowhere"), "run prepare_c4.py"), (dict(seq_len=10**6, batch_tokens=10**6), "fewer than 1000001"),
+    (dict(rank=100), "q_proj: rank 100 of a 32×32 weight"), (dict(data_dir="nowhere"), "run prepare_c4.py"),
+    (dict(vocab_size=100), "below the tokenizer's 257"),
+    (dict(seq_len=10**6, batch_tokens=10**6), "fewer than 1000001"), (dict(device="mps"), "--device mps"),
 ])
 def test_what_cannot_be_is_refused_with_the_repair(small, given, message):
     with pytest.raises(ValueError, match=message):
@@ -184,7 +185,7 @@ def test_a_batch_that_does_not_divide_among_processes_is_refused_with_those_that
     with pytest.raises(ValueError, match=r"start one of \[1, 2, 4, 8\], or use --batch_tokens 288"):
         train.split_batch(small(), 3, 4096)
 
-PUBLISHED = {                                  # millions of parameters for 32 000 tokens: dense, low-rank, ρ = 0.01
+PUBLISHED = {                                  # millions for 32 000 tokens: dense, low-rank, ρ = 0.01
     "60m": (58.07, 42.77, 0.25), "130m": (134.11, 94.00, 0.78), "350m": (367.97, 185.22, 2.96),
     "1b": (1339.08, 609.31, 11.83), "7b": (6738.42, 2820.94, None),
 }
@@ -194,12 +195,12 @@ def test_dry_run_prints_the_published_parameter_counts(size, capsys):
     def parameters(**given):
         train.main(train.resolve(dict(model=size, vocab_size=32_000, dry_run=True, device="cpu", **given)))
         words = capsys.readouterr().out.split("\n")[0].replace(",", "").split()
-        return [int(word) / 1e6 for word in words if word.isdigit()]           # total, low-rank, sparse, dense
+        return [int(word) / 1e6 for word in words if word.isdigit()]       # total, low-rank, sparse, dense
     dense, low_rank, sparse = PUBLISHED[size]
     assert round(parameters(linear="dense")[0], 2) == dense
     assert round(parameters(linear="lowrank")[0], 2) == low_rank
     total, _, extra, _ = parameters(sparsity=0.01)
-    assert sparse is None or extra == pytest.approx(sparse, abs=0.0065)        # a difference of rounded numbers
+    assert sparse is None or extra == pytest.approx(sparse, abs=0.0065)    # a difference of rounded numbers
     assert total == pytest.approx(low_rank + extra, abs=0.006)
 
 def test_dry_run_counts_the_bytes_that_a_checkpoint_has(small, capsys):
@@ -225,8 +226,8 @@ def test_each_parameter_is_in_one_group_and_only_matrices_decay(small):
         name for name, p in model.named_parameters() if name.startswith("model.layers.") and p.dim() == 2}
 
 @pytest.mark.parametrize("switches", [
-    dict(linear="lost"), dict(linear="dense"), dict(linear="lowrank"), dict(linear="cola"), dict(optimizer="muon"),
-    dict(rank={"q_proj": 4, "default": 8}, sparsity={"down_proj": 0.1, "default": 0}),
+    dict(linear="lost"), dict(linear="dense"), dict(linear="lowrank"), dict(linear="cola"),
+    dict(optimizer="muon"), dict(rank={"q_proj": 4, "default": 8}, sparsity={"down_proj": 0.1, "default": 0}),
 ], ids=str)
 def test_every_kind_of_layer_learns(small, switches):
     config = small(steps=30, lr=1e-2, **switches)
@@ -239,25 +240,27 @@ def test_clipping_comes_after_the_sum_over_micro_batches(small, tmp_path):
     split = small(micro_batch=1, grad_clip=0.01, out_dir=str(tmp_path / "split"))
     train.main(whole)
     train.main(split)
-    assert [e["grad_norm"] for e in lines(split)] == pytest.approx([e["grad_norm"] for e in lines(whole)], rel=1e-4)
-    assert all(e["grad_norm"] > 0.01 for e in lines(whole))                    # the norm before clipping
+    norms = [entry["grad_norm"] for entry in lines(whole)]
+    assert [entry["grad_norm"] for entry in lines(split)] == pytest.approx(norms, rel=1e-4)
+    assert min(norms) > 0.01                   # the norm before clipping
 
 # --- files ---
 
 def test_the_files_of_a_run_hold_what_they_promise(small):
     config = small(log_every=3)
     train.main(config)
-    assert [e["step"] for e in lines(config)] == [3, 6, 8] and [e["step"] for e in lines(config, "eval")] == [4, 8]
-    assert set(lines(config)[0]) == {"kind", "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_ms",
-                                     "mfu", "peak_memory_bytes"}
+    assert [e["step"] for e in lines(config)] == [3, 6, 8]
+    assert [e["step"] for e in lines(config, "eval")] == [4, 8]
+    assert set(lines(config)[0]) == {"kind", "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second",
+                                     "step_ms", "mfu", "peak_memory_bytes"}
     assert set(lines(config, "eval")[0]) == {"kind", "step", "val_loss", "val_ppl", "val_bpb", "val_tokens"}
     assert lines(config)[-1]["tokens"] == 8 * 256 and lines(config)[0]["mfu"] is None
     assert status(config) == {"state": "finished", "step": 8, "reason": ""}
     with open(os.path.join(config.out_dir, "config.json"), encoding="utf-8") as f:
         assert json.load(f) == json.loads(json.dumps(vars(config)))
     folder = os.path.join(config.out_dir, "checkpoints", "step_00000008")
-    assert set(os.listdir(folder)) == {"model.safetensors", "optimizer.safetensors", "state.json", "config.json",
-                                       "tokenizer.json", "manifest.json"}
+    assert set(os.listdir(folder)) == {"model.safetensors", "optimizer.safetensors", "state.json",
+                                       "config.json", "tokenizer.json", "manifest.json"}
     state = load_model(config.out_dir)[1]
     assert (state["step"], state["samples"], state["tokens"]) == (8, 64, 2048)
     assert state["best_val_loss"] == min(e["val_loss"] for e in lines(config, "eval"))
@@ -328,7 +331,7 @@ def test_shards_without_a_manifest_train_when_a_tokenizer_is_named(small, tmp_pa
     folder = tmp_path / "ready"
     folder.mkdir()
     for split in ("train", "val"):
-        shutil.copy(os.path.join(small().data_dir, f"{split}_00000.bin"), folder / f"fineweb_{split}_000001.bin")
+        shutil.copy(f"{small().data_dir}/{split}_00000.bin", folder / f"fineweb_{split}_000001.bin")
     with pytest.raises(ValueError, match="say --tokenizer gpt2"):
         train.main(small(data_dir=str(folder)))
     train.main(small(data_dir=str(folder), tokenizer="byte", steps=2))
@@ -340,10 +343,11 @@ def test_tokens_outside_the_vocabulary_are_found_before_the_first_step(small, tm
     tokens = np.array(data.read_shard(str(folder / "train_00000.bin")))
     tokens[-1] = 257
     data.write_shard(str(folder / "train_00000.bin"), tokens)
-    with pytest.raises(ValueError, match="holds token 257, the last one is 256"):
+    with pytest.raises(ValueError, match="holds token 257, the last is 256"):
         train.main(small(data_dir=str(folder)))
 
 def test_bad_configuration_ends_a_command_with_code_2_and_one_line(small):
     command = [sys.executable, os.path.join(ROOT, "train.py"), *flags_of(small(micro_batch=3))]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.startswith("error: --micro_batch 3") and result.stderr.count("\n") == 1
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: --micro_batch 3")
