@@ -277,7 +277,7 @@ def main(config: Config):
         return verify(config.out_dir)
     for name in ("train_tokens", "val_tokens", "shard_tokens", "workers"):
         if getattr(config, name) < 1 or config.shard_tokens >= 2**31:      # a shard counts in an int32
-            raise ValueError(f"--{name} {getattr(config, name)}: must be positive, --shard_tokens below 2**31")
+            raise ValueError(f"--{name} {getattr(config, name)}: must be positive, a shard below 2**31")
     streams = C4
     if config.input:
         streams = {"both" if not config.val_input else "train": expand(config.input)}
@@ -297,7 +297,7 @@ def main(config: Config):
     if "tokenizer" in manifest:                # this run continues one that chose it
         digest = manifest["tokenizer"]["sha256"]
         if not os.path.exists(tokenizer_path) or sha256_file(tokenizer_path) != digest:
-            raise ValueError(f"{tokenizer_path} is not the one that {config.out_dir} was begun with: delete both")
+            raise ValueError(f"{tokenizer_path} is not what {config.out_dir} began with: delete both")
     else:
         tokenizer = choose_tokenizer(config, streams)
         tokenizer.save(tokenizer_path)

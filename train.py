@@ -42,7 +42,7 @@ from model import (
 # Per size LOST's rank, and the steps and learning rates that CoLA published (LOST's own are unknown; 13b: as
 # 7b). tiny is ours, for a CPU: README.md says how its learning rate was found.
 RECIPES = {
-    "tiny": dict(rank=32,   steps=700,     lr=6e-3, warmup=70, batch_tokens=8192,
+    "tiny": dict(rank=32,   steps=700,     lr=1e-2, warmup=70, batch_tokens=8192,
                  eval_tokens=200_000, eval_every=100, save_every=100),
     "60m":  dict(rank=128,  steps=10_000,  lr=6e-3, warmup=1_000),
     "130m": dict(rank=256,  steps=20_000,  lr=3e-3, warmup=2_000),

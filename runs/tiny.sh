@@ -11,8 +11,8 @@ run() { # linear lr seed
         --eval_every 175 --keep 1 | tail -n 3
 }
 sweep() { # linear best-lr
-    for lr in 1e-3 3e-3 6e-3 1e-2; do run "$1" "$lr" 0; done
+    for lr in 1e-3 3e-3 6e-3 1e-2 2e-2; do run "$1" "$lr" 0; done
     for seed in 1 2; do run "$1" "$2" "$seed"; done
 }
-sweep lost 1e-2 & sweep dense 1e-2 & wait
+sweep lost 1e-2 & sweep dense 6e-3 & wait
 python runs/plot.py out/tiny/*/

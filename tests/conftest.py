@@ -39,5 +39,5 @@ def launch(config, processes: int = 1, **kwargs) -> subprocess.Popen:
     """train.py as a command of its own, under torchrun for several processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [*(torchrun if processes > 1 else []), os.path.join(ROOT, "train.py"), *flags_of(config)]
-    return subprocess.Popen([sys.executable, *command], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
+    return subprocess.Popen([sys.executable, *command], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)

@@ -70,8 +70,8 @@ def test_a_death_at_any_point_of_a_save_leaves_a_good_checkpoint(small, name, mo
     train.main(config)
     for fatal in range(1, calls + 1):
         with monkeypatch.context() as patch:
-            count = []
-            def dying(*args, real=getattr(module, name), count=count, fatal=fatal, **kwargs):
+            count, real = [], getattr(module, name)
+            def dying(*args, real=real, count=count, fatal=fatal, **kwargs):
                 count.append(None)
                 if len(count) == fatal:
                     raise Died

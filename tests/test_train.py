@@ -296,7 +296,7 @@ def test_a_changed_architecture_or_data_set_is_refused_and_another_change_printe
     with pytest.raises(ValueError, match="data was"):
         train.main(small(data_dir=other))
     train.main(small(lr=1e-4))
-    assert "changed: lr 0.006 → 0.0001" in capsys.readouterr().out
+    assert "changed: lr 0.01 → 0.0001" in capsys.readouterr().out
 
 def test_never_refuses_a_used_folder_unless_it_may_overwrite(small):
     train.main(small())
