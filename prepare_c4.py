@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -276,8 +277,8 @@ def main(config: Config):
     if config.verify:
         return verify(config.out_dir)
     for name in ("train_tokens", "val_tokens", "shard_tokens", "workers"):
-        if getattr(config, name) < 1 or config.shard_tokens >= 2**31:      # a shard counts in an int32
-            raise ValueError(f"--{name} {getattr(config, name)}: must be positive, a shard below 2**31")
+        if not 1 <= getattr(config, name) < (2**31 if name == "shard_tokens" else math.inf):
+            raise ValueError(f"--{name} {getattr(config, name)}: must be positive, shards below 2**31 tokens")
     streams = C4
     if config.input:
         streams = {"both" if not config.val_input else "train": expand(config.input)}
