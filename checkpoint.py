@@ -36,8 +36,7 @@ def remove(folder: str):
 
 def save_checkpoint(out_dir: str, step: int, model: Llama, optimizers: list, state: dict,
                     tokenizer: Tokenizer, keep: int) -> str:
-    """Write the checkpoint of `step` and, once it verifies, delete all but the newest `keep`. Returns its
-    folder."""
+    """Write the checkpoint of `step`; once it verifies, keep only the newest. Returns its folder."""
     final = os.path.join(out_dir, "checkpoints", f"step_{step:08d}")
     folder = os.path.join(out_dir, "checkpoints", f".tmp_step_{step:08d}")
     shutil.rmtree(folder, ignore_errors=True)
@@ -155,8 +154,7 @@ def checkpoint_folder(path: str) -> str:
 
 def load_model(path: str) -> tuple[Llama, dict]:
     """Model and state.json (empty for a folder of Hugging Face) from an out_dir or a checkpoint folder, on
-    the CPU in float32. The layers are built empty and filled, nothing is decomposed. ValueError if anything
-    does not fit."""
+    the CPU in float32. Nothing is decomposed. ValueError if anything does not fit."""
     folder = checkpoint_folder(path)
     content = read_json(folder, "config.json")
     with torch.device("meta"):                 # shapes only

@@ -87,8 +87,7 @@ def write_shard(path: str, tokens, vocab_size: int | None = None):
     writer.close()
 
 def read_shard(path: str) -> np.ndarray:
-    """The tokens of a shard as a memory map, (n,) uint16 or uint32. Raises ValueError if it is not a whole
-    shard."""
+    """The tokens of a shard as a memory map, (n,) uint16 or uint32. ValueError if it is not a whole one."""
     try:
         size, header = os.path.getsize(path), np.fromfile(path, "<i4", 256)
     except OSError as e:
@@ -140,8 +139,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str) -> "Tokenizer":
-        """From a tokenizer.json of ours or a .tiktoken file (which holds no split pattern: GPT-2's is
-        taken)."""
+        """From a tokenizer.json of ours, or a .tiktoken file (it has no split pattern: GPT-2's is taken)."""
         path = os.fspath(path)
         try:
             with open(path, "rb") as f:
@@ -191,8 +189,7 @@ class SampleOrder:
     integer or an array of them.
 
     Each epoch is another permutation of 0 … n - 1: a keyed 6-round Feistel network on the next power of four,
-    walked again while the result is not below n. Nothing is stored or replayed, so a run continues at any
-    i."""
+    walked again while the result is not below n. Nothing is stored or replayed: any i can come next."""
 
     def __init__(self, n: int, seed: int):
         if n < 1:
@@ -219,8 +216,7 @@ class SampleOrder:
         return left << self.half | right
 
 def load_manifest(data_dir: str, unfinished: bool = False) -> dict | None:
-    """The manifest.json of prepare_c4.py, None where there is none. ValueError if it is damaged or
-    unfinished."""
+    """The manifest.json of prepare_c4.py, or None. ValueError if it is damaged or unfinished."""
     path = os.path.join(data_dir, "manifest.json")
     if not os.path.exists(path):
         return None
@@ -236,8 +232,7 @@ def load_manifest(data_dir: str, unfinished: bool = False) -> dict | None:
 
 class TokenDataset:
     """The windows of one split ("train" or "val") of a folder of shards, checked against its manifest.json.
-    Without one (ready-made shards) the names *train*.bin and *val*.bin count. ValueError for what is missing
-    or damaged."""
+    Without one the names *train*.bin and *val*.bin count. ValueError for what is missing or damaged."""
 
     RELEASE_EVERY = 4096                       # samples; mapped pages would else stay resident for ever
 

@@ -44,8 +44,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse(cls, argv: list[str], description: str = "") -> dict:
     """The flags given in argv, name → value; fields of `cls` that were not given are absent. Raises
-    ValueError for an unknown or abbreviated flag and for a wrong value. `--help` prints all flags and exits
-    0."""
+    ValueError for an unknown or abbreviated flag and for a wrong value. `--help` prints all of them."""
     parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [--FLAG VALUE …]")
     hints = typing.get_type_hints(cls)

@@ -41,8 +41,7 @@ def top_svd(W: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, tor
     """The r largest singular triples of W (out, in): U_r (out, r), Σ_r (r,), V_rᵀ (r, in), eq. 1.
 
     From the eigenvectors of the smaller Gram matrix, 1–8 times faster than a full SVD; squaring the condition
-    number is harmless in float64 for the weights at hand. A singular value of zero gets zero vectors on the
-    other side."""
+    number is harmless in float64. A singular value of zero gets zero vectors on the other side."""
     wide = W.shape[0] <= W.shape[1]
     gram = W @ W.T if wide else W.T @ W
     value, vector = torch.linalg.eigh(gram)                                # ascending
@@ -92,8 +91,7 @@ def decompose(weight: torch.Tensor, rank: int, k: int, init: str = "svd", select
     init: factors from the SVD, or at "random" as CoLA's. select: channels by the residual's column norms (L2
     or L1), by the weight's, or at random. sparse_init: W_s from the columns of W or of W_comp. generator, of
     the CPU: for random draws (default: torch's global one). Computed in float64, returned in the weight's
-    dtype on its device. Raises ValueError for a non-finite weight, a rank outside [1, min(out, in)], k
-    outside [0, in]."""
+    dtype on its device. Raises ValueError for a non-finite weight and for a rank or k out of range."""
     if weight.dim() != 2:
         raise ValueError(f"a weight is a matrix (out, in), not of shape {tuple(weight.shape)}")
     check(*weight.shape, rank, k, init=init, select=select, sparse_init=sparse_init)
@@ -197,8 +195,7 @@ def _ends(name: str, key: str) -> bool:
 
 def by_module(value, name: str):
     """The number for the module `name`: `value` itself, or where it is a dict the entry whose key is the
-    longest end of the dotted name, else "default". `by_module({"q_proj": 64, "default": 128},
-    "layers.0.q_proj")` is 64."""
+    longest end of the dotted name, else "default": with {"q_proj": 64, "default": 128} 64 for a q_proj."""
     if not isinstance(value, dict):
         return value
     longest = max((key for key in value if _ends(name, key)), key=len, default="default")
@@ -211,8 +208,7 @@ def apply_lost(model: nn.Module, rank: int | dict, sparsity: float | dict, gamma
     """Replace every nn.Linear of `model` by a LOSTLinear, in place and one at a time, and return the model.
 
     rank, sparsity: a number, or a dict by module name (`by_module`). skip: ends of the names of modules that
-    stay dense. switches: as of `LOSTLinear.from_linear`. ValueError names the module that cannot be
-    replaced."""
+    stay dense. switches: of `LOSTLinear.from_linear`. ValueError names the module that does not fit."""
     names = [name for name, m in model.named_modules()
              if isinstance(m, nn.Linear) and not any(_ends(name, s) for s in skip)]
     if not names:

@@ -2,8 +2,7 @@
 LlamaForCausalLM, so that a state dict of one loads into the other. RMSNorm, rotary positions (rotate-half),
 SwiGLU, no bias.
 
-In shapes: B sequences, T tokens of them, S tokens that are attended to, C = n_embd, H heads of D = C / H, V
-words."""
+In shapes: B sequences, T tokens, S tokens attended to, C = n_embd, H heads of D = C / H, V words."""
 from dataclasses import dataclass
 
 import torch
@@ -76,8 +75,7 @@ MODELS = {
 }
 
 def rope_table(positions: torch.Tensor, dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of the rotary angles, each (T, D), float32: dimension d and d + D/2 turn by the same
-    angle."""
+    """cos and sin of the rotary angles, (T, D) float32: dimensions d and d + D/2 turn by the same angle."""
     frequency = theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / -dim)
     angle = (positions[:, None] * frequency).repeat(1, 2)
     return angle.cos(), angle.sin()
@@ -205,8 +203,7 @@ class Llama(nn.Module):
         The context is never longer than the seq_len the model was trained on: when it is full, its older half
         is dropped and the rest read again from position 0, so a token costs the same however long the text.
         use_cache=False runs the full forward over the same context at each token: the slow form of the same
-        function. With eot a row that has produced it is filled up with eot, and the loop ends when all rows
-        have."""
+        function. With eot a row that produced it is filled up with it, until all rows have."""
         window, start, cache = self.config.seq_len, max(0, idx.shape[1] - self.config.seq_len), None
         done = torch.zeros(idx.shape[0], 1, dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
@@ -256,15 +253,15 @@ def pick_device(name: str) -> str:
 def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
-def multiplications_per_token(model: nn.Module) -> int:
+def count_multiplies(model: nn.Module) -> int:
     """Of the matrix products: each element of a matrix is used once a token, whatever layer it is in. The
     embedding is a look-up, except where the head shares it."""
     matrices = {id(p): p.numel() for m in model.modules() if not isinstance(m, nn.Embedding)
                 for p in m.parameters(recurse=False) if p.dim() == 2}
     return sum(matrices.values())
 
-def flops_per_token(model: Llama) -> int:
+def count_flops(model: Llama) -> int:
     """Of one training step, forward and backward: 6 a multiplication and 12 n_layer n_embd seq_len for
     attention without its causal half taken off (Chowdhery et al. 2022, arXiv 2204.02311, appendix B)."""
     c = model.config
-    return 6 * multiplications_per_token(model) + 12 * c.n_layer * c.n_embd * c.seq_len
+    return 6 * count_multiplies(model) + 12 * c.n_layer * c.n_embd * c.seq_len

@@ -76,15 +76,13 @@ def fetch(source: str) -> str:
                          "continue, or give local files by --input") from None
 
 class Documents:
-    """All documents of some sources, in order. With skip_bad, lines that are none are counted in
-    `skipped`."""
+    """All documents of some sources, in order. skip_bad: count lines that are none in `skipped`."""
 
     def __init__(self, sources: list[str], skip_bad: bool = False):
         self.sources, self.skip_bad, self.skipped = sources, skip_bad, 0
 
     def split(self, stream: str, first: int = 0):
-        """(position, split, text) from source number `first` on. The split is `stream`, by hash where
-        "both"."""
+        """(position, split, text) from source number `first` on; split is `stream`, or by hash for "both"."""
         for s in range(first, len(self.sources)):
             number = -1
             for number, text in enumerate(self._texts(fetch(self.sources[s]))):

@@ -29,15 +29,7 @@ from checkpoint import load_model, load_optimizer, newest_checkpoint, save_check
 from data import SampleOrder, TokenDataset, Tokenizer, write_atomic
 from flags import command, flag, parse
 from lost import SWITCHES, apply_lost
-from model import (
-    MODELS,
-    Llama,
-    LlamaConfig,
-    count_parameters,
-    flops_per_token,
-    multiplications_per_token,
-    pick_device,
-)
+from model import MODELS, Llama, LlamaConfig, count_flops, count_multiplies, count_parameters, pick_device
 
 # Per size LOST's rank, and the steps and learning rates that CoLA published (LOST's own are unknown; 13b: as
 # 7b). tiny is ours, for a CPU: README.md says how its learning rate was found.
@@ -235,8 +227,8 @@ def describe(config: Config, model: Llama, world: int, micro: int, accumulation:
     low_rank, sparse = kinds[".A"] + kinds[".B"], kinds[".W_s"]
     return (f"parameters  {total:,} = low-rank {low_rank:,} + sparse {sparse:,} + dense "
             f"{total - low_rank - sparse:,}\n"
-            f"compute     {multiplications_per_token(model):,} multiplications a token forward, "
-            f"{flops_per_token(model):,} FLOPs a token of training\n"
+            f"compute     {count_multiplies(model):,} multiplications a token forward, "
+            f"{count_flops(model):,} FLOPs a token of training\n"
             f"memory      weights {weights:,} + gradients {4 * total:,} + optimizer {moments:,} bytes, and "
             f"activations\ncheckpoint  {weights + moments:,} bytes, the newest {config.keep} are kept\n"
             f"tokens      {config.steps * config.batch_tokens:,} = {config.steps:,} steps × {world} "
@@ -398,7 +390,7 @@ def run(config: Config, stack: contextlib.ExitStack):
     if config.compile == "true" or config.compile == "auto" and auto["compile"]:
         model.compile()                        # in place: parameters keep their names
     say(describe(config, model, world, micro, accumulation), flush=True)
-    flops, chip = flops_per_token(model), torch.cuda.get_device_name(device) if cuda else ""
+    flops, chip = count_flops(model), torch.cuda.get_device_name(device) if cuda else ""
     peak = next((PEAK_FLOPS[name] for name in PEAK_FLOPS if name in chip), None)
 
     # files

@@ -19,9 +19,9 @@ from model import (
     KVCache,
     Llama,
     LlamaConfig,
+    count_flops,
+    count_multiplies,
     count_parameters,
-    flops_per_token,
-    multiplications_per_token,
     pick_token,
 )
 
@@ -315,7 +315,7 @@ def test_parameters_are_the_published_counts(size):
 HAND = dict(vocab_size=11, seq_len=16, n_layer=2, n_head=2, n_kv_head=1, n_embd=8, n_ffn=12)
 
 def counts(model):
-    return count_parameters(model), multiplications_per_token(model), flops_per_token(model)
+    return count_parameters(model), count_multiplies(model), count_flops(model)
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_counts_of_a_dense_model_by_hand(tied):
