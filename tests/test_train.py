@@ -244,6 +244,16 @@ def test_clipping_comes_after_the_sum_over_micro_batches(small, tmp_path):
     assert [entry["grad_norm"] for entry in lines(split)] == pytest.approx(norms, rel=1e-4)
     assert min(norms) > 0.01                   # the norm before clipping
 
+def test_the_optimizer_sees_the_clipped_gradient(small, monkeypatch):
+    seen, real = [], torch.optim.AdamW.step
+    def step(self, *args, **kwargs):
+        gradients = [p.grad.flatten() for group in self.param_groups for p in group["params"]]
+        seen.append(torch.cat(gradients).norm().item())
+        return real(self, *args, **kwargs)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    train.main(small(grad_clip=0.01))
+    assert seen == pytest.approx([0.01] * 8, rel=1e-4)
+
 # --- files ---
 
 def test_the_files_of_a_run_hold_what_they_promise(small):
