@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The table of the README: LOST and dense, the same tokens, the same learning rates, then seeds at the best one.
 #     bash runs/tiny.sh 'corpus-train*.json.gz' 'corpus-validation*.json.gz'
-# Two runs at a time, a core each. Interrupted, the same command continues; finished runs are not repeated.
-train_glob=$(realpath -s "$1") val_glob=$(realpath -s "$2")
-source "$(dirname "$0")/setup.sh"
-python prepare_c4.py --input "$train_glob" --val_input "$val_glob" --tokenizer train:4096 --out_dir data/tiny
+# Two runs at a time, a core each, about 1½ hours. The same command continues; finished runs are not repeated.
+caller=$PWD
+EXTRAS=plot source "$(dirname "$0")/setup.sh"
+root=$PWD
+(cd "$caller" && python "$root/prepare_c4.py" --input "$1" --val_input "$2" --tokenizer train:4096 --out_dir "$root/data/tiny")
 run() { # linear lr seed
     OMP_NUM_THREADS=1 python train.py --model tiny --linear "$1" --lr "$2" --seed "$3" --data_dir data/tiny \
         --out_dir "out/tiny/$1-$2-$3" --dtype bfloat16 --compile true --micro_batch 8 --eval_tokens 600000 \

@@ -71,6 +71,21 @@ def test_a_signal_stops_cleanly_and_the_same_command_continues_the_same_run(smal
     assert "continuing from" in launch(stopped, processes).communicate()[0]
     assert losses(stopped) == losses(straight) and files_of(stopped, 150) == files_of(straight, 150)
 
+def test_a_killed_run_continues_bit_for_bit(small, tmp_path):
+    straight = small(steps=40, save_every=7, out_dir=str(tmp_path / "straight"))
+    train.main(straight)
+    killed = small(steps=40, save_every=7)
+    for last in ("step     12/", "step     30/"):
+        process = launch(killed)
+        for line in process.stdout:
+            if line.startswith(last):
+                process.kill()
+                break
+        assert process.wait() == -signal.SIGKILL
+    assert launch(killed).wait() == 0
+    assert losses(killed) == losses(straight) and files_of(killed, 40) == files_of(straight, 40)
+    assert lines(killed, "eval") == lines(straight, "eval")
+
 def test_a_second_interrupt_ends_at_once(small):
     config = small(batch_tokens=32 * 8 * 3000, micro_batch=8, eval_every=1, eval_tokens=32)
     process = launch(config)
