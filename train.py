@@ -357,7 +357,11 @@ def run(config: Config, stack: contextlib.ExitStack):
     if world > 1:
         dist.init_process_group(auto["backend"], timeout=datetime.timedelta(seconds=config.timeout))
         stack.callback(dist.destroy_process_group)
-    say = print if rank == 0 else lambda *args, **kwargs: None
+    def say(text):
+        try:
+            print(text, flush=True) if rank == 0 else None
+        except OSError:                        # a closed pipe or terminal must not end the run
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     # the first process alone looks after out_dir, and reads every shard once
     def prepare():
@@ -375,7 +379,7 @@ def run(config: Config, stack: contextlib.ExitStack):
         if "config" not in state:
             raise ValueError(f"{folder} has no training state to continue from: it is a model alone")
         on_first(rank, world, lambda: check_same_run(state["config"], identity))
-        say(f"continuing from {folder}", flush=True)
+        say(f"continuing from {folder}")
     else:
         model = build_model(config, device)
         state = {"step": 0, "samples": 0, "tokens": 0, "best_val_loss": None}
@@ -389,7 +393,7 @@ def run(config: Config, stack: contextlib.ExitStack):
     gradients = flat_gradients(model)
     if config.compile == "true" or config.compile == "auto" and auto["compile"]:
         model.compile()                        # in place: parameters keep their names
-    say(describe(config, model, world, micro, accumulation), flush=True)
+    say(describe(config, model, world, micro, accumulation))
     flops, chip = count_flops(model), torch.cuda.get_device_name(device) if cuda else ""
     peak = next((PEAK_FLOPS[name] for name in PEAK_FLOPS if name in chip), None)
 
@@ -460,7 +464,7 @@ def run(config: Config, stack: contextlib.ExitStack):
                    step_ms=1000 * seconds, mfu=mfu, peak_memory_bytes=memory)
             left = datetime.timedelta(seconds=round(seconds * (config.steps - step)))
             say(f"{where} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {speed:,.0f} tok/s | mfu "
-                f"{f'{mfu:.1%}' if mfu else 'n/a'} | {memory / 1e9:.2f} GB | {left} left", flush=True)
+                f"{f'{mfu:.1%}' if mfu else 'n/a'} | {memory / 1e9:.2f} GB | {left} left")
             timed, started = 0, time.perf_counter()
         paused = time.perf_counter()
         if step == config.steps or step % config.eval_every == 0 and not stop:
@@ -468,7 +472,7 @@ def run(config: Config, stack: contextlib.ExitStack):
             state["best_val_loss"] = min(val["val_loss"], state["best_val_loss"] or math.inf)
             record("eval", **val)
             say(f"{where} | val loss {val['val_loss']:.4f} | perplexity {val['val_ppl']:.2f} | "
-                f"{val['val_bpb']:.4f} bits per byte | {val['val_tokens']:,} tokens", flush=True)
+                f"{val['val_bpb']:.4f} bits per byte | {val['val_tokens']:,} tokens")
         if step % config.save_every == 0 or last:
             if rank == 0:
                 os.fsync(metrics.fileno())     # its lines are on disk before the checkpoint is
@@ -478,7 +482,7 @@ def run(config: Config, stack: contextlib.ExitStack):
         started += time.perf_counter() - paused                            # speed is that of training alone
     status("stopped" if stop else "finished", stop)
     say(f"stopped at step {state['step']} by {stop}: the same command continues" if stop else
-        f"finished: python sample.py --ckpt {config.out_dir}", flush=True)
+        f"finished: python sample.py --ckpt {config.out_dir}")
 
 if __name__ == "__main__":
     command(lambda: main(resolve(parse(Config, sys.argv[1:], __doc__))))

@@ -86,6 +86,13 @@ def test_a_killed_run_continues_bit_for_bit(small, tmp_path):
     assert losses(killed) == losses(straight) and files_of(killed, 40) == files_of(straight, 40)
     assert lines(killed, "eval") == lines(straight, "eval")
 
+def test_a_closed_pipe_does_not_end_the_run(small):
+    config = small(steps=60)
+    process = launch(config)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait() == 0 and status(config)["state"] == "finished" and len(losses(config)) == 60
+
 def test_a_second_interrupt_ends_at_once(small):
     config = small(batch_tokens=32 * 8 * 3000, micro_batch=8, eval_every=1, eval_tokens=32)
     process = launch(config)
