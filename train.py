@@ -356,7 +356,6 @@ def run(config: Config, stack: contextlib.ExitStack):
         torch.use_deterministic_algorithms(True)
     if world > 1:
         dist.init_process_group(auto["backend"], timeout=datetime.timedelta(seconds=config.timeout))
-        stack.callback(dist.destroy_process_group)
     def say(text):
         try:
             print(text, flush=True) if rank == 0 else None
@@ -480,9 +479,13 @@ def run(config: Config, stack: contextlib.ExitStack):
             on_first(rank, world, lambda saved=saved: save_checkpoint(
                 config.out_dir, saved["step"], model, optimizers, saved, tokenizer, config.keep))
         started += time.perf_counter() - paused                            # speed is that of training alone
+    if world > 1:
+        dist.barrier()                         # nobody leaves while another still listens
     status("stopped" if stop else "finished", stop)
     say(f"stopped at step {state['step']} by {stop}: the same command continues" if stop else
         f"finished: python sample.py --ckpt {config.out_dir}")
 
 if __name__ == "__main__":
     command(lambda: main(resolve(parse(Config, sys.argv[1:], __doc__))))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        os._exit(0)                            # taking gloo's threads down may abort: 1 run in 50, under load

@@ -110,7 +110,9 @@ def test_two_processes_and_any_split_of_a_batch_give_the_losses_of_one(small, tm
     def run(name, processes=1, **given):
         config = small(out_dir=str(tmp_path / name), **given)
         if processes > 1:
-            assert launch(config, processes).wait() == 0
+            process = launch(config, processes)
+            output = process.communicate()[0]
+            assert process.returncode == 0, output
         else:
             train.main(config)
         return [loss for _, loss in losses(config)] + [entry["val_loss"] for entry in lines(config, "eval")]
