@@ -333,7 +333,7 @@ def run(config: Config, stack: contextlib.ExitStack):
     known = tokenizer.vocab_size if tokenizer else LlamaConfig.vocab_size
     config.vocab_size = config.vocab_size or known
     if config.dry_run:                         # on the meta device: for 7b no 27 GB either
-        return print(describe(config, build_model(config, "meta"), world, micro, accumulation))
+        return print(describe(config, build_model(config, "meta"), world, micro, accumulation), flush=True)
     if config.vocab_size < known:
         raise ValueError(f"--vocab_size {config.vocab_size} is below the tokenizer's {known}")
     token_bytes = F.pad(torch.from_numpy(tokenizer.token_bytes()), (0, config.vocab_size - known))
