@@ -8,6 +8,7 @@ import base64
 import glob
 import hashlib
 import json
+import mmap
 import os
 
 import numpy as np
@@ -99,7 +100,14 @@ def read_shard(path: str) -> np.ndarray:
     if size != HEADER_BYTES + count * dtype.itemsize:
         raise ValueError(f"{path} has {size} bytes but promises {count} tokens of {dtype.itemsize}: it is "
                          "cut or damaged; delete it and run prepare_c4.py again")
-    return np.asarray(np.memmap(path, dtype, "r", HEADER_BYTES, (count,))) if count else np.empty(0, dtype)
+    if not count:
+        return np.empty(0, dtype)
+    with open(path, "rb") as f:
+        return np.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), dtype, count, HEADER_BYTES)
+
+def release(tokens: np.ndarray):
+    """Unmap the pages of a `read_shard` that were touched: they would count as resident for ever."""
+    tokens.base.obj.madvise(mmap.MADV_DONTNEED)
 
 # --- tokenizers ---
 
@@ -234,8 +242,6 @@ class TokenDataset:
     """The windows of one split ("train" or "val") of a folder of shards, checked against its manifest.json.
     Without one the names *train*.bin and *val*.bin count. ValueError for what is missing or damaged."""
 
-    RELEASE_EVERY = 4096                       # samples; mapped pages would else stay resident for ever
-
     def __init__(self, data_dir: str, split: str, seq_len: int):
         manifest, self.seq_len = load_manifest(data_dir), seq_len
         found = sorted(glob.glob(os.path.join(glob.escape(data_dir), f"*{split}*.bin")))
@@ -256,7 +262,7 @@ class TokenDataset:
         # identity of the split: what a resumed run must find again
         known = json.dumps([[s["name"], s["tokens"], s.get("sha256")] for s in shards])
         self.fingerprint = hashlib.sha256(known.encode()).hexdigest()
-        self.maps, self.reads = {}, 0
+        self.maps = {}
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -269,12 +275,10 @@ class TokenDataset:
                 if (largest := int(tokens[i:i + (1 << 24)].max())) >= vocab_size:
                     raise ValueError(f"{path} holds token {largest}, the last is {vocab_size - 1}: it was "
                                      "made with another tokenizer; prepare it again")
+                release(tokens)
 
     def batch(self, samples) -> tuple[torch.Tensor, torch.Tensor]:
         """Windows `samples` as inputs and targets, two int64 tensors of shape (len(samples), seq_len)."""
-        self.reads += len(samples)
-        if self.reads >= self.RELEASE_EVERY:
-            self.maps, self.reads = {}, 0
         window = np.empty((len(samples), self.seq_len + 1), np.int64)
         shards = np.searchsorted(self.ends, samples, side="right")
         for row, sample, shard in zip(window, samples, shards, strict=True):
@@ -282,5 +286,7 @@ class TokenDataset:
                 self.maps[shard] = read_shard(self.paths[shard])
             start = (sample - (self.ends[shard - 1] if shard else 0)) * self.seq_len
             row[:] = self.maps[shard][start:start + self.seq_len + 1]
+        for shard in set(shards.tolist()):
+            release(self.maps[shard])
         window = torch.from_numpy(window)
         return window[:, :-1], window[:, 1:]

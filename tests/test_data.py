@@ -417,14 +417,6 @@ def test_a_batch_holds_the_samples_asked_for_in_their_order(draw):
     assert y.tolist() == [a[1][0].tolist() for a in alone]
     assert (y == x + 1).all(), "a window crosses the end of a shard or skips a token"
 
-def test_samples_are_the_same_after_the_maps_were_released(tmp_path, monkeypatch):
-    put_shards(tmp_path, [400, 300])
-    steady = TokenDataset(tmp_path, "train", 3)
-    monkeypatch.setattr(TokenDataset, "RELEASE_EVERY", 5)
-    released = TokenDataset(tmp_path, "train", 3)
-    for samples in np.split(np.random.default_rng(0).permutation(len(steady))[:192], 64):
-        assert released.batch(samples)[1].tolist() == steady.batch(samples)[1].tolist()
-
 @pytest.mark.parametrize("with_manifest", [False, True])
 def test_the_splits_do_not_mix(tmp_path, with_manifest):
     put_shards(tmp_path, [11, 11], "train")
