@@ -36,10 +36,34 @@ def remove(folder: str):
 
 def save_checkpoint(out_dir: str, step: int, model: Llama, optimizers: list, state: dict,
                     tokenizer: Tokenizer, keep: int) -> str:
-    """Write the checkpoint of `step`; once it verifies, keep only the newest. Returns its folder."""
+    """Write the checkpoint of `step`; once it verifies, keep only the newest. Returns its folder. OSError if
+    the disk does not take it: then its part is removed and the earlier ones stay."""
     final = os.path.join(out_dir, "checkpoints", f"step_{step:08d}")
-    folder = os.path.join(out_dir, "checkpoints", f".tmp_step_{step:08d}")
-    shutil.rmtree(folder, ignore_errors=True)
+    folder, aside = os.path.join(out_dir, "checkpoints", f".tmp_step_{step:08d}"), f"{final}_before"
+    try:
+        write(folder, model, optimizers, state, tokenizer)
+        if os.path.exists(final):              # damaged, or stopped before its evaluation: it counts until
+            if os.path.exists(aside):          # the new one is there
+                remove(aside)
+            os.rename(final, aside)
+        os.rename(folder, final)
+        sync_folder(os.path.dirname(final))
+        sync_folder(out_dir)
+        if fault := verify(final):
+            raise OSError(f"{final} does not read back as it was written ({fault}): is the disk failing?")
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(folder, ignore_errors=True)
+        tensors = model_tensors(model) | optimizer_tensors(model, optimizers)
+        need, free = sum(t.nbytes for t in tensors.values()), shutil.disk_usage(out_dir).free
+        raise OSError(f"cannot save {final}: {e}. It takes {need:,} bytes, {free:,} are free. The earlier "
+                      "checkpoints are whole: make room, or the folder writable, and the same command "
+                      "continues") from None
+    for old in set(checkpoints(out_dir)) - set([c for c in checkpoints(out_dir) if c <= final][-keep:]):
+        remove(old)                            # later ones too: damaged, or of a future that was given up
+    return final
+
+def write(folder: str, model: Llama, optimizers: list, state: dict, tokenizer: Tokenizer):
+    """All files of a checkpoint and their manifest, on the disk for certain when it returns."""
     os.makedirs(folder)
     save_file(model_tensors(model), os.path.join(folder, "model.safetensors"), {"format": "pt"})
     save_file(optimizer_tensors(model, optimizers), os.path.join(folder, "optimizer.safetensors"))
@@ -52,15 +76,6 @@ def save_checkpoint(out_dir: str, step: int, model: Llama, optimizers: list, sta
         with open(os.path.join(folder, file), "rb") as f:
             os.fsync(f.fileno())
     sync_folder(folder)
-    if os.path.exists(final):                  # a damaged one: the run went back to an earlier step
-        remove(final)
-    os.rename(folder, final)
-    sync_folder(os.path.dirname(final))
-    if fault := verify(final):
-        raise OSError(f"{final} does not read back as it was written ({fault}): is the disk failing?")
-    for old in set(checkpoints(out_dir)) - set([c for c in checkpoints(out_dir) if c <= final][-keep:]):
-        remove(old)                            # later ones too: damaged, or of a future that was given up
-    return final
 
 def write_json(folder: str, name: str, content: dict):
     with open(os.path.join(folder, name), "w", encoding="utf-8") as f:

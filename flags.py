@@ -7,6 +7,7 @@ import difflib
 import os
 import re
 import sys
+import traceback
 import typing
 
 def flag(default, help, choices=None):
@@ -70,11 +71,20 @@ def parse(cls, argv: list[str], description: str = "") -> dict:
     return vars(given)
 
 def command(main):
-    """Run main() as a program: a ValueError becomes one line `error: …` and exit code 2; anything else keeps
-    its traceback and exit code 1."""
+    """Run main() as a program, to its end. A ValueError becomes one line `error: …` and exit code 2, a fault
+    of disk or network or a diverged run one line and code 1; anything else has its traceback and code 1."""
+    code = 0
     try:
         main()
-    except ValueError as e:
+    except (ValueError, OSError, FloatingPointError) as e:
         rank = os.environ.get("RANK", "0")                                 # set by torchrun
         print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+        code = 2 if isinstance(e, ValueError) else 1
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        os._exit(code)                         # taking gloo's threads down may abort: 1 run in 50, under load
+    if code:
+        sys.exit(code)

@@ -10,13 +10,16 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import itertools
 import json
 import math
 import os
+import platform
 import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 
@@ -25,7 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from checkpoint import load_model, load_optimizer, newest_checkpoint, save_checkpoint, sweep
+from checkpoint import checkpoints, load_model, load_optimizer, newest_checkpoint, save_checkpoint, sweep
 from data import SampleOrder, TokenDataset, Tokenizer, write_atomic
 from flags import command, flag, parse
 from lost import SWITCHES, apply_lost
@@ -108,10 +111,11 @@ class Config:
     resume: str = flag("auto", "auto: from the newest good checkpoint of out_dir; never; or a PATH")
     overwrite: bool = flag(False, "with --resume never: delete the run that is in out_dir")
     deterministic: bool = flag(False, "refuse operations whose result varies from run to run")
-    timeout: int = flag(600, "seconds of silence of one process after which the others give up")
+    timeout: int = flag(600, "seconds within which a job ends when one of its processes hangs")
     dry_run: bool = flag(False, "print parameters, memory and tokens, and exit")
 
 METHOD = ("rank", "sparsity", "gamma", "learn_gamma", "init", "select", "sparse_init", "activation")
+HOST = platform.node()
 # A resumed run must agree in these; any other value that changed is printed
 FIXED = {*METHOD, "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn", "tie_embeddings", "vocab_size",
          "linear", "seq_len", "optimizer", "data"}
@@ -196,24 +200,35 @@ def flat_gradients(model: Llama) -> torch.Tensor:
     return flat
 
 @torch.no_grad()
-def evaluate(model, data: TokenDataset, samples, micro, token_bytes, autocast, device, rank=0, world=1):
+def evaluate(model, data: TokenDataset, samples, micro, token_bytes, autocast, device, rank=0, world=1,
+             asked=()):
     """Loss over the first `samples` windows of the validation split: every token weighs the same for any
     micro-batch and number of processes. Bits per byte: those of all tokens, also end-of-text, over the bytes
-    of text."""
-    sums = torch.zeros(3, dtype=torch.float64)                             # nats, tokens, bytes
+    of text. None if a process was `asked` to stop meanwhile."""
+    sums = torch.zeros(4, dtype=torch.float64)                             # nats, tokens, bytes, stops
     for first in range(rank * micro, samples, world * micro):
+        if asked:
+            break
         x, y = data.batch(np.arange(first, min(first + micro, samples)))
-        sums[1:] += torch.tensor([y.numel(), token_bytes[y].sum()])
+        sums[1:3] += torch.tensor([y.numel(), token_bytes[y].sum()])
         count, fill = y.numel(), (0, 0, 0, micro - len(y))             # another shape would compile again
         with autocast:
             loss = model(F.pad(x, fill).to(device), F.pad(y, fill, value=-1).to(device))[1]
         sums[0] += loss.item() * count
+    sums[3] = len(asked)
     if world > 1:
         sums = sums.to(device)                 # nccl reduces nothing on the CPU
         dist.all_reduce(sums)
-    nats, tokens, text_bytes = sums.tolist()
-    return {"val_loss": nats / tokens, "val_ppl": math.exp(min(nats / tokens, 700)),
+    nats, tokens, text_bytes, stops = sums.tolist()
+    return None if stops else {"val_loss": nats / tokens, "val_ppl": math.exp(min(nats / tokens, 700)),
             "val_bpb": nats / math.log(2) / max(text_bytes, 1), "val_tokens": int(tokens)}
+
+def count_bytes(model: Llama, optimizer: str) -> tuple[int, int, int]:
+    """Bytes of weights (buffers included), of gradients, and of the optimizer's moments."""
+    total = count_parameters(model)
+    inner = sum(p.numel() for p in model.model["layers"].parameters() if p.dim() == 2)
+    moments = 2 * total - (inner if optimizer == "muon" else 0)            # Muon keeps one, AdamW two
+    return 4 * total + sum(b.numel() * b.element_size() for b in model.buffers()), 4 * total, 4 * moments
 
 def describe(config: Config, model: Llama, world: int, micro: int, accumulation: int) -> str:
     """Sizes of a run, counted from the modules present."""
@@ -221,15 +236,13 @@ def describe(config: Config, model: Llama, world: int, micro: int, accumulation:
     for name, p in model.named_parameters():
         for end in kinds:
             kinds[end] += p.numel() if name.endswith(end) else 0
-    weights = 4 * total + sum(b.numel() * b.element_size() for b in model.buffers())
-    inner = sum(p.numel() for p in model.model["layers"].parameters() if p.dim() == 2)
-    moments = 4 * (2 * total - (inner if config.optimizer == "muon" else 0))   # Muon keeps one, AdamW two
+    weights, gradients, moments = count_bytes(model, config.optimizer)
     low_rank, sparse = kinds[".A"] + kinds[".B"], kinds[".W_s"]
     return (f"parameters  {total:,} = low-rank {low_rank:,} + sparse {sparse:,} + dense "
             f"{total - low_rank - sparse:,}\n"
             f"compute     {count_multiplies(model):,} multiplications a token forward, "
             f"{count_flops(model):,} FLOPs a token of training\n"
-            f"memory      weights {weights:,} + gradients {4 * total:,} + optimizer {moments:,} bytes, and "
+            f"memory      weights {weights:,} + gradients {gradients:,} + optimizer {moments:,} bytes, and "
             f"activations\ncheckpoint  {weights + moments:,} bytes, the newest {config.keep} are kept\n"
             f"tokens      {config.steps * config.batch_tokens:,} = {config.steps:,} steps × {world} "
             f"processes × {accumulation} micro-batches × {micro} samples × {config.seq_len}")
@@ -265,12 +278,20 @@ def claim(out_dir: str):
         owner = file.read()
         raise ValueError(f"process {owner} trains in {out_dir}: stop it or use another --out_dir") from None
     file.truncate(0)
-    print(os.getpid(), end="", file=file, flush=True)
+    print(f"{os.getpid()} on {HOST}", end="", file=file, flush=True)
     return file
+
+def check_space(config: Config):
+    """Refuse a disk without room for `keep` checkpoints, and for the next while it is written."""
+    weights, _, moments = count_bytes(build_model(config, "meta"), config.optimizer)
+    more = max(1, config.keep + 1 - len(checkpoints(config.out_dir)))
+    free = shutil.disk_usage(config.out_dir).free
+    if free < more * (weights + moments):
+        raise ValueError(f"{config.out_dir} has {free:,} bytes free for {more} more checkpoints of "
+                         f"{weights + moments:,}: make room, lower --keep or use another --out_dir")
 
 def choose_checkpoint(config: Config) -> str | None:
     """Folder to continue from, or None for a new run, for which out_dir must be empty or is emptied."""
-    sweep(config.out_dir)
     if config.resume != "never":
         return newest_checkpoint(config.out_dir) if config.resume == "auto" else config.resume
     old = set(os.listdir(config.out_dir)) - {".lock"}
@@ -290,13 +311,14 @@ def check_same_run(saved: dict, now: dict):
                              "or use another --out_dir")
         print(f"changed: {name} {saved[name]} → {now[name]}", flush=True)
 
-def open_metrics(path: str, step: int):
-    """metrics.jsonl open for appending, without the lines after `step`: those updates are done again."""
-    kept = []
+def open_metrics(path: str, state: dict):
+    """metrics.jsonl open for appending, without lines that `state` does not know: they will come again."""
+    known, kept = {"train": state["step"], "eval": state["evaluated"]}, []
     with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as f:
         for line in f:
             with contextlib.suppress(ValueError):                          # a line that a kill cut short
-                kept += [line] if json.loads(line)["step"] <= step else []
+                entry = json.loads(line)
+                kept += [line] if entry["step"] <= known[entry["kind"]] else []
     write_atomic(path, "".join(kept).encode())
     return open(path, "a", encoding="utf-8")
 
@@ -305,6 +327,57 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+# --- several processes ---
+
+class Watch:
+    """What the processes of a job know of one another, through a key-value store that all can reach.
+
+    A thread shows a sign of life a second. It calls give_up(reason) and ends this process when another has
+    failed or was silent for half of `timeout` seconds (stopped, or its machine gone), or when the launcher
+    has died, whose orphans would train on unseen. A silent process of this machine is killed: the launcher
+    would wait long for one that is stopped."""
+
+    def __init__(self, rank: int, world: int, timeout: int, give_up):
+        self.rank, self.patience, self.give_up, self.over = rank, timeout / 2, give_up, threading.Event()
+        self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                                   timeout=datetime.timedelta(seconds=timeout))
+        attempt = f"nanolost/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
+        self.keys, self.fault = [f"{attempt}/{other}" for other in range(world)], f"{attempt}/fault"
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        threading.Thread(target=self.work, daemon=True).start()
+
+    def first_fault(self, reason: str) -> str:
+        """What went wrong first: `reason` here, unless another process has told the store before."""
+        with contextlib.suppress(RuntimeError):                            # the store may be gone too
+            reason = self.store.compare_set(self.fault, "", f"process {self.rank}: {reason}").decode()
+        return reason
+
+    def work(self):
+        signs, silent, gone, reason = [b""] * len(self.keys), [0] * len(self.keys), [], ""
+        for count in itertools.count():
+            try:
+                self.store.set(self.keys[self.rank], f"{os.getpid()} {count} {HOST}")
+                news = self.store.multi_get(self.keys)                     # the first time waits for all
+                silent = [(s + 1) * (new == old) for s, new, old in zip(silent, news, signs, strict=True)]
+                signs = news
+                if self.launcher not in (None, os.getppid()):
+                    reason = "the launcher of this job has died"
+                elif gone := [i for i, s in enumerate(silent) if s >= self.patience + (self.rank > 0)]:
+                    reason = self.first_fault(f"no sign of life from process {', '.join(map(str, gone))} "
+                                              f"for {max(silent)} s: stopped, or its machine is gone")
+                elif self.store.check([self.fault]):
+                    reason = self.first_fault("")
+            except RuntimeError:               # it was in the launcher, or in the first process
+                reason = "the store of this job is gone, and so its launcher or its first process"
+            if reason and not self.over.is_set():
+                self.give_up(reason)
+                for pid, _, host in (signs[i].decode().split(" ", 2) for i in gone):
+                    with contextlib.suppress(OSError):
+                        os.kill(int(pid), signal.SIGKILL if host == HOST else 0)
+                os._exit(1)
+            if self.over.wait(1):
+                return
 
 # --- the run ---
 
@@ -347,41 +420,76 @@ def run(config: Config, stack: contextlib.ExitStack):
     def ask(number, frame):
         asked.append(signal.Signals(number).name)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    def asker():
+        return asked[0] if asked else "a signal to another process"
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         stack.callback(signal.signal, number, signal.signal(number, ask))
     if cuda:
         torch.cuda.set_device(device)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
         torch.use_deterministic_algorithms(True)
-    if world > 1:
-        dist.init_process_group(auto["backend"], timeout=datetime.timedelta(seconds=config.timeout))
     def say(text):
         try:
             print(text, flush=True) if rank == 0 else None
         except OSError:                        # a closed pipe or terminal must not end the run
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
+    # files: only the first process writes, and only after it has claimed out_dir and opened the metrics
+    state = {"step": 0, "samples": 0, "tokens": 0, "evaluated": 0, "best_val_loss": None}
+    metrics = None
+    def path(name):
+        return os.path.join(config.out_dir, name)
+    def status(word, reason=""):
+        if metrics:
+            content = {"state": word, "step": state["step"], "reason": reason}
+            write_atomic(path("status.json"), json.dumps(content).encode())
+    def failed(reason):
+        with contextlib.suppress(OSError):     # that may be what went wrong
+            status("failed", reason)
+    def leave(kind, error, trace):
+        if error:
+            reason = f"{kind.__name__}: {error}"
+            failed(watch.first_fault(reason) if watch else reason)
+    def where():
+        return f"step {state['step']:>6}/{config.steps}"
+    def record(kind_of_line, **fields):
+        if metrics:
+            line = {"kind": kind_of_line, "step": state["step"], **fields}
+            print(json.dumps(line), file=metrics, flush=True)
+
+    def give_up(reason):
+        failed(reason)
+        print(f"[rank {rank}] error: {reason}; the same command continues", file=sys.stderr, flush=True)
+    watch = None
+    if world > 1:
+        dist.init_process_group(auto["backend"], timeout=datetime.timedelta(seconds=config.timeout))
+        watch = Watch(rank, world, config.timeout, give_up)
+
     # the first process alone looks after out_dir, and reads every shard once
     def prepare():
         stack.enter_context(claim(config.out_dir))
+        sweep(config.out_dir)
+        check_space(config)
         for data in (train_data, val_data):
             data.check_ids(known)
         return choose_checkpoint(config)
     folder = on_first(rank, world, prepare)
+    stack.push(leave)
 
     # model and optimizer: of step 0, or as they were
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     identity = {**values, "data": [train_data.fingerprint, val_data.fingerprint]}
     if folder:
-        model, state = load_model(folder)
-        if "config" not in state:
+        model, found = load_model(folder)
+        if "config" not in found:
             raise ValueError(f"{folder} has no training state to continue from: it is a model alone")
-        on_first(rank, world, lambda: check_same_run(state["config"], identity))
+        on_first(rank, world, lambda: check_same_run(found["config"], identity))
+        state = {name: found[name] for name in state}
         say(f"continuing from {folder}")
     else:
         model = build_model(config, device)
-        state = {"step": 0, "samples": 0, "tokens": 0, "best_val_loss": None}
     model.to(device)
     if world > 1:                              # decompositions may round differently: take the first's bits
         for tensor in model.state_dict().values():
@@ -396,26 +504,38 @@ def run(config: Config, stack: contextlib.ExitStack):
     flops, chip = count_flops(model), torch.cuda.get_device_name(device) if cuda else ""
     peak = next((PEAK_FLOPS[name] for name in PEAK_FLOPS if name in chip), None)
 
-    # files
-    def path(name):
-        return os.path.join(config.out_dir, name)
-    def status(word, reason=""):
-        if rank == 0:
-            content = {"state": word, "step": state["step"], "reason": reason}
-            write_atomic(path("status.json"), json.dumps(content).encode())
-    def record(kind_of_line, **fields):
-        if rank == 0:
-            line = {"kind": kind_of_line, "step": state["step"], **fields}
-            print(json.dumps(line), file=metrics, flush=True)
     if rank == 0:
-        metrics = stack.enter_context(open_metrics(path("metrics.jsonl"), state["step"]))
+        metrics = stack.enter_context(open_metrics(path("metrics.jsonl"), state))
         write_atomic(path("config.json"), json.dumps(values, indent=1).encode())
     status("running")
-    stack.push(lambda kind, error, trace: status("failed", f"{kind.__name__}: {error}") if error else None)
 
-    stop, timed, started = "", 0, time.perf_counter()
-    while state["step"] < config.steps and not stop:
-        step = state["step"] + 1
+    saved, stop, timed, started = state, "", 0, time.perf_counter()
+    while True:
+        # evaluate and save where this step asks for it; a resumed run may have an evaluation to make up
+        step, paused = state["step"], time.perf_counter()
+        done = step >= config.steps
+        if step > state["evaluated"] and (done or step % config.eval_every == 0) and not stop:
+            val = evaluate(model, val_data, eval_samples, micro, token_bytes, autocast, device, rank, world,
+                           asked)
+            stop = "" if val else asker()
+            if val:
+                record("eval", **val)
+                say(f"{where()} | val loss {val['val_loss']:.4f} | perplexity {val['val_ppl']:.2f} | "
+                    f"{val['val_bpb']:.4f} bits per byte | {val['val_tokens']:,} tokens")
+                best = min(val["val_loss"], state["best_val_loss"] or math.inf)
+                state = {**state, "evaluated": step, "best_val_loss": best}
+        if state != saved and (done or stop or step % config.save_every == 0):
+            if rank == 0:
+                os.fsync(metrics.fileno())     # its lines are on disk before the checkpoint is
+            on_first(rank, world, lambda content={**state, "config": identity}: save_checkpoint(
+                config.out_dir, content["step"], model, optimizers, content, tokenizer, config.keep))
+            saved = state
+        if done or stop:
+            break
+        started += time.perf_counter() - paused                            # speed is that of training alone
+
+        # one update
+        step += 1
         torch.manual_seed(hash((config.seed, step, rank)))                 # for dropout, should one add it
         lr = lr_at(step, config)
         for group in (g for optimizer in optimizers for g in optimizer.param_groups):
@@ -449,37 +569,23 @@ def run(config: Config, stack: contextlib.ExitStack):
             gradients.mul_(config.grad_clip / norm)
         for optimizer in optimizers:
             optimizer.step()
-        stop = (asked or ["a signal to another process"])[0] if stops else ""
-        state["step"], state["samples"] = step, state["samples"] + batch
-        state["tokens"] += config.batch_tokens
+        stop = asker() if stops else ""
+        state = {**state, "step": step, "samples": state["samples"] + batch,
+                 "tokens": state["tokens"] + config.batch_tokens}
 
-        timed, last = timed + 1, step == config.steps or bool(stop)
-        where = f"step {step:>6}/{config.steps}"
-        if step % config.log_every == 0 or last:
+        timed += 1
+        if step % config.log_every == 0 or step == config.steps:
             seconds = (time.perf_counter() - started) / timed
             speed, memory = config.batch_tokens / seconds, peak_memory(device)
             mfu = speed * flops / (peak * world) if peak else None
             record("train", loss=loss, lr=lr, grad_norm=norm, tokens=state["tokens"], tokens_per_second=speed,
                    step_ms=1000 * seconds, mfu=mfu, peak_memory_bytes=memory)
             left = datetime.timedelta(seconds=round(seconds * (config.steps - step)))
-            say(f"{where} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {speed:,.0f} tok/s | mfu "
+            say(f"{where()} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {speed:,.0f} tok/s | mfu "
                 f"{f'{mfu:.1%}' if mfu else 'n/a'} | {memory / 1e9:.2f} GB | {left} left")
             timed, started = 0, time.perf_counter()
-        paused = time.perf_counter()
-        if step == config.steps or step % config.eval_every == 0 and not stop:
-            val = evaluate(model, val_data, eval_samples, micro, token_bytes, autocast, device, rank, world)
-            state["best_val_loss"] = min(val["val_loss"], state["best_val_loss"] or math.inf)
-            record("eval", **val)
-            say(f"{where} | val loss {val['val_loss']:.4f} | perplexity {val['val_ppl']:.2f} | "
-                f"{val['val_bpb']:.4f} bits per byte | {val['val_tokens']:,} tokens")
-        if step % config.save_every == 0 or last:
-            if rank == 0:
-                os.fsync(metrics.fileno())     # its lines are on disk before the checkpoint is
-            saved = {**state, "config": identity}
-            on_first(rank, world, lambda saved=saved: save_checkpoint(
-                config.out_dir, saved["step"], model, optimizers, saved, tokenizer, config.keep))
-        started += time.perf_counter() - paused                            # speed is that of training alone
-    if world > 1:
+    if watch:
+        watch.over.set()
         dist.barrier()                         # nobody leaves while another still listens
     status("stopped" if stop else "finished", stop)
     say(f"stopped at step {state['step']} by {stop}: the same command continues" if stop else
@@ -487,5 +593,3 @@ def run(config: Config, stack: contextlib.ExitStack):
 
 if __name__ == "__main__":
     command(lambda: main(resolve(parse(Config, sys.argv[1:], __doc__))))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        os._exit(0)                            # taking gloo's threads down may abort: 1 run in 50, under load

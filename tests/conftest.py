@@ -12,6 +12,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SMALL = dict(model="tiny", n_layer=2, n_embd=32, n_head=2, n_ffn=48, seq_len=32, batch_tokens=256, steps=8,
              warmup=2, eval_every=4, eval_tokens=2000, save_every=4, log_every=1, device="cpu")
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=4, help="random kills of a run, of each kind")
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     """The built-in text as bytes."""
@@ -29,15 +32,19 @@ def small(data_dir, tmp_path):
     return make
 
 def flags_of(config) -> list[str]:
-    """The command line of a Config, without the flags that have their defaults."""
+    """The command line of a Config, without the flags that have the defaults of its size and kind."""
     def text(value):
         return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    default = train.Config()
-    return [f"--{name}={text(v)}" for name, v in vars(config).items() if v != getattr(default, name)]
+    kind = {"model": config.model, "linear": config.linear}
+    default = {**vars(train.resolve(kind)), "model": None, "linear": None}
+    return [f"--{name}={text(value)}" for name, value in vars(config).items() if value != default[name]]
 
-def launch(config, processes: int = 1, **kwargs) -> subprocess.Popen:
-    """train.py as a command of its own, under torchrun for several processes."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*(torchrun if processes > 1 else []), os.path.join(ROOT, "train.py"), *flags_of(config)]
-    return subprocess.Popen([sys.executable, *command], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
+def launch(config, processes: int = 1, fault: str = "", flags=(), under=(), **kwargs) -> subprocess.Popen:
+    """train.py as a command of its own, under torchrun for several processes; fault: see faulty.py; flags: of
+    torchrun; under: a command that starts the command."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *flags]
+    script = os.path.join(ROOT, "tests/faulty.py" if fault else "train.py")
+    command = [*under, sys.executable, *(torchrun if processes > 1 else []), script, *flags_of(config)]
+    kwargs = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **kwargs}
+    return subprocess.Popen(command, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault},
+                            **kwargs)

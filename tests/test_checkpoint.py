@@ -58,39 +58,6 @@ def test_a_run_that_went_back_replaces_the_damaged_checkpoint(run):
     train.main(run)
     assert checkpoint.verify(folder_of(run, 8)) is None
 
-class Died(Exception):
-    """Stands for a kill: nothing after it runs."""
-
-@pytest.mark.parametrize("name, module, calls", [
-    ("save_file", checkpoint, 2), ("write_json", checkpoint, 3), ("sha256_file", checkpoint, 5),
-    ("sync_folder", checkpoint, 2), ("rename", os, 2), ("rmtree", shutil, 2),
-])
-def test_a_death_at_any_point_of_a_save_leaves_a_good_checkpoint(small, name, module, calls, monkeypatch):
-    config = small(steps=4, keep=1)
-    train.main(config)
-    for fatal in range(1, calls + 1):
-        with monkeypatch.context() as patch:
-            count, real = [], getattr(module, name)
-            def dying(*args, real=real, count=count, fatal=fatal, **kwargs):
-                count.append(None)
-                if len(count) == fatal:
-                    raise Died
-                return real(*args, **kwargs)
-            patch.setattr(module, name, dying)
-            with pytest.raises(Died):
-                model, state = checkpoint.load_model(folder_of(config, 4))
-                optimizers = train.build_optimizers(model, config)
-                checkpoint.load_optimizer(folder_of(config, 4), model, optimizers)
-                count.clear()
-                checkpoint.save_checkpoint(config.out_dir, 5, model, optimizers, state, BYTE, 1)
-        assert checkpoint.newest_checkpoint(config.out_dir) in (folder_of(config, 4), folder_of(config, 5))
-        assert all(checkpoint.verify(folder) is None for folder in checkpoint.checkpoints(config.out_dir))
-        checkpoint.sweep(config.out_dir)
-        assert all(name.startswith("step_") for name in os.listdir(os.path.dirname(folder_of(config, 4))))
-        if not os.path.exists(folder_of(config, 4)):
-            os.rename(folder_of(config, 5), folder_of(config, 4))
-        shutil.rmtree(folder_of(config, 5), ignore_errors=True)
-
 def test_after_going_back_the_new_checkpoint_stays_and_the_abandoned_later_ones_go(small):
     config = small(save_every=1, keep=2)
     train.main(config)

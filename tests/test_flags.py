@@ -140,9 +140,25 @@ def test_a_value_error_is_one_line_and_exit_code_2(capsys, monkeypatch, rank, pr
     assert end.value.code == 2
     assert capsys.readouterr() == ("", f"{prefix}error: first line second line\n")
 
-def test_another_exception_keeps_its_traceback():
-    with pytest.raises(RuntimeError):
+def test_another_exception_keeps_its_traceback_and_ends_with_code_1(capsys):
+    with pytest.raises(SystemExit) as end:
         flags.command(raiser(RuntimeError("a defect")))
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and error.startswith("Traceback") and "RuntimeError: a defect" in error
+
+@pytest.mark.parametrize("kind", [OSError, FloatingPointError])
+def test_a_fault_of_the_disk_and_a_diverged_run_end_with_one_line_and_code_1(capsys, kind):
+    with pytest.raises(SystemExit) as end:
+        flags.command(raiser(kind("first line\nsecond line")))
+    assert end.value.code == 1 and capsys.readouterr() == ("", "error: first line second line\n")
+
+def test_the_processes_of_a_job_end_with_the_same_codes():
+    ends = {"pass": 0, "raise ValueError(1)": 2, "raise OSError(1)": 1, "raise KeyError": 1}
+    for error, code in ends.items():
+        script = f"import flags\ndef main():\n    print('written', end='')\n    {error}\nflags.command(main)"
+        result = subprocess.run([sys.executable, "-c", script], env={**os.environ, "WORLD_SIZE": "2"},
+                                cwd=os.path.dirname(flags.__file__), capture_output=True, text=True)
+        assert (result.returncode, result.stdout) == (code, "written")
 
 def test_a_command_that_ends_well_does_not_exit():
     ran = types.SimpleNamespace(count=0)
