@@ -480,7 +480,9 @@ def run(config: Config, stack: contextlib.ExitStack):
 
     # model and optimizer: of step 0, or as they were
     values = json.loads(json.dumps(dataclasses.asdict(config)))
-    identity = {**values, "data": [train_data.fingerprint, val_data.fingerprint]}
+    identity = {**values, "data": [train_data.fingerprint, val_data.fingerprint],
+                # of these the last bits of a sum depend: a change is allowed, and said
+                "processes": world, "threads": torch.get_num_threads(), "torch": torch.__version__}
     if folder:
         model, found = load_model(folder)
         if "config" not in found:

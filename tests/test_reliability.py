@@ -12,11 +12,12 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, launch
+from conftest import ROOT, flags_of, launch
 
 import checkpoint
 import data
@@ -31,11 +32,13 @@ def lines(config):
         return [{k: v for k, v in json.loads(line).items() if k not in measured} for line in f]
 
 def last_checkpoint(config):
-    """Its files as bytes; state.json without the folder's name."""
+    """Its files as bytes; state.json without the folder's name and the number of threads."""
     folder = checkpoint.checkpoints(config.out_dir)[-1]
     files = {name: open(os.path.join(folder, name), "rb").read() for name in os.listdir(folder)}
     del files["manifest.json"]                 # has the hash of state.json
-    return {**files, "state.json": files["state.json"].replace(config.out_dir.encode(), b"")}
+    state = json.loads(files["state.json"])
+    state["config"] |= {"out_dir": "", "threads": 0}
+    return {**files, "state.json": state}
 
 def status(config):
     with open(os.path.join(config.out_dir, "status.json"), encoding="utf-8") as f:
@@ -241,6 +244,31 @@ def test_a_closed_pipe_does_not_end_the_run(small):
     process.stdout.close()
     assert process.wait() == 0 and status(config)["state"] == "finished" and len(lines(config)) == 60 + 15
 
+@linux
+def test_the_slurm_script_queues_a_stopped_job_again_and_no_other(small, tmp_path):
+    config = small(steps=40, save_every=40, eval_every=40)
+    bin = tmp_path / "bin"                     # stands for SLURM
+    bin.mkdir()
+    (bin / "srun").write_text('#!/bin/sh\necho srun $$\nexec "$@"\n')
+    (bin / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/queue\n')
+    (bin / "torchrun").write_text(f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n')
+    for program in bin.iterdir():
+        program.chmod(0o755)
+    def job():
+        env = {**os.environ, "PATH": f"{bin}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "PROCESSES": "2",
+               "OUT": config.out_dir, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(["bash", "runs/slurm.sh", *flags_of(config)], cwd=ROOT, env=env, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = job()
+    pid = int(wait_for(process, "srun ").split()[1])
+    wait_for(process, "step     10/")
+    os.kill(pid, signal.SIGUSR1)
+    process.communicate()
+    assert status(config)["state"] == "stopped" and (tmp_path / "queue").read_text() == "requeue 7\n"
+    output = job().communicate()[0]
+    assert "continuing from" in output and status(config)["state"] == "finished", output
+    assert (tmp_path / "queue").read_text() == "requeue 7\n"
+
 # --- a process that stops, fails or hangs ---
 
 @linux
@@ -362,7 +390,7 @@ def test_a_run_that_goes_from_two_processes_to_one_and_back_sees_the_same_sample
     shutil.copytree(straight.out_dir, elastic.out_dir)
     for folder in checkpoint.checkpoints(elastic.out_dir)[1:]:
         shutil.rmtree(folder)                  # at step 4, of two processes
-    finish(elastic, 1)
+    assert "changed: processes 2 → 1" in finish(elastic, 1)
     shutil.rmtree(checkpoint.checkpoints(elastic.out_dir)[-1])             # at step 8, of one
     finish(elastic, 2)
     for one, other in zip(lines(elastic), lines(straight), strict=True):
