@@ -42,8 +42,10 @@ def save_checkpoint(out_dir: str, step: int, model: Llama, optimizers: list, sta
     folder, aside = os.path.join(out_dir, "checkpoints", f".tmp_step_{step:08d}"), f"{final}_before"
     try:
         write(folder, model, optimizers, state, tokenizer)
-        if os.path.exists(final):              # damaged, or stopped before its evaluation: it counts until
-            if os.path.exists(aside):          # the new one is there
+        if os.path.exists(final) and verify(final):
+            remove(final)
+        elif os.path.exists(final):            # stopped before its evaluation: counts until the new one does
+            if os.path.exists(aside):
                 remove(aside)
             os.rename(final, aside)
         os.rename(folder, final)

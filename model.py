@@ -3,11 +3,13 @@ LlamaForCausalLM, so that a state dict of one loads into the other. RMSNorm, rot
 SwiGLU, no bias.
 
 In shapes: B sequences, T tokens, S tokens attended to, C = n_embd, H heads of D = C / H, V words."""
+import functools
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 @dataclass
 class LlamaConfig:
@@ -87,18 +89,27 @@ def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Te
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)         # computed in float32
 
 class KVCache:
-    """Keys and values of the tokens seen so far, in tensors allocated once for `size` tokens."""
+    """Keys and values of the tokens seen so far, in tensors allocated once for `size` tokens. All shapes stay
+    and the length is a tensor, so that the step of one token compiles once."""
 
     def __init__(self, config: LlamaConfig, batch: int, size: int, device=None, dtype=None):
-        shape = (config.n_layer, 2, batch, config.n_kv_head, size, config.n_embd // config.n_head)
-        self.kv, self.length = torch.zeros(shape, device=device, dtype=dtype), 0
+        kv = torch.zeros(config.n_layer, 2, batch, config.n_kv_head, size, config.n_embd // config.n_head,
+                         device=device, dtype=dtype)
+        self.kv = [list(layer) for layer in kv]
+        self.length = torch.zeros((), dtype=torch.int64, device=device)
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k, v (B, n_kv_head, T, D) of one layer; returns all S of its keys and values."""
-        end = self.length + k.shape[2]
-        self.kv[layer, 0, :, :, self.length:end] = k
-        self.kv[layer, 1, :, :, self.length:end] = v
-        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
+    def begin(self, T: int) -> torch.Tensor:
+        """Make room for T more tokens; returns their positions, (T,)."""
+        size, device = self.kv[0][0].shape[2], self.length.device
+        self.positions = self.length + torch.arange(T, device=device)
+        self.mask = self.positions[:, None] >= torch.arange(size, device=device)         # (T, size)
+        self.length += T
+        return self.positions
+
+    def append(self, layer: int, *kv: torch.Tensor) -> list[torch.Tensor]:
+        """Store k, v (B, n_kv_head, T, D) of one layer; returns all of its keys and values, also the ones to
+        come, which the mask hides."""
+        return [old.index_copy_(2, self.positions, new) for old, new in zip(self.kv[layer], kv, strict=True)]
 
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
@@ -115,12 +126,9 @@ class Attention(nn.Module):
         q = rotate(self.q_proj(x).view(B, T, self.n_head, -1).transpose(1, 2), rope)       # (B, H, T, D)
         k = rotate(self.k_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2), rope)  # (B, n_kv, T, D)
         v = self.v_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)
-        mask = None
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                                       # (B, n_kv_head, S, D)
-            if 1 < T < k.shape[2]:             # is_causal would align the first query with the first key
-                mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1,
+        y = F.scaled_dot_product_attention(q, k, v, cache.mask if cache else None, is_causal=not cache,
                                            enable_gqa=self.n_kv_head != self.n_head)       # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -148,12 +156,52 @@ class Block(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), rope, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of x Wᵀ for x (N, C), W (V, C) and targets (N,) without ever holding all logits, the
+    largest tensor of a training step: they live for one slice of rows, and the gradients are made beside the
+    loss, of the same products that a backward pass would need."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        w, loss = weight.to(x.dtype), x.new_zeros((), dtype=torch.float32)
+        grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
+        share = (targets >= 0) / (targets >= 0).sum()                                      # (N,)
+        rows = max(512, len(x) // 8)           # few slices, so that the compiled graph stays small
+        for one, t, s, out in zip(*(a.split(rows) for a in (x, targets, share, grad_x)), strict=True):
+            logits, t = F.linear(one, w).float(), t.clamp(min=0)[:, None]                  # (rows, V)
+            norm = logits.logsumexp(-1, keepdim=True)
+            loss += ((norm - logits.gather(-1, t))[:, 0] * s).sum()
+            if any(ctx.needs_input_grad):
+                p = (logits - norm).exp().scatter_add(-1, t, -torch.ones_like(norm))       # softmax - one-hot
+                p = (p * s[:, None]).to(x.dtype)
+                out.copy_(p @ w)
+                grad_w += p.T @ one
+        ctx.save_for_backward(grad_x, grad_w)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x, grad_w = ctx.saved_tensors
+        return grad_x * grad, grad_w * grad, None
+
+def keep_narrow(width: int):
+    """What `recompute` keeps of a block, as CoLA-M does (Liu et al. 2025, arXiv 2502.10940): products that
+    are narrower than `width`, those of low rank, and attention, which is slow to compute again."""
+    def policy(ctx, op, *args, **kwargs):
+        narrow = op is torch.ops.aten.mm.default and args[1].shape[1] < width
+        keep = narrow or "attention" in str(op)
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+    return create_selective_checkpoint_contexts(policy)
+
 class Llama(nn.Module):
     """`Llama(config)(idx, targets)` → (logits, loss).
 
     idx, targets: (B, T) token ids; a target of -1 is left out. With targets: logits (B, T, V) and the mean
-    cross-entropy in nats. Without: logits of the last position only, (B, 1, V), and None. Parameters are
-    drawn on the CPU from torch's global generator, so that a seed means the same model on every device."""
+    cross-entropy in nats; with loss_only (None, loss), which saves the memory of the logits. Without targets:
+    logits of the last position only, (B, 1, V), and None. Parameters are drawn on the CPU from torch's global
+    generator, so that a seed means the same model on every device."""
+
+    recompute = False                          # in training: save memory, compute parts of the forward twice
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -179,32 +227,38 @@ class Llama(nn.Module):
             else:
                 raise ValueError(f"no rule says how to initialise {name}: add one to Llama.init_weights")
 
-    def forward(self, idx, targets=None, cache: KVCache | None = None):
-        T, past = idx.shape[1], cache.length if cache else 0
-        positions = torch.arange(past, past + T, device=idx.device)
+    def forward(self, idx, targets=None, cache: KVCache | None = None, loss_only: bool = False):
+        positions = cache.begin(idx.shape[1]) if cache else torch.arange(idx.shape[1], device=idx.device)
         rope = rope_table(positions, self.config.n_embd // self.config.n_head, self.config.rope_theta)
         x = self.model["embed_tokens"](idx)                                                # (B, T, C)
         for block in self.model["layers"]:
-            x = block(x, rope, cache)
-        if cache is not None:
-            cache.length += T
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, use_reentrant=False,
+                               context_fn=functools.partial(keep_narrow, self.config.n_embd))
+            else:
+                x = block(x, rope, cache)
         x = self.model["norm"](x)
         if targets is None:
             return self.lm_head(x[:, -1:]), None                                           # (B, 1, V)
+        if loss_only:
+            kind = x.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+            return None, HeadLoss.apply(x.flatten(0, 1).to(dtype), self.lm_head.weight, targets.flatten())
         logits = self.lm_head(x)                                                           # (B, T, V)
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     @torch.inference_mode()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, eot=None,
-                 use_cache=True):
+                 use_cache=True, step=None):
         """Continue idx (B, T ≥ 1) by up to max_new_tokens; returns (B, T + new). temperature 0 takes the
-        likeliest token.
+        likeliest token. step: what runs the model on one token and the cache, for example the compiled model.
 
         The context is never longer than the seq_len the model was trained on: when it is full, its older half
         is dropped and the rest read again from position 0, so a token costs the same however long the text.
         use_cache=False runs the full forward over the same context at each token: the slow form of the same
         function. With eot a row that produced it is filled up with it, until all rows have."""
-        window, start, cache = self.config.seq_len, max(0, idx.shape[1] - self.config.seq_len), None
+        window, start = self.config.seq_len, max(0, idx.shape[1] - self.config.seq_len)
+        cache = token = None
         done = torch.zeros(idx.shape[0], 1, dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
             if idx.shape[1] - start > window:
@@ -215,7 +269,7 @@ class Llama(nn.Module):
                 cache = KVCache(self.config, idx.shape[0], window, idx.device, self.lm_head.weight.dtype)
                 logits, _ = self(idx[:, start:], cache=cache)
             else:
-                logits, _ = self(idx[:, -1:], cache=cache)
+                logits, _ = (self if step is None else step)(token, cache=cache)
             token = pick_token(logits[:, -1].float(), temperature, top_k, top_p, generator)   # (B, 1)
             if eot is not None:
                 token = torch.where(done, eot, token)

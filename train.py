@@ -103,6 +103,7 @@ class Config:
     device: str = flag("auto", "the best there is", ["auto", *DEVICES])
     dtype: str = flag("auto", "of autocast; bfloat16 on CUDA, else float32", ["auto", "float32", "bfloat16"])
     compile: str = flag("auto", "torch.compile; auto is true on CUDA", ["auto", "true", "false"])
+    recompute: bool = flag(False, "less memory: wide activations are computed again in the backward pass")
     eval_every: int = flag(1000, "updates between evaluations; one more at the end")
     eval_tokens: int = flag(10_000_000, "validation tokens of an evaluation, always the same ones")
     save_every: int = flag(1000, "updates between checkpoints; one more at the end")
@@ -111,7 +112,7 @@ class Config:
     resume: str = flag("auto", "auto: from the newest good checkpoint of out_dir; never; or a PATH")
     overwrite: bool = flag(False, "with --resume never: delete the run that is in out_dir")
     deterministic: bool = flag(False, "refuse operations whose result varies from run to run")
-    timeout: int = flag(600, "seconds within which a job ends when one of its processes hangs")
+    timeout: int = flag(600, "seconds within which a job ends when a process hangs; ten times that in a save")
     dry_run: bool = flag(False, "print parameters, memory and tokens, and exit")
 
 METHOD = ("rank", "sparsity", "gamma", "learn_gamma", "init", "select", "sparse_init", "activation")
@@ -213,7 +214,7 @@ def evaluate(model, data: TokenDataset, samples, micro, token_bytes, autocast, d
         sums[1:3] += torch.tensor([y.numel(), token_bytes[y].sum()])
         count, fill = y.numel(), (0, 0, 0, micro - len(y))             # another shape would compile again
         with autocast:
-            loss = model(F.pad(x, fill).to(device), F.pad(y, fill, value=-1).to(device))[1]
+            loss = model(F.pad(x, fill).to(device), F.pad(y, fill, value=-1).to(device), loss_only=True)[1]
         sums[0] += loss.item() * count
     sums[3] = len(asked)
     if world > 1:
@@ -249,16 +250,17 @@ def describe(config: Config, model: Llama, world: int, micro: int, accumulation:
 
 # --- out_dir ---
 
-def on_first(rank: int, world: int, work):
-    """Run work() on the first process alone. All return its result, or raise the error it raised."""
+def on_first(rank: int, group, work):
+    """Run work() on the first process alone, of several by their `group`. All return its result, or raise the
+    error it raised."""
     answer = [None, None]
     if rank == 0:
         try:
             answer[0] = work()
         except (ValueError, OSError) as error:
             answer[1] = error
-    if world > 1:
-        dist.broadcast_object_list(answer, src=0)
+    if group:
+        dist.broadcast_object_list(answer, src=0, group=group)
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
@@ -316,11 +318,16 @@ def open_metrics(path: str, state: dict):
     known, kept = {"train": state["step"], "eval": state["evaluated"]}, []
     with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as f:
         for line in f:
-            with contextlib.suppress(ValueError):                          # a line that a kill cut short
+            with contextlib.suppress(ValueError, KeyError, TypeError):     # a line that a kill cut short
                 entry = json.loads(line)
                 kept += [line] if entry["step"] <= known[entry["kind"]] else []
     write_atomic(path, "".join(kept).encode())
     return open(path, "a", encoding="utf-8")
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOPs a second of one device at the most, None where unknown."""
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((PEAK_FLOPS[name] for name in PEAK_FLOPS if name in chip), None)
 
 def peak_memory(device: torch.device) -> int:
     """Bytes at the most so far: of the GPU's allocator, else resident in this process."""
@@ -436,13 +443,13 @@ def run(config: Config, stack: contextlib.ExitStack):
         except OSError:                        # a closed pipe or terminal must not end the run
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    # files: only the first process writes, and only after it has claimed out_dir and opened the metrics
+    # files: only the first process writes, and only after it has claimed out_dir
     state = {"step": 0, "samples": 0, "tokens": 0, "evaluated": 0, "best_val_loss": None}
-    metrics = None
+    lock = metrics = None
     def path(name):
         return os.path.join(config.out_dir, name)
     def status(word, reason=""):
-        if metrics:
+        if lock:
             content = {"state": word, "step": state["step"], "reason": reason}
             write_atomic(path("status.json"), json.dumps(content).encode())
     def failed(reason):
@@ -451,7 +458,11 @@ def run(config: Config, stack: contextlib.ExitStack):
     def leave(kind, error, trace):
         if error:
             reason = f"{kind.__name__}: {error}"
-            failed(watch.first_fault(reason) if watch else reason)
+            if watch:
+                reason = watch.first_fault(reason)
+                watch.over.set()
+            if kind is not ValueError:         # a refused command leaves the run in out_dir as it was
+                failed(reason)
     def where():
         return f"step {state['step']:>6}/{config.steps}"
     def record(kind_of_line, **fields):
@@ -462,21 +473,26 @@ def run(config: Config, stack: contextlib.ExitStack):
     def give_up(reason):
         failed(reason)
         print(f"[rank {rank}] error: {reason}; the same command continues", file=sys.stderr, flush=True)
-    watch = None
+    watch = files = None
     if world > 1:
-        dist.init_process_group(auto["backend"], timeout=datetime.timedelta(seconds=config.timeout))
+        timeout = datetime.timedelta(seconds=config.timeout)
+        dist.init_process_group(auto["backend"], timeout=timeout)
+        files = dist.new_group(backend="gloo", timeout=10 * timeout)       # waits while the first one saves
         watch = Watch(rank, world, config.timeout, give_up)
 
     # the first process alone looks after out_dir, and reads every shard once
     def prepare():
-        stack.enter_context(claim(config.out_dir))
+        nonlocal lock
+        lock = stack.enter_context(claim(config.out_dir))
+        stack.push(leave)                      # which is called before the lock is given back
         sweep(config.out_dir)
         check_space(config)
         for data in (train_data, val_data):
             data.check_ids(known)
         return choose_checkpoint(config)
-    folder = on_first(rank, world, prepare)
-    stack.push(leave)
+    if rank > 0:
+        stack.push(leave)
+    folder = on_first(rank, files, prepare)
 
     # model and optimizer: of step 0, or as they were
     values = json.loads(json.dumps(dataclasses.asdict(config)))
@@ -487,7 +503,7 @@ def run(config: Config, stack: contextlib.ExitStack):
         model, found = load_model(folder)
         if "config" not in found:
             raise ValueError(f"{folder} has no training state to continue from: it is a model alone")
-        on_first(rank, world, lambda: check_same_run(found["config"], identity))
+        on_first(rank, files, lambda: check_same_run(found["config"], identity))
         state = {name: found[name] for name in state}
         say(f"continuing from {folder}")
     else:
@@ -499,12 +515,11 @@ def run(config: Config, stack: contextlib.ExitStack):
     optimizers = build_optimizers(model, config)
     if folder:
         load_optimizer(folder, model, optimizers)
-    gradients = flat_gradients(model)
+    gradients, model.recompute = flat_gradients(model), config.recompute
     if config.compile == "true" or config.compile == "auto" and auto["compile"]:
         model.compile()                        # in place: parameters keep their names
     say(describe(config, model, world, micro, accumulation))
-    flops, chip = count_flops(model), torch.cuda.get_device_name(device) if cuda else ""
-    peak = next((PEAK_FLOPS[name] for name in PEAK_FLOPS if name in chip), None)
+    flops, peak = count_flops(model), peak_flops(device)
 
     if rank == 0:
         metrics = stack.enter_context(open_metrics(path("metrics.jsonl"), state))
@@ -529,7 +544,7 @@ def run(config: Config, stack: contextlib.ExitStack):
         if state != saved and (done or stop or step % config.save_every == 0):
             if rank == 0:
                 os.fsync(metrics.fileno())     # its lines are on disk before the checkpoint is
-            on_first(rank, world, lambda content={**state, "config": identity}: save_checkpoint(
+            on_first(rank, files, lambda content={**state, "config": identity}: save_checkpoint(
                 config.out_dir, content["step"], model, optimizers, content, tokenizer, config.keep))
             saved = state
         if done or stop:
@@ -550,7 +565,7 @@ def run(config: Config, stack: contextlib.ExitStack):
             first = state["samples"] + (i * world + rank) * micro
             x, y = train_data.batch(order[np.arange(first, first + micro)])
             with autocast:
-                part = model(x.to(device), y.to(device))[1]
+                part = model(x.to(device), y.to(device), loss_only=True)[1]
             part = part / (accumulation * world)
             part.backward()
             loss += part.detach()

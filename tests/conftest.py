@@ -12,6 +12,14 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SMALL = dict(model="tiny", n_layer=2, n_embd=32, n_head=2, n_ffn=48, seq_len=32, batch_tokens=256, steps=8,
              warmup=2, eval_every=4, eval_tokens=2000, save_every=4, log_every=1, device="cpu")
 
+LAUNCHED = []
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test():
+    yield
+    while LAUNCHED:                            # after a failure; processes of a launcher end when it does
+        LAUNCHED.pop().kill()
+
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=4, help="random kills of a run, of each kind")
 
@@ -46,5 +54,6 @@ def launch(config, processes: int = 1, fault: str = "", flags=(), under=(), **kw
     script = os.path.join(ROOT, "tests/faulty.py" if fault else "train.py")
     command = [*under, sys.executable, *(torchrun if processes > 1 else []), script, *flags_of(config)]
     kwargs = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **kwargs}
-    return subprocess.Popen(command, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault},
-                            **kwargs)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault}
+    LAUNCHED.append(subprocess.Popen(command, text=True, env=environment, **kwargs))
+    return LAUNCHED[-1]

@@ -3,7 +3,8 @@
     die:N      SIGKILL at the N-th point (from 0) of the saves of this process, which prints their names
     nan:R:S    process R computes a loss of NaN in its S-th step
     raise:R:S  … raises an error
-    sleep:R:S  … sleeps for an hour, as a reader of a dead disk does"""
+    sleep:R:S  … sleeps for an hour, as a reader of a dead disk does
+    slow:S     each save takes S seconds longer"""
 import os
 import runpy
 import signal
@@ -85,6 +86,12 @@ def instrument_steps(rank, step):
         return logits, loss
     model.Llama.forward = faulty
 
+def slow_down_saves(seconds):
+    save = checkpoint.save_checkpoint
+    checkpoint.save_checkpoint = lambda *args: (time.sleep(seconds), save(*args))
+
+if kind == "slow":
+    slow_down_saves(int(numbers[0]))
 if kind == "die":
     instrument_saves()
 if kind in ("nan", "raise", "sleep"):

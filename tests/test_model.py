@@ -177,7 +177,7 @@ def test_cached_decoding_equals_the_full_forward(make, pieces):
 @torch.no_grad()
 def test_cache_holds_the_keys_of_kv_heads_only():
     cache = KVCache(LlamaConfig(**SIZES, n_kv_head=2), 3, 7)
-    assert cache.kv.shape == (2, 2, 3, 2, 7, 8) and cache.length == 0
+    assert [t.shape for kv in cache.kv for t in kv] == [(3, 2, 7, 8)] * 4 and cache.length == 0
 
 # --- generation ---
 
