@@ -200,17 +200,20 @@ def bench_data(config: Config, device, autocast) -> list[dict]:
         write_shard(os.path.join(folder, "train_0.bin"), tokens, config.vocab_size)
         del tokens
         data = TokenDataset(folder, "train", config.seq_len)
-        order, batch = SampleOrder(len(data), 0), config.tokens // config.seq_len
-        def read(first):
-            for i in range(first, first + 100_000, batch):
-                data.batch(order[np.arange(i, i + batch)])
-        read(0)
-        before, started = train.peak_memory(torch.device("cpu")), time.perf_counter()
-        for epoch in range(5):
-            read(100_000 * (1 + epoch))
-        seconds = time.perf_counter() - started
-        return [{"data": f"{batch} × {config.seq_len}", "tokens/s": 500_000 * config.seq_len / seconds,
-                 "growth of peak memory, bytes": train.peak_memory(torch.device("cpu")) - before}]
+        order, rows = SampleOrder(len(data), 0), []
+        update = 131_072 // config.seq_len     # samples whose order is asked for at once, as in training
+        for micro in (8, 64):
+            def read(first, micro=micro):
+                for samples in order[np.arange(first, first + update)].reshape(-1, micro):
+                    data.batch(samples)
+            read(0)
+            before, started = train.peak_memory(torch.device("cpu")), time.perf_counter()
+            for i in range(1, 1000):
+                read(i * update)
+            speed = 999 * update * config.seq_len / (time.perf_counter() - started)
+            rows.append({"data": f"batches of {micro} × {config.seq_len}", "tokens/s": speed,
+                         "growth of peak memory": train.peak_memory(torch.device("cpu")) - before})
+        return rows
 
 BENCHES = {"init": bench_init, "layer": bench_layer, "step": bench_step, "decode": bench_decode,
            "data": bench_data}

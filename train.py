@@ -561,9 +561,9 @@ def run(config: Config, stack: contextlib.ExitStack):
         # gradient of the mean loss over batch_tokens: micro-batches add up here, processes in one reduction
         gradients.zero_()
         loss = torch.zeros((), device=device)
-        for i in range(accumulation):
-            first = state["samples"] + (i * world + rank) * micro
-            x, y = train_data.batch(order[np.arange(first, first + micro)])
+        samples = order[np.arange(batch) + state["samples"]]
+        for mine in samples.reshape(accumulation, world, micro)[:, rank]:
+            x, y = train_data.batch(mine)
             with autocast:
                 part = model(x.to(device), y.to(device), loss_only=True)[1]
             part = part / (accumulation * world)
