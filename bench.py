@@ -23,7 +23,7 @@ import train
 from data import SampleOrder, TokenDataset, write_shard
 from flags import command, flag, parse
 from lost import LOSTLinear, apply_lost
-from model import MODELS, count_flops, count_multiplies, pick_device
+from model import MODELS, compile_step, count_flops, count_multiplies, pick_device
 
 @dataclass
 class Config:
@@ -175,7 +175,7 @@ def bench_decode(config: Config, device, autocast) -> list[dict]:
             contestants["transformers"] = lambda other=other: other.generate(
                 idx, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
         if config.compile:
-            step = torch.compile(model, fullgraph=True, dynamic=False, mode="reduce-overhead")
+            step = compile_step(model)
             contestants[f"{linear}, compiled"] = lambda model=model, step=step: model.generate(
                 idx, n, temperature=0, step=step)
     seconds = race(contestants, config.rounds, device)

@@ -204,11 +204,13 @@ def by_module(value, name: str):
     return value[longest]
 
 def apply_lost(model: nn.Module, rank: int | dict, sparsity: float | dict, gamma: float = 0.7, *,
-               skip: tuple[str, ...] = ("lm_head",), **switches) -> nn.Module:
+               skip: tuple[str, ...] = ("lm_head",), part: tuple[int, int] = (0, 1), **switches) -> nn.Module:
     """Replace every nn.Linear of `model` by a LOSTLinear, in place and one at a time, and return the model.
 
     rank, sparsity: a number, or a dict by module name (`by_module`). skip: ends of the names of modules that
-    stay dense. switches: of `LOSTLinear.from_linear`. ValueError names the module that does not fit."""
+    stay dense. part: (i, n) decomposes the i-th of every n layers and leaves the others empty, to be filled
+    from n - 1 more processes. switches: of `LOSTLinear.from_linear`. ValueError names the module that does
+    not fit."""
     names = [name for name, m in model.named_modules()
              if isinstance(m, nn.Linear) and not any(_ends(name, s) for s in skip)]
     if not names:
@@ -216,10 +218,14 @@ def apply_lost(model: nn.Module, rank: int | dict, sparsity: float | dict, gamma
     for key in {key for spec in (rank, sparsity) if isinstance(spec, dict) for key in spec} - {"default"}:
         if not any(_ends(name, key) for name in names):
             raise ValueError(f"no module is called {key!r}: the first ones are {', '.join(names[:7])}")
-    for name in names:
+    for number, name in enumerate(names):
         try:
-            layer = LOSTLinear.from_linear(model.get_submodule(name), by_module(rank, name),
+            linear, mine = model.get_submodule(name), number % part[1] == part[0]
+            device = linear.weight.device
+            layer = LOSTLinear.from_linear(linear if mine else linear.to("meta"), by_module(rank, name),
                                            by_module(sparsity, name), gamma, **switches)
+            if not mine:
+                layer.to_empty(device=device)
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from None
         model.set_submodule(name, layer)

@@ -279,6 +279,13 @@ class Llama(nn.Module):
                 break
         return idx
 
+def compile_step(model: Llama):
+    """The step of one token compiled, for `generate(step=…)`. On a CPU the weights are laid out anew for it,
+    which takes their memory a second time."""
+    if next(model.parameters()).device.type == "cpu":
+        return torch.compile(model, fullgraph=True, dynamic=False, options={"freezing": True})
+    return torch.compile(model, fullgraph=True, dynamic=False, mode="reduce-overhead")
+
 def pick_token(logits, temperature, top_k=None, top_p=None, generator=None):
     """One token a row from logits (B, V): the likeliest at temperature 0, else drawn from the top_k
     likeliest, or from the fewest whose probabilities sum to top_p (Holtzman et al. 2020, arXiv 1904.09751),

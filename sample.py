@@ -12,7 +12,7 @@ import torch
 from checkpoint import checkpoint_folder, load_model
 from data import Tokenizer
 from flags import command, flag, parse
-from model import pick_device
+from model import compile_step, pick_device
 
 @dataclass
 class Config:
@@ -26,6 +26,7 @@ class Config:
     seed: int = flag(0, "of the draws")
     device: str = flag("auto", "cuda, mps or cpu; auto is the best there is", ["auto", "cuda", "mps", "cpu"])
     dtype: str = flag("float32", "of weights and activations", ["float32", "bfloat16"])
+    compile: bool = flag(False, "compile the step of a token: a minute at the start, for long texts")
 
 def main(config: Config):
     if config.max_new_tokens < 1 or config.num_samples < 1 or not config.temperature >= 0:
@@ -50,7 +51,7 @@ def main(config: Config):
     idx = torch.tensor([start] * config.num_samples, device=device)
     generator = torch.Generator(device).manual_seed(config.seed)
     rows = model.generate(idx, config.max_new_tokens, config.temperature, top_k, top_p, generator,
-                          tokenizer.eot).tolist()
+                          tokenizer.eot, step=compile_step(model) if config.compile else None).tolist()
     for i, row in enumerate(rows):
         new = row[len(start):]
         end = new.index(tokenizer.eot) if tokenizer.eot in new else len(new)

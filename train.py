@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from checkpoint import checkpoints, load_model, load_optimizer, newest_checkpoint, save_checkpoint, sweep
 from data import SampleOrder, TokenDataset, Tokenizer, write_atomic
 from flags import command, flag, parse
-from lost import SWITCHES, apply_lost
+from lost import SWITCHES, LOSTLinear, apply_lost
 from model import MODELS, Llama, LlamaConfig, count_flops, count_multiplies, count_parameters, pick_device
 
 # Per size LOST's rank, and the steps and learning rates that CoLA published (LOST's own are unknown; 13b: as
@@ -165,16 +165,24 @@ def lr_at(step: int, config: Config) -> float:
     low = config.min_lr_ratio
     return config.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
 
-def build_model(config: Config, device) -> Llama:
-    """The model of step 0, decomposed on `device`; on the meta device shapes only."""
+def build_model(config: Config, device, part: tuple[int, int] = (0, 1)) -> Llama:
+    """The model of step 0, decomposed on `device`; on the meta device shapes only. part: of `apply_lost`."""
     torch.manual_seed(config.seed)             # the weights are drawn on the CPU: the same for every device
     names = [f.name for f in dataclasses.fields(LlamaConfig) if hasattr(config, f.name)]
     with torch.device("meta" if device == "meta" else "cpu"):
         model = Llama(LlamaConfig(**{name: getattr(config, name) for name in names}))
     model.to(device)
     if config.linear != "dense":
-        apply_lost(model, **{name: getattr(config, name) for name in METHOD})
+        apply_lost(model, part=part, **{name: getattr(config, name) for name in METHOD})
     return model
+
+def share_weights(model: Llama, world: int):
+    """Give all processes the same bits: the i-th of every `world` layers from process i, which decomposed it,
+    the rest from the first."""
+    layers = [name for name, m in model.named_modules() if isinstance(m, LOSTLinear)]
+    owner = {name: i % world for i, name in enumerate(layers)}
+    for name, tensor in model.state_dict().items():
+        dist.broadcast(tensor, owner.get(name.rpartition(".")[0], 0))
 
 def build_optimizers(model: Llama, config: Config) -> list[torch.optim.Optimizer]:
     """AdamW, with Muon beside it where that is asked for. Matrices decay, vectors and scalars do not."""
@@ -507,11 +515,11 @@ def run(config: Config, stack: contextlib.ExitStack):
         state = {name: found[name] for name in state}
         say(f"continuing from {folder}")
     else:
-        model = build_model(config, device)
+        drawn = config.init == "random" or config.select == "random"       # every process draws all then
+        model = build_model(config, device, (0, 1) if drawn else (rank, world))
     model.to(device)
-    if world > 1:                              # decompositions may round differently: take the first's bits
-        for tensor in model.state_dict().values():
-            dist.broadcast(tensor, 0)
+    if world > 1:
+        share_weights(model, world)
     optimizers = build_optimizers(model, config)
     if folder:
         load_optimizer(folder, model, optimizers)

@@ -295,6 +295,17 @@ def test_apply_hands_its_switches_on(monkeypatch):
     apply_lost(Network(), 4, 0.25, **switches)
     assert seen == [(4, 4, *switches.values())] * len(ALL)
 
+def test_parts_of_a_model_decomposed_apart_make_the_whole():
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(*(nn.Linear(12, 12) for _ in range(5)))
+    whole = apply_lost(model(), 4, 0.2)
+    parts = [apply_lost(model(), 4, 0.2, part=(i, 2)) for i in range(2)]
+    for i, layer in enumerate(whole):
+        for name, value in layer.state_dict().items():
+            assert torch.equal(parts[i % 2][i].state_dict()[name], value)
+            assert parts[1 - i % 2][i].state_dict()[name].shape == value.shape
+
 def test_apply_holds_one_decomposition_at_a_time(monkeypatch):
     model, counts, real = Network(), [], lost.decompose
     def count_first(*given):

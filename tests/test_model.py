@@ -1,4 +1,5 @@
 """The plain LLaMA against Hugging Face's, its cache and sampler against slow forms, its counts by hand."""
+import gc
 import os
 
 import pytest
@@ -19,6 +20,7 @@ from model import (
     KVCache,
     Llama,
     LlamaConfig,
+    compile_step,
     count_flops,
     count_multiplies,
     count_parameters,
@@ -159,6 +161,67 @@ def test_rows_of_a_batch_do_not_mix():
     rows = torch.cat([all_logits(model, row[None]) for row in idx])
     assert largest_difference(all_logits(model, idx), rows) < 1e-4
 
+# --- the loss without the logits, and recomputing ---
+
+def loss_and_gradients(model, idx, targets, **how):
+    model.zero_grad()
+    loss = model(idx, targets, **how)[1]
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+@kinds
+@pytest.mark.parametrize("batch", [1, 110], ids=["one slice", "three slices"])
+def test_loss_without_logits_is_the_cross_entropy_with_its_gradients(kind, batch):
+    model, idx = small(**kind), tokens(batch, 12)
+    targets = idx.roll(-1, 1).clone()
+    targets[0, 3:7] = -1                       # left out
+    loss, gradients = loss_and_gradients(model, idx, targets)
+    sliced_loss, sliced_gradients = loss_and_gradients(model, idx, targets, loss_only=True)
+    assert sliced_loss == pytest.approx(loss, rel=1e-6)
+    assert (sliced_gradients - gradients).norm() <= 1e-5 * gradients.norm()
+
+def test_loss_without_logits_keeps_nothing_of_their_size():
+    model, idx, sizes = small(), tokens(200, 12), []
+    def pack(t):
+        sizes.append(t.numel())
+        return t
+    for loss_only in (False, True):
+        sizes.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            assert (model(idx, idx, loss_only=loss_only)[0] is None) == loss_only
+        assert (max(sizes) >= 200 * 12 * 257) != loss_only
+
+def test_scaled_loss_without_logits_scales_its_gradients():
+    model, idx = small(), tokens(2, 12)
+    whole = loss_and_gradients(model, idx, idx, loss_only=True)[1]
+    model.zero_grad()
+    (model(idx, idx, loss_only=True)[1] * 0.25).backward()
+    assert torch.allclose(torch.cat([p.grad.flatten() for p in model.parameters()]), whole / 4, atol=1e-7)
+
+@pytest.mark.parametrize("make", [small, small_lost])
+def test_recomputing_changes_no_bit_of_the_gradients(make):
+    model, idx = make(), tokens(3, 12)
+    straight = loss_and_gradients(model, idx, idx)
+    model.recompute = True
+    again = loss_and_gradients(model, idx, idx)
+    assert again[0] == straight[0] and torch.equal(again[1], straight[1])
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads resident memory from /proc")
+def test_recomputing_keeps_a_fraction_of_the_activations():
+    config = LlamaConfig(257, 256, n_layer=4, n_head=4, n_embd=256, n_ffn=688)
+    model, idx = apply_lost(Llama(config), 32, 0.01, init="random", select="weight"), tokens(32, 256)
+    def resident():
+        gc.collect()
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    held = {}
+    for recompute in (False, True):
+        model.recompute, before = recompute, resident()
+        loss = model(idx, idx, loss_only=True)[1]
+        held[recompute] = resident() - before
+        del loss
+    assert held[True] < 0.3 * held[False], held
+
 # --- the cache ---
 
 PIECES = {"at-once": [30], "token-by-token": [1] * 30, "in-pieces": [3, 1, 12, 2, 12],
@@ -200,6 +263,16 @@ def test_greedy_text_with_and_without_cache_equals_the_literal_loop(seq_len, len
     assert torch.equal(cached, model.generate(idx, 40, temperature=0, use_cache=False))
     assert cached.tolist() == [greedy_literally(model, row, 40) for row in idx.tolist()]
     assert len(set(cached[0, length:].tolist())) > 3 or seq_len == 1
+
+@pytest.mark.parametrize("make", [small, small_lost])
+def test_compiled_step_writes_the_same_text_and_is_compiled_once(make):
+    torch.compiler.reset()
+    model, idx = make(), tokens(2, 5)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        step = compile_step(model)
+        for _ in range(2):                     # a second text, and several windows of each
+            text = model.generate(idx, 30, temperature=0, step=step)
+    assert torch.equal(text, model.generate(idx, 30, temperature=0))
 
 def test_cached_generation_reads_each_token_once_a_window():
     model, read = small(), []

@@ -143,6 +143,10 @@ def test_text_ends_where_the_model_ends_the_document(trained, sample):
     assert len(lengths) == 8 and min(lengths) < 200 and len(set(lengths)) > 4
     assert "endoftext" not in text
 
+def test_compiled_step_gives_the_same_text(trained, sample):
+    greedy, compiled = (sample(trained[0], prompt="A", temperature=0.0, compile=value) for value in (False, True))
+    assert greedy == compiled
+
 def test_bfloat16_gives_a_text(trained, sample):
     assert sample(trained[0], prompt="A", dtype="bfloat16", temperature=0.0).startswith("A")
 

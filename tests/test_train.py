@@ -106,6 +106,19 @@ def test_compiled_training_keeps_names_and_losses(small, tmp_path):
     ours, theirs = (load_model(c.out_dir)[0].state_dict() for c in (eager, compiled))
     assert ours.keys() == theirs.keys()
 
+def test_training_and_evaluation_compile_one_whole_graph_each_and_never_again(small):
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    train.main(small(compile="true", dtype="bfloat16", steps=6, eval_every=2, micro_batch=2, eval_tokens=300))
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 2
+
+def test_recomputing_changes_no_bit_of_a_run(small, tmp_path):
+    straight, again = small(), small(recompute=True, out_dir=str(tmp_path / "again"))
+    train.main(straight)
+    train.main(again)
+    assert losses(again) == losses(straight) and files_of(again, 8) == files_of(straight, 8)
+
 # --- evaluation and schedule ---
 
 @pytest.mark.parametrize("micro", [1, 3, 7])
