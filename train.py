@@ -9,17 +9,13 @@ a step are the same for any number of processes: the state is weights, moments a
 import contextlib
 import dataclasses
 import datetime
-import fcntl
-import itertools
 import json
 import math
 import os
-import platform
 import resource
 import shutil
 import signal
 import sys
-import threading
 import time
 from dataclasses import dataclass
 
@@ -31,6 +27,7 @@ import torch.nn.functional as F
 from checkpoint import checkpoints, load_model, load_optimizer, newest_checkpoint, save_checkpoint, sweep
 from data import SampleOrder, TokenDataset, Tokenizer, write_atomic
 from flags import command, flag, parse
+from job import Watch, claim, on_first
 from lost import SWITCHES, LOSTLinear, apply_lost
 from model import MODELS, Llama, LlamaConfig, count_flops, count_multiplies, count_parameters, pick_device
 
@@ -116,7 +113,6 @@ class Config:
     dry_run: bool = flag(False, "print parameters, memory and tokens, and exit")
 
 METHOD = ("rank", "sparsity", "gamma", "learn_gamma", "init", "select", "sparse_init", "activation")
-HOST = platform.node()
 # A resumed run must agree in these; any other value that changed is printed
 FIXED = {*METHOD, "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn", "tie_embeddings", "vocab_size",
          "linear", "seq_len", "optimizer", "data"}
@@ -258,39 +254,6 @@ def describe(config: Config, model: Llama, world: int, micro: int, accumulation:
 
 # --- out_dir ---
 
-def on_first(rank: int, group, work):
-    """Run work() on the first process alone, of several by their `group`. All return its result, or raise the
-    error it raised."""
-    answer = [None, None]
-    if rank == 0:
-        try:
-            answer[0] = work()
-        except (ValueError, OSError) as error:
-            answer[1] = error
-    if group:
-        dist.broadcast_object_list(answer, src=0, group=group)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
-
-def claim(out_dir: str):
-    """Make out_dir and lock it; returns the open file that holds the lock until it is closed, however this
-    process ends. Raises ValueError where another run holds it or it cannot be written."""
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        file = open(os.path.join(out_dir, ".lock"), "a+")
-    except OSError as e:
-        raise ValueError(f"cannot write to {out_dir} ({e.strerror}): use another --out_dir") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        owner = file.read()
-        raise ValueError(f"process {owner} trains in {out_dir}: stop it or use another --out_dir") from None
-    file.truncate(0)
-    print(f"{os.getpid()} on {HOST}", end="", file=file, flush=True)
-    return file
-
 def check_space(config: Config):
     """Refuse a disk without room for `keep` checkpoints, and for the next while it is written."""
     weights, _, moments = count_bytes(build_model(config, "meta"), config.optimizer)
@@ -342,57 +305,6 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-# --- several processes ---
-
-class Watch:
-    """What the processes of a job know of one another, through a key-value store that all can reach.
-
-    A thread shows a sign of life a second. It calls give_up(reason) and ends this process when another has
-    failed or was silent for half of `timeout` seconds (stopped, or its machine gone), or when the launcher
-    has died, whose orphans would train on unseen. A silent process of this machine is killed: the launcher
-    would wait long for one that is stopped."""
-
-    def __init__(self, rank: int, world: int, timeout: int, give_up):
-        self.rank, self.patience, self.give_up, self.over = rank, timeout / 2, give_up, threading.Event()
-        self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
-                                   timeout=datetime.timedelta(seconds=timeout))
-        attempt = f"nanolost/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
-        self.keys, self.fault = [f"{attempt}/{other}" for other in range(world)], f"{attempt}/fault"
-        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        threading.Thread(target=self.work, daemon=True).start()
-
-    def first_fault(self, reason: str) -> str:
-        """What went wrong first: `reason` here, unless another process has told the store before."""
-        with contextlib.suppress(RuntimeError):                            # the store may be gone too
-            reason = self.store.compare_set(self.fault, "", f"process {self.rank}: {reason}").decode()
-        return reason
-
-    def work(self):
-        signs, silent, gone, reason = [b""] * len(self.keys), [0] * len(self.keys), [], ""
-        for count in itertools.count():
-            try:
-                self.store.set(self.keys[self.rank], f"{os.getpid()} {count} {HOST}")
-                news = self.store.multi_get(self.keys)                     # the first time waits for all
-                silent = [(s + 1) * (new == old) for s, new, old in zip(silent, news, signs, strict=True)]
-                signs = news
-                if self.launcher not in (None, os.getppid()):
-                    reason = "the launcher of this job has died"
-                elif gone := [i for i, s in enumerate(silent) if s >= self.patience + (self.rank > 0)]:
-                    reason = self.first_fault(f"no sign of life from process {', '.join(map(str, gone))} "
-                                              f"for {max(silent)} s: stopped, or its machine is gone")
-                elif self.store.check([self.fault]):
-                    reason = self.first_fault("")
-            except RuntimeError:               # it was in the launcher, or in the first process
-                reason = "the store of this job is gone, and so its launcher or its first process"
-            if reason and not self.over.is_set():
-                self.give_up(reason)
-                for pid, _, host in (signs[i].decode().split(" ", 2) for i in gone):
-                    with contextlib.suppress(OSError):
-                        os.kill(int(pid), signal.SIGKILL if host == HOST else 0)
-                os._exit(1)
-            if self.over.wait(1):
-                return
 
 # --- the run ---
 

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# The table of RESULTS.md: bash runs/bench.sh cpu (20 minutes on two cores) or cuda (one GPU with 80 GB or more).
+# Tables go to the terminal; each part leaves its JSON line in OUT (default: bench_results).
+EXTRAS=test source "$(dirname "$0")/setup.sh"
+device=${1:-cpu}; out=${OUT:-bench_results}; mkdir -p "$out"
+part() {                                       # name, flags of bench.py
+    echo "== $*"
+    python bench.py --device "$device" "${@:2}" | tee "$out/last" | head -n -1
+    tail -n 1 "$out/last" > "$out/$device-$1.json"; rm "$out/last"
+}
+part init --what init --model 1b
+part layer --what layer --model 1b
+if [ "$device" = cuda ]; then part step-1b --what step --model 1b --tokens 16384; fi
+part step-130m --what step --model 130m --tokens "$([ "$device" = cuda ] && echo 16384 || echo 2048)"
+part decode-350m --what decode --model 350m
+part decode-350m-float32 --what decode --model 350m --dtype float32
+part decode-130m --what decode --model 130m
+part data --what data
