@@ -184,8 +184,7 @@ def bench_decode(config: Config, device, autocast) -> list[dict]:
 
 def bench_init(config: Config, device, autocast) -> list[dict]:
     """The decompositions of a whole model, as at the start of a run."""
-    model, run = build(config, "dense", device)
-    settings = train.resolve({"model": config.model})
+    model, settings = build(config, "dense", device)[0], train.resolve({"model": config.model})
     layers = sum(isinstance(m, nn.Linear) for m in model.modules()) - 1
     started = time.perf_counter()
     apply_lost(model, settings.rank, settings.sparsity)

@@ -1,6 +1,7 @@
 """Command lines from dataclasses, and the exit codes that all commands share. A flag is a field made by
 `flag(default, help)`: its type is the annotation, its default and help stand once."""
 import argparse
+import contextlib
 import dataclasses
 import decimal
 import difflib
@@ -84,7 +85,8 @@ def command(main):
         traceback.print_exc()
         code = 1
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):     # a closed pipe
+            sys.stdout.flush()
         os._exit(code)                         # taking gloo's threads down may abort: 1 run in 50, under load
     if code:
         sys.exit(code)

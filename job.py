@@ -35,7 +35,7 @@ def claim(out_dir: str):
 
 def on_first(rank: int, group, work):
     """Run work() on the first process alone, of several by their `group`. All return its result, or raise the
-    error it raised."""
+    ValueError or OSError that it raised; after any other error `Watch` ends the others."""
     answer = [None, None]
     if rank == 0:
         try:
@@ -89,10 +89,12 @@ class Watch:
             except RuntimeError:               # it was in the launcher, or in the first process
                 reason = "the store of this job is gone, and so its launcher or its first process"
             if reason and not self.over.is_set():
-                self.give_up(reason)
-                for pid, _, host in (signs[i].decode().split(" ", 2) for i in gone):
-                    with contextlib.suppress(OSError):
-                        os.kill(int(pid), signal.SIGKILL if host == HOST else 0)
-                os._exit(1)
+                try:
+                    self.give_up(reason)
+                    for pid, _, host in (signs[i].decode().split(" ", 2) for i in gone):
+                        if host == HOST:
+                            os.kill(int(pid), signal.SIGKILL)
+                finally:                       # also where stderr went down with the launcher
+                    os._exit(1)
             if self.over.wait(1):
                 return

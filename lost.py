@@ -209,7 +209,7 @@ def apply_lost(model: nn.Module, rank: int | dict, sparsity: float | dict, gamma
 
     rank, sparsity: a number, or a dict by module name (`by_module`). skip: ends of the names of modules that
     stay dense. part: (i, n) decomposes the i-th of every n layers and leaves the others empty, to be filled
-    from n - 1 more processes. switches: of `LOSTLinear.from_linear`. ValueError names the module that does
+    by n - 1 more processes. switches: of `LOSTLinear.from_linear`. ValueError names the module that does
     not fit."""
     names = [name for name, m in model.named_modules()
              if isinstance(m, nn.Linear) and not any(_ends(name, s) for s in skip)]

@@ -157,21 +157,22 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of x Wᵀ for x (N, C), W (V, C) and targets (N,) without ever holding all logits, the
-    largest tensor of a training step: they live for one slice of rows, and the gradients are made beside the
-    loss, of the same products that a backward pass would need."""
+    """Mean cross-entropy of x Wᵀ for x (N, C), W (V, C) and targets (N,) without the logits of more than a
+    slice of rows, which would be the largest tensor of a training step. Where `train`, the gradients are made
+    beside the loss, of the same products that a backward pass would need."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
+    def forward(ctx, x, weight, targets, train):
         w, loss = weight.to(x.dtype), x.new_zeros((), dtype=torch.float32)
-        grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
-        share = (targets >= 0) / (targets >= 0).sum()                                      # (N,)
+        grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight) if train else None
+        known = targets >= 0
+        share = known / known.sum()                                                        # (N,)
         rows = max(512, len(x) // 8)           # few slices, so that the compiled graph stays small
         for one, t, s, out in zip(*(a.split(rows) for a in (x, targets, share, grad_x)), strict=True):
             logits, t = F.linear(one, w).float(), t.clamp(min=0)[:, None]                  # (rows, V)
             norm = logits.logsumexp(-1, keepdim=True)
             loss += ((norm - logits.gather(-1, t))[:, 0] * s).sum()
-            if any(ctx.needs_input_grad):
+            if train:
                 p = (logits - norm).exp().scatter_add(-1, t, -torch.ones_like(norm))       # softmax - one-hot
                 p = (p * s[:, None]).to(x.dtype)
                 out.copy_(p @ w)
@@ -182,7 +183,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad, grad_w * grad, None
+        return grad_x * grad, grad_w * grad, None, None
 
 def keep_narrow(width: int):
     """What `recompute` keeps of a block, as CoLA-M does (Liu et al. 2025, arXiv 2502.10940): products that
@@ -232,8 +233,8 @@ class Llama(nn.Module):
         rope = rope_table(positions, self.config.n_embd // self.config.n_head, self.config.rope_theta)
         x = self.model["embed_tokens"](idx)                                                # (B, T, C)
         for block in self.model["layers"]:
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, use_reentrant=False,
+            if self.recompute and torch.is_grad_enabled() and not cache:
+                x = checkpoint(block, x, rope, use_reentrant=False, preserve_rng_state=False,
                                context_fn=functools.partial(keep_narrow, self.config.n_embd))
             else:
                 x = block(x, rope, cache)
@@ -243,7 +244,8 @@ class Llama(nn.Module):
         if loss_only:
             kind = x.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-            return None, HeadLoss.apply(x.flatten(0, 1).to(dtype), self.lm_head.weight, targets.flatten())
+            return None, HeadLoss.apply(x.flatten(0, 1).to(dtype), self.lm_head.weight, targets.flatten(),
+                                        torch.is_grad_enabled())
         logits = self.lm_head(x)                                                           # (B, T, V)
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
 

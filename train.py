@@ -333,7 +333,8 @@ def run(config: Config, stack: contextlib.ExitStack):
     known = tokenizer.vocab_size if tokenizer else LlamaConfig.vocab_size
     config.vocab_size = config.vocab_size or known
     if config.dry_run:                         # on the meta device: for 7b no 27 GB either
-        return print(describe(config, build_model(config, "meta"), world, micro, accumulation), flush=True)
+        text = describe(config, build_model(config, "meta"), world, micro, accumulation)
+        return print(text, flush=True) if rank == 0 else None
     if config.vocab_size < known:
         raise ValueError(f"--vocab_size {config.vocab_size} is below the tokenizer's {known}")
     token_bytes = F.pad(torch.from_numpy(tokenizer.token_bytes()), (0, config.vocab_size - known))
@@ -365,7 +366,8 @@ def run(config: Config, stack: contextlib.ExitStack):
 
     # files: only the first process writes, and only after it has claimed out_dir
     state = {"step": 0, "samples": 0, "tokens": 0, "evaluated": 0, "best_val_loss": None}
-    lock = metrics = None
+    lock = metrics = watch = files = None
+    running = False
     def path(name):
         return os.path.join(config.out_dir, name)
     def status(word, reason=""):
@@ -376,13 +378,11 @@ def run(config: Config, stack: contextlib.ExitStack):
         with contextlib.suppress(OSError):     # that may be what went wrong
             status("failed", reason)
     def leave(kind, error, trace):
-        if error:
+        if error and running:                  # a refused command leaves the run in out_dir as it was
             reason = f"{kind.__name__}: {error}"
-            if watch:
-                reason = watch.first_fault(reason)
-                watch.over.set()
-            if kind is not ValueError:         # a refused command leaves the run in out_dir as it was
-                failed(reason)
+            failed(watch.first_fault(reason) if watch else reason)
+        if watch:
+            watch.over.set()
     def where():
         return f"step {state['step']:>6}/{config.steps}"
     def record(kind_of_line, **fields):
@@ -393,7 +393,6 @@ def run(config: Config, stack: contextlib.ExitStack):
     def give_up(reason):
         failed(reason)
         print(f"[rank {rank}] error: {reason}; the same command continues", file=sys.stderr, flush=True)
-    watch = files = None
     if world > 1:
         timeout = datetime.timedelta(seconds=config.timeout)
         dist.init_process_group(auto["backend"], timeout=timeout)
@@ -445,6 +444,7 @@ def run(config: Config, stack: contextlib.ExitStack):
         metrics = stack.enter_context(open_metrics(path("metrics.jsonl"), state))
         write_atomic(path("config.json"), json.dumps(values, indent=1).encode())
     status("running")
+    running = True
 
     saved, stop, timed, started = state, "", 0, time.perf_counter()
     while True:

@@ -21,7 +21,7 @@ def no_process_outlives_its_test():
         LAUNCHED.pop().kill()
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=4, help="random kills of a run, of each kind")
+    parser.addoption("--kills", type=int, default=10, help="random kills of a run, of each kind")
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):

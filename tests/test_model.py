@@ -191,6 +191,19 @@ def test_loss_without_logits_keeps_nothing_of_their_size():
             assert (model(idx, idx, loss_only=loss_only)[0] is None) == loss_only
         assert (max(sizes) >= 200 * 12 * 257) != loss_only
 
+def test_an_evaluated_loss_makes_no_gradients():
+    model, idx, made = small(), tokens(2, 12), []
+    class Shapes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            result = op(*args, **(kwargs or {}))
+            made.append(getattr(result, "shape", ()))
+            return result
+    for enabled in (True, False):
+        made.clear()
+        with torch.set_grad_enabled(enabled), Shapes():
+            model(idx, idx, loss_only=True)
+        assert (made.count((257, 32)) > 0) == enabled                      # the gradient of the head's weight
+
 def test_scaled_loss_without_logits_scales_its_gradients():
     model, idx = small(), tokens(2, 12)
     whole = loss_and_gradients(model, idx, idx, loss_only=True)[1]

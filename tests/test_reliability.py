@@ -95,7 +95,7 @@ def within(seconds, condition):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_random_kills_change_nothing(small, tmp_path, processes, request):
     kills = request.config.getoption("kills")
-    sizes = dict(steps=60 * kills, save_every=3, eval_every=50, keep=2)
+    sizes = dict(steps=150 * kills, save_every=3, eval_every=50, keep=2)
     straight, killed = small(**sizes, out_dir=str(tmp_path / "straight")), small(**sizes)
     started = time.monotonic()
     process = launch(straight, processes)
@@ -105,12 +105,12 @@ def test_random_kills_change_nothing(small, tmp_path, processes, request):
     seed = random.randrange(10**6)
     dice, victims = random.Random(seed), []
     while len(victims) < kills:
-        process = launch(killed, processes, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with open(tmp_path / "log", "w") as log:
+            process = launch(killed, processes, stdout=log)
         time.sleep(dice.uniform(0, start_up) if dice.random() < 0.3 else start_up + dice.uniform(0, 1.5))
         ranks = children(process.pid)
         victim = dice.choice(["one process", "all processes", "launcher"] if ranks else ["launcher"])
-        if process.poll() is not None:
-            break                              # finished before its turn
+        assert process.poll() is None, f"after {victims}: {(tmp_path / 'log').read_text()}"
         for pid in {"one process": ranks[-1:] if dice.random() < 0.5 else ranks[:1], "all processes": ranks,
                     "launcher": [process.pid]}[victim]:
             with contextlib.suppress(ProcessLookupError):
@@ -120,7 +120,6 @@ def test_random_kills_change_nothing(small, tmp_path, processes, request):
         if checkpoint.checkpoints(killed.out_dir):
             assert checkpoint.newest_checkpoint(killed.out_dir), f"seed {seed}"
     finish(killed, processes)
-    assert len(victims) == kills, f"the run ended after {len(victims)} kills"
     assert_same_run(killed, straight)
 
 def test_a_kill_while_a_checkpoint_is_replaced_loses_nothing(small, tmp_path, monkeypatch):
@@ -207,7 +206,6 @@ def test_at_any_moment_a_copy_of_the_folder_holds_a_good_checkpoint(small, tmp_p
             shutil.copytree(os.path.join(config.out_dir, "checkpoints"), os.path.join(copy, "checkpoints"))
         if freeze:
             process.send_signal(signal.SIGCONT)
-        if freeze:
             assert all(checkpoint.verify(folder) is None for folder in checkpoint.checkpoints(copy))
         steps.add(checkpoint.load_model(copy)[1]["step"])
         shutil.rmtree(copy)
@@ -221,9 +219,9 @@ def test_processes_whose_launcher_was_killed_end_by_themselves(small):
     process = launch(config, 2)
     wait_for(process, "step     10/")
     ranks = children(process.pid)
+    process.stdout.close()                     # as where the terminal went too
     process.kill()
     assert len(ranks) == 2 and within(15, lambda: all(map(gone, ranks)))
-    process.stdout.close()
     assert status(config) | {"step": 0} == {"state": "failed", "step": 0, "reason": status(config)["reason"]}
     assert "launcher" in status(config)["reason"]
 
