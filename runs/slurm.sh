@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=lost --nodes=1 --gpus-per-node=8 --time=24:00:00
 #SBATCH --signal=USR1@300 --requeue --open-mode=append
-# sbatch runs/slurm.sh --model 350m: a job that goes on for as many allocations as it needs. Five minutes before the
-# end of one, SLURM sends SIGUSR1, torchrun passes it on, the run saves and stops, and the job is queued again.
-# A run that failed is not: read the log first. torchrun gives its processes 240 s to stop (before torch 2.12: 30 s).
+# sbatch runs/slurm.sh --model 350m, from this project's folder with its environment active: a job that goes on
+# for as many allocations as it needs. Five minutes before the end of one SLURM sends SIGUSR1, torchrun passes it
+# on, the run saves and stops, and the job is queued again. A run that failed is not: read the log first.
+# torchrun gives its processes 240 s to stop, before torch 2.12 only 30 s.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240
 out=${OUT:-out}
 srun torchrun --standalone --nproc_per_node="${PROCESSES:-gpu}" --signals-to-handle=SIGUSR1,SIGTERM,SIGINT \
