@@ -1,4 +1,5 @@
 """What several test files share: prepared text and a configuration small enough for a second of training."""
+import json
 import os
 import subprocess
 import sys
@@ -46,6 +47,10 @@ def flags_of(config) -> list[str]:
     kind = {"model": config.model, "linear": config.linear}
     default = {**vars(train.resolve(kind)), "model": None, "linear": None}
     return [f"--{name}={text(value)}" for name, value in vars(config).items() if value != default[name]]
+
+def status(config) -> dict:
+    with open(os.path.join(config.out_dir, "status.json"), encoding="utf-8") as f:
+        return json.load(f)
 
 def launch(config, processes: int = 1, fault: str = "", flags=(), under=(), **kwargs) -> subprocess.Popen:
     """train.py as a command of its own, under torchrun for several processes; fault: see faulty.py; flags: of

@@ -17,7 +17,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, flags_of, launch
+from conftest import ROOT, flags_of, launch, status
 
 import checkpoint
 import data
@@ -40,10 +40,6 @@ def last_checkpoint(config):
     state = json.loads(files["state.json"])
     state["config"] |= {"out_dir": "", "threads": 0}
     return {**files, "state.json": state}
-
-def status(config):
-    with open(os.path.join(config.out_dir, "status.json"), encoding="utf-8") as f:
-        return json.load(f)
 
 def finish(config, processes=1, **kwargs):
     process = launch(config, processes, **kwargs)
@@ -122,6 +118,20 @@ def test_random_kills_change_nothing(small, tmp_path, processes, request):
     finish(killed, processes)
     assert_same_run(killed, straight)
 
+def die_and_continue(before, killed, straight, number):
+    """Name of the point at which a run that goes on from `before` was killed, by its number. What it left
+    must hold a good checkpoint, and end as the straight run."""
+    shutil.rmtree(killed.out_dir, ignore_errors=True)
+    shutil.copytree(before.out_dir, killed.out_dir)
+    process = launch(killed, fault=f"die:{number}")
+    output = process.communicate()[0]
+    assert process.returncode == -signal.SIGKILL, output
+    assert any(checkpoint.verify(folder) is None for folder in checkpoint.checkpoints(killed.out_dir)), output
+    assert checkpoint.load_model(killed.out_dir)[1]["step"] in (4, killed.steps), output
+    train.main(killed)
+    assert_same_run(killed, straight)
+    return output.split("POINT ")[-1].splitlines()[0]
+
 def test_a_kill_while_a_checkpoint_is_replaced_loses_nothing(small, tmp_path, monkeypatch):
     straight, before, killed = (small(steps=4, keep=1, out_dir=str(tmp_path / name))
                                 for name in ("straight", "before", "killed"))
@@ -131,33 +141,25 @@ def test_a_kill_while_a_checkpoint_is_replaced_loses_nothing(small, tmp_path, mo
         train.main(before)
     died_at, first = [], 16                    # the points before are those of any save
     while "after the save" not in died_at:
-        shutil.rmtree(killed.out_dir, ignore_errors=True)
-        shutil.copytree(before.out_dir, killed.out_dir)
-        process = launch(killed, fault=f"die:{first + len(died_at)}")
-        output = process.communicate()[0]
-        assert process.returncode == -signal.SIGKILL, output
-        died_at.append(output.splitlines()[-1].removeprefix("POINT "))
-        assert checkpoint.load_model(killed.out_dir)[1]["step"] == 4, died_at
-        train.main(killed)
-        assert_same_run(killed, straight)
+        died_at.append(die_and_continue(before, killed, straight, first + len(died_at)))
     assert died_at.count("before rename") == 3                             # aside, into place, of the old one
 
-def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one(small):
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one(small, monkeypatch):
     config = small(steps=4, keep=1)
     train.main(config)
     final = checkpoint.checkpoints(config.out_dir)[0]
     shutil.copytree(final, f"{final}_before")  # as an interrupted replacement leaves it
     os.truncate(os.path.join(final, "model.safetensors"), 1000)
     model, state = checkpoint.load_model(config.out_dir)
+    rename = os.rename
+    def refuse_the_new_one(source, target):
+        if ".tmp_step" in source:
+            raise OSError("No space left on device")
+        rename(source, target)
+    monkeypatch.setattr(os, "rename", refuse_the_new_one)
     with pytest.raises(OSError, match="cannot save"):
-        checkpoint.save_checkpoint(config.out_dir, 4, model, [], state, Full(), 1)
+        checkpoint.save_checkpoint(config.out_dir, 4, model, [], state, data.Tokenizer.named("byte"), 1)
     assert checkpoint.verify(checkpoint.newest_checkpoint(config.out_dir)) is None
-
-class Full:
-    """Stands for a tokenizer that meets a full disk."""
-
-    def save(self, path):
-        raise OSError("No space left on device")
 
 def test_lines_that_will_come_again_are_dropped(tmp_path):
     entries = [{"kind": kind, "step": step} for step in (4, 5) for kind in ("train", "eval")]
@@ -174,16 +176,7 @@ def test_a_kill_at_every_point_of_a_save_loses_nothing(small, tmp_path):
     shutil.rmtree(checkpoint.checkpoints(before.out_dir)[1])               # the next save is that of step 8
     killed, died_at = small(keep=1), []
     while "after the save" not in died_at:
-        shutil.rmtree(killed.out_dir, ignore_errors=True)
-        shutil.copytree(before.out_dir, killed.out_dir)
-        process = launch(killed, fault=f"die:{len(died_at)}")
-        output = process.communicate()[0]
-        assert process.returncode == -signal.SIGKILL, output
-        died_at.append(output.splitlines()[-1].removeprefix("POINT "))
-        good = [c for c in checkpoint.checkpoints(killed.out_dir) if checkpoint.verify(c) is None]
-        assert good and checkpoint.load_model(killed.out_dir)[1]["step"] in (4, 8), died_at
-        train.main(killed)
-        assert_same_run(killed, straight)
+        died_at.append(die_and_continue(before, killed, straight, len(died_at)))
         left = os.listdir(os.path.join(killed.out_dir, "checkpoints"))
         assert {"step_00000008"} <= set(left) <= {"step_00000004", "step_00000008"}, died_at
     expected = {f"half of {name}" for name in ("model.safetensors", "optimizer.safetensors", "state.json",

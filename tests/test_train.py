@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, flags_of, launch
+from conftest import ROOT, flags_of, launch, status
 
 import data
 import train
@@ -29,10 +29,6 @@ def files_of(config, step):
     folder = os.path.join(config.out_dir, "checkpoints", f"step_{step:08d}")
     return {name: open(os.path.join(folder, name), "rb").read()
             for name in ("model.safetensors", "optimizer.safetensors")}
-
-def status(config):
-    with open(os.path.join(config.out_dir, "status.json"), encoding="utf-8") as f:
-        return json.load(f)
 
 # --- the same run, however it is interrupted or split ---
 
