@@ -33,10 +33,14 @@ def pair(text: str) -> tuple[float, float]:
     first, second = text.split(",")
     return float(first), float(second)
 
+def numbers(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split(",")))
+
 KINDS = {                                      # annotation → (how it is shown, parser)
     int: ("INT", integer), int | dict: ("INT|NAME=INT,…", by_module(integer)), str: ("TEXT", str),
     float: ("NUMBER", float), float | dict: ("NUMBER|NAME=NUMBER,…", by_module(float)),
     list[str]: ("TEXT …", str), tuple[float, float]: ("X,Y", pair),
+    tuple[float, ...]: ("NUMBER,…", numbers),
     bool: ("true|false", lambda text: {"true": True, "false": False}[text.lower()]),
 }
 

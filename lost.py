@@ -159,11 +159,16 @@ class LOSTLinear(nn.Module):
         return layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.low_rank_path(x)
+        return y + self.sparse_path(x) if self.k else y                                    # (..., out)
+
+    # γ scales the narrow inner tensors, not the wide outputs
+    def low_rank_path(self, x):
         z = ACTIVATIONS[self.activation](F.linear(x, self.A))                              # (..., rank)
-        y = F.linear(self.gamma * z, self.B, self.bias)                                    # (..., out)
-        if self.k:                             # γ scales the narrow inner tensors, not the wide outputs
-            y = y + F.linear((1 - self.gamma) * x.index_select(-1, self.index), self.W_s)
-        return y
+        return F.linear(self.gamma * z, self.B, self.bias)
+
+    def sparse_path(self, x):
+        return F.linear((1 - self.gamma) * x.index_select(-1, self.index), self.W_s)
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
@@ -189,6 +194,46 @@ class LOSTLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.settings().items())
+
+    @torch.no_grad()
+    def diagnose(self, x: torch.Tensor) -> dict[str, float]:
+        """What the paths do with the inputs x, and what became of the factors: see `diagnose` below."""
+        low = self.low_rank_path(x).float()
+        sparse = self.sparse_path(x).float() if self.k else torch.zeros_like(low)
+        energy, other = low.square().sum(), sparse.square().sum()
+        A, B = (p.cpu() if p.device.type == "mps" else p for p in (self.A, self.B))
+        A, B = (A @ A.T).double(), (B.T @ B).double()                      # Gram matrices, (rank, rank)
+        value, vector = torch.linalg.eigh(B)
+        root = vector * value.clamp(min=0).sqrt()                          # root rootᵀ = BᵀB
+        sigma = torch.linalg.eigvalsh(root.T @ A @ root).clamp(min=0).sqrt()             # of B A
+        p = sigma / sigma.sum()
+        numbers = {"low_rank_share": energy / (energy + other),
+                   "cosine": (low * sparse).sum() / (energy * other).sqrt().clamp(min=1e-30),
+                   "effective_rank": torch.special.entr(p).sum().exp(),
+                   "norm_A": torch.linalg.eigvalsh(A)[-1].sqrt(), "norm_B": value[-1].sqrt(),
+                   "gamma": self.gamma}
+        return {name: float(f"{float(number):.5g}") for name, number in numbers.items()}
+
+def diagnose(model: nn.Module, run) -> dict[str, dict[str, float]]:
+    """Name of each LOSTLinear of `model` → what its `diagnose` says of the inputs that it gets while run()
+    runs the model once, not compiled:
+
+    low_rank_share  ‖y_L‖² / (‖y_L‖² + ‖y_S‖²) of the two terms y_L and y_S of eq. 7
+    cosine          of y_L and y_S over all elements: below 0 the paths cancel one another
+    effective_rank  of B A: e to the entropy of its normalised singular values (Roy and Vetterli 2007)
+    norm_A, norm_B  spectral norms;  gamma  as it is now"""
+    found, hooks = {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, LOSTLinear):
+            def look(layer, args, name=name):
+                found[name] = layer.diagnose(args[0])
+            hooks.append(module.register_forward_pre_hook(look))
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 def _ends(name: str, key: str) -> bool:
     return f".{name}".endswith(f".{key}")

@@ -15,6 +15,7 @@ import os
 import resource
 import shutil
 import signal
+import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from checkpoint import checkpoints, load_model, load_optimizer, newest_checkpoin
 from data import SampleOrder, TokenDataset, Tokenizer, write_atomic
 from flags import command, flag, parse
 from job import Watch, claim, on_first
-from lost import SWITCHES, LOSTLinear, apply_lost
+from lost import SWITCHES, LOSTLinear, apply_lost, diagnose
 from model import MODELS, Llama, LlamaConfig, count_flops, count_multiplies, count_parameters, pick_device
 
 # Per size LOST's rank, and the steps and learning rates that CoLA published (LOST's own are unknown; 13b: as
@@ -95,6 +96,8 @@ class Config:
     weight_decay: float = flag(0.01, "decoupled, on matrices and embeddings")
     betas: tuple[float, float] = flag((0.9, 0.95), "of AdamW")
     grad_clip: float = flag(0.5, "largest norm of the whole gradient, 0 for no clipping")
+    spike: float = flag(5.0, "a gradient norm this many times the median of 100 is logged, 0: no spike is")
+    skip_spikes: bool = flag(False, "leave out the update of such a gradient")
     seed: int = flag(0, "of the first weights and of the order of samples")
     # running
     device: str = flag("auto", "the best there is", ["auto", *DEVICES])
@@ -228,6 +231,18 @@ def evaluate(model, data: TokenDataset, samples, micro, token_bytes, autocast, d
     return None if stops else {"val_loss": nats / tokens, "val_ppl": math.exp(min(nats / tokens, 700)),
             "val_bpb": nats / math.log(2) / max(text_bytes, 1), "val_tokens": int(tokens)}
 
+@torch.no_grad()
+def look_inside(model, data: TokenDataset, autocast, device) -> dict:
+    """`diagnose` of the LOST layers on the first windows of the validation split, nothing without any."""
+    idx = data.batch(np.arange(min(4, len(data))))[0].to(device)
+    with autocast:                             # .forward: as it stands, whether compiled or not
+        layers = diagnose(model, lambda: model.forward(idx))
+    return {"layers": layers} if layers else {}
+
+def median_norm(norms: list[float]) -> float:
+    """Of the last gradient norms; infinite while they are too few to tell a spike."""
+    return statistics.median(norms) if len(norms) >= 20 else math.inf
+
 def count_bytes(model: Llama, optimizer: str) -> tuple[int, int, int]:
     """Bytes of weights (buffers included), of gradients, and of the optimizer's moments."""
     total = count_parameters(model)
@@ -286,7 +301,7 @@ def check_same_run(saved: dict, now: dict):
 
 def open_metrics(path: str, state: dict):
     """metrics.jsonl open for appending, without lines that `state` does not know: they will come again."""
-    known, kept = {"train": state["step"], "eval": state["evaluated"]}, []
+    known, kept = {"train": state["step"], "spike": state["step"], "eval": state["evaluated"]}, []
     with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as f:
         for line in f:
             with contextlib.suppress(ValueError, KeyError, TypeError):     # a line that a kill cut short
@@ -365,7 +380,8 @@ def run(config: Config, stack: contextlib.ExitStack):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     # files: only the first process writes, and only after it has claimed out_dir
-    state = {"step": 0, "samples": 0, "tokens": 0, "evaluated": 0, "best_val_loss": None}
+    state = {"step": 0, "samples": 0, "tokens": 0, "evaluated": 0, "best_val_loss": None,
+             "norms": []}
     lock = metrics = watch = files = None
     running = False
     def path(name):
@@ -423,7 +439,7 @@ def run(config: Config, stack: contextlib.ExitStack):
         if "config" not in found:
             raise ValueError(f"{folder} has no training state to continue from: it is a model alone")
         on_first(rank, files, lambda: check_same_run(found["config"], identity))
-        state = {name: found[name] for name in state}
+        state = {name: found.get(name, value) for name, value in state.items()}
         say(f"continuing from {folder}")
     else:
         drawn = config.init == "random" or config.select == "random"       # every process draws all then
@@ -456,7 +472,8 @@ def run(config: Config, stack: contextlib.ExitStack):
                            asked)
             stop = "" if val else asker()
             if val:
-                record("eval", **val)
+                inside = look_inside(model, val_data, autocast, device) if metrics else {}
+                record("eval", **val, **inside)
                 say(f"{where()} | val loss {val['val_loss']:.4f} | perplexity {val['val_ppl']:.2f} | "
                     f"{val['val_bpb']:.4f} bits per byte | {val['val_tokens']:,} tokens")
                 best = min(val["val_loss"], state["best_val_loss"] or math.inf)
@@ -502,13 +519,20 @@ def run(config: Config, stack: contextlib.ExitStack):
         if step == 1:                          # a parameter that learns nothing is a mistake in the model
             dead = [name for name, p in model.named_parameters() if not p.grad.any()]
             assert not dead, f"no gradient reaches {dead}"
+        median = median_norm(state["norms"])
+        spike = config.spike > 0 and norm > config.spike * median
+        skipped = spike and config.skip_spikes
         if config.grad_clip and norm > config.grad_clip:
             gradients.mul_(config.grad_clip / norm)
-        for optimizer in optimizers:
+        for optimizer in optimizers if not skipped else ():
             optimizer.step()
         stop = asker() if stops else ""
         state = {**state, "step": step, "samples": state["samples"] + batch,
-                 "tokens": state["tokens"] + config.batch_tokens}
+                 "tokens": state["tokens"] + config.batch_tokens, "norms": [*state["norms"][-99:], norm]}
+        if spike:
+            record("spike", grad_norm=norm, median=median, skipped=skipped)
+            say(f"{where()} | spike: gradient norm {norm:.2f}, the median of the last is {median:.2f}"
+                f"{', update skipped' if skipped else ''}")
 
         timed += 1
         if step % config.log_every == 0 or step == config.steps:

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -493,6 +494,39 @@ def test_meta_device_makes_shapes_without_a_decomposition(monkeypatch):
 def test_meta_device_still_checks_the_sizes():
     with pytest.raises(ValueError, match=r"rank 9 of a 12×8 weight must lie in \[1, 8\]"):
         LOSTLinear.from_linear(nn.Linear(8, 12, device="meta"), 9, 0.25)
+
+@pytest.mark.parametrize("activation", ["silu", "none"])
+def test_diagnosis_equals_its_definition(activation):
+    layer = LOSTLinear.from_linear(dense_layer((24, 40)), 6, 0.2, 0.6, activation)
+    x = inputs(40)
+    z = x @ layer.A.T
+    low = 0.6 * (F.silu(z) if activation == "silu" else z) @ layer.B.T
+    sparse = 0.4 * x[..., layer.index] @ layer.W_s.T
+    sigma = torch.linalg.svdvals(layer.B @ layer.A)[:6]
+    p = sigma / sigma.sum()
+    expected = {"low_rank_share": low.norm() ** 2 / (low.norm() ** 2 + sparse.norm() ** 2),
+                "cosine": F.cosine_similarity(low.flatten(), sparse.flatten(), 0),
+                "effective_rank": (p ** -p).prod(), "gamma": torch.tensor(0.6),
+                "norm_A": torch.linalg.norm(layer.A, 2), "norm_B": torch.linalg.norm(layer.B, 2)}
+    assert layer.diagnose(x) == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-4)
+
+def test_diagnosis_sees_paths_that_cancel_and_a_path_that_is_not_there():
+    layer = LOSTLinear.from_linear(dense_layer((24, 40)), 6, 1.0, 0.6, "none")
+    with torch.no_grad():                      # all channels, so that the sparse path can be minus the other
+        layer.W_s.copy_(-0.6 / 0.4 * layer.B @ layer.A)
+    found = layer.diagnose(inputs(40))
+    assert found["cosine"] == pytest.approx(-1) and found["low_rank_share"] == pytest.approx(0.5)
+    alone = LOSTLinear.from_linear(dense_layer((24, 40)), 6, 0.0, 1.0).diagnose(inputs(40))
+    assert alone["low_rank_share"] == 1 and alone["cosine"] == 0
+
+def test_diagnosis_looks_at_every_layer_once_and_leaves_no_hook():
+    model = apply_lost(nn.Sequential(nn.Linear(8, 12), nn.Sequential(nn.Linear(12, 8))), 3, 0.3)
+    seen = lost.diagnose(model, lambda: model(torch.randn(5, 8)))
+    assert list(seen) == ["0", "1.0"]
+    assert seen["1.0"] != seen["0"] and not any(m._forward_pre_hooks for m in model.modules())
+    with pytest.raises(RuntimeError):
+        lost.diagnose(model, lambda: model(torch.randn(5, 7)))
+    assert not any(m._forward_pre_hooks for m in model.modules())
 
 @pytest.fixture
 def every_warning_is_an_error():

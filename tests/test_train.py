@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 
@@ -248,6 +249,41 @@ def test_the_files_of_a_run_hold_what_they_promise(small):
     state = load_model(config.out_dir)[1]
     assert (state["step"], state["samples"], state["tokens"]) == (8, 64, 2048)
     assert state["best_val_loss"] == min(e["val_loss"] for e in lines(config, "eval"))
+
+def test_an_evaluation_says_what_each_layer_does(small, tmp_path):
+    config = small(learn_gamma=True)
+    train.main(config)
+    first, last = (entry["layers"] for entry in lines(config, "eval"))
+    assert len(first) == 14 and "model.layers.1.mlp.down_proj" in first
+    assert all(layer["gamma"] != 0.7 for layer in last.values()) and first != last
+    compiled = small(learn_gamma=True, compile="true", out_dir=str(tmp_path / "compiled"))
+    train.main(compiled)
+    for name, layer in lines(compiled, "eval")[-1]["layers"].items():
+        assert layer == pytest.approx(last[name], rel=0.01, abs=0.01)
+    dense = small(linear="dense", out_dir=str(tmp_path / "dense"))
+    train.main(dense)
+    assert "layers" not in lines(dense, "eval")[-1]
+
+def test_a_gradient_far_above_the_median_of_the_last_is_logged(small, capsys, tmp_path):
+    config = small(steps=32, spike=1.05, save_every=24)
+    train.main(config)
+    norms = [entry["grad_norm"] for entry in lines(config)]
+    expected = [(n + 1, norms[n], statistics.median(norms[:n])) for n in range(20, 32)
+                if norms[n] > 1.05 * statistics.median(norms[:n])]
+    spikes = lines(config, "spike")
+    assert [(s["step"], s["grad_norm"], s["median"]) for s in spikes] == expected and 0 < len(spikes) < 12
+    assert not any(s["skipped"] for s in spikes) and "spike" in capsys.readouterr().out
+    resumed = small(steps=32, spike=1.05, save_every=24, out_dir=str(tmp_path / "resumed"))
+    shutil.copytree(config.out_dir, resumed.out_dir)
+    shutil.rmtree(os.path.join(resumed.out_dir, "checkpoints", "step_00000032"))
+    train.main(resumed)                        # the norms of before are part of the state
+    assert lines(resumed, "spike") == spikes
+
+def test_the_update_of_a_spike_is_left_out_where_asked_for(small):
+    config = small(steps=24, spike=0.01, skip_spikes=True, save_every=2, keep=20)
+    train.main(config)                         # from the 21st step on every gradient is one
+    assert [s["step"] for s in lines(config, "spike") if s["skipped"]] == [21, 22, 23, 24]
+    assert files_of(config, 24) == files_of(config, 20) != files_of(config, 18)
 
 def test_lines_after_the_checkpoint_and_half_lines_are_dropped_on_resume(small):
     config = small()
