@@ -33,14 +33,21 @@ from flags import command, flag, parse  # noqa: E402
 from lost import by_module  # noqa: E402
 from model import Llama, count_flops, count_parameters  # noqa: E402
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SCRIPT = os.path.abspath(__file__)
+ROOT = os.path.dirname(os.path.dirname(SCRIPT))
 NO_SPARSE = {"sparsity": 0, "gamma": 1}
 FAMILIES = {                                   # row: flags of train.py. A family shares its first row's sweep
     "dense": {"dense": {"linear": "dense"}},
     "low-rank": {"low-rank": {"linear": "lowrank"}},
-    "CoLA": {"CoLA": {"linear": "cola"}},
+    "CoLA": {
+        "CoLA": {"linear": "cola"},
+        "CoLA, γ 0.7": {"linear": "cola", "gamma": 0.7},                   # LOST's scale without its path
+    },
     "SVD": {"SVD": {**NO_SPARSE, "activation": "none"}},
-    "SVD + SiLU": {"SVD + SiLU": NO_SPARSE},
+    "SVD + SiLU": {
+        "SVD + SiLU": NO_SPARSE,
+        "SVD + SiLU, γ 0.7": {"sparsity": 0, "gamma": 0.7},
+    },
     "LOST": {
         "LOST": {},
         "random channels": {"select": "random"},
@@ -61,6 +68,9 @@ FAMILIES = {                                   # row: flags of train.py. A famil
         "random start, random channels": {"init": "random", "select": "random"},
     },
     "SLTrain": {"SLTrain": {"layer": "sltrain", "sparsity": 0.03}},
+    "dense, Muon": {"dense, Muon": {"linear": "dense", "optimizer": "muon"}},
+    "LOST, Muon": {"LOST, Muon": {"optimizer": "muon"}},
+    "SVD + SiLU, Muon": {"SVD + SiLU, Muon": {**NO_SPARSE, "optimizer": "muon"}},
 }
 
 ROWS = {row: flags for rows in FAMILIES.values() for row, flags in rows.items()}
@@ -74,7 +84,8 @@ class Config:
     steps: int = flag(200, "updates of each run, a tenth of them warm-up")
     lrs: tuple[float, ...] = flag((3e-3, 6e-3, 1.2e-2, 2.4e-2), "learning rates of every family's sweep")
     seeds: int = flag(3, "seeds of each row at its family's best learning rate")
-    only: str = flag("", "families to run or print, with commas (all)")
+    widen: int = flag(4, "learning rates that a sweep may add where its best one is at an end")
+    rows: str = flag("", "rows to run or print, separated by / (all)")
     jobs: int = flag(os.cpu_count(), "runs at a time")
     extra: str = flag("", "more flags of train.py for every run, with spaces")
 
@@ -149,6 +160,16 @@ def matched(config: Config, row: str) -> dict:
     raised = [name for names, n in zip(cost.values(), best, strict=True) for name in names[:n]]
     return {**flags, "rank": {**dict.fromkeys(raised, rank + 1), "default": rank} if raised else rank}
 
+def multiplied(config: Config, row: str) -> Llama:
+    """The model whose products a row computes: SLTrain's those of a whole W, as dense does."""
+    return build(config, ROWS["dense"] if "layer" in ROWS[row] else matched(config, row))
+
+def chosen(config: Config) -> list[str]:
+    rows = config.rows.split("/") if config.rows else list(ROWS)
+    if unknown := set(rows) - set(ROWS):
+        raise ValueError(f"--rows {'/'.join(unknown)}: choose from {'/'.join(ROWS)}")
+    return rows
+
 def text(value) -> str:
     if isinstance(value, dict):
         return ",".join(f"{name}={number}" for name, number in value.items())
@@ -182,7 +203,7 @@ def train_one(config: Config, row: str, lr: float, seed: int):
         return
     path, flags = folder(config, row, lr, seed), dict(matched(config, row))
     layer = flags.pop("layer", None)
-    script = ["runs/controls.py", layer, "--resume=never", "--overwrite"] if layer else ["train.py"]
+    script = [SCRIPT, layer, "--resume=never", "--overwrite"] if layer else ["train.py"]
     flags = {"model": config.model, "data_dir": os.path.abspath(config.data_dir), "out_dir": path,
              "steps": config.steps, "warmup": config.steps // 10, "eval_every": max(1, config.steps // 4),
              "eval_tokens": 200_000, "save_every": config.steps, "keep": 1, "lr": lr, "seed": seed, **flags}
@@ -195,12 +216,12 @@ def train_one(config: Config, row: str, lr: float, seed: int):
 
 def sweep(config: Config, family: str) -> dict[float, float | None]:
     """Learning rate → final loss of the family's first row. While the best is at an end, the sweep goes on
-    there by factors of 2, four more at the most: the same rule for every family."""
+    there by factors of 2: the same rule for every family."""
     lrs, row = sorted(config.lrs), next(iter(FAMILIES[family]))
     while True:
         losses = [final(config, row, lr) for lr in lrs]
         best = None if None in losses else losses.index(min(losses))
-        if best is None or 0 < best < len(lrs) - 1 or len(lrs) == len(config.lrs) + 4:
+        if best is None or 0 < best < len(lrs) - 1 or len(lrs) == len(config.lrs) + config.widen:
             return dict(zip(lrs, losses, strict=True))
         lrs = [lrs[0] / 2, *lrs] if best == 0 else [*lrs, lrs[-1] * 2]
 
@@ -209,7 +230,8 @@ def best_lr(config: Config, family: str) -> float:
     return min(losses, key=lambda lr: math.inf if losses[lr] is None else losses[lr])
 
 def run(config: Config):
-    families = [f for f in FAMILIES if not config.only or f in config.only.split(",")]
+    rows = chosen(config)
+    families = dict.fromkeys(FAMILY[row] for row in rows)
     with concurrent.futures.ThreadPoolExecutor(config.jobs) as pool:
         def all_of(jobs):
             for job in [pool.submit(train_one, config, *job) for job in jobs]:
@@ -217,8 +239,7 @@ def run(config: Config):
         while sweeps := [(next(iter(FAMILIES[family])), lr, 0) for family in families
                          for lr, loss in sweep(config, family).items() if loss is None]:
             all_of(sweeps)
-        all_of((row, best_lr(config, family), seed) for seed in range(config.seeds)
-               for family in families for row in FAMILIES[family])
+        all_of((row, best_lr(config, FAMILY[row]), seed) for seed in range(config.seeds) for row in rows)
 
 # --- what came out ---
 
@@ -241,7 +262,8 @@ def last(run: list[dict], name: str) -> float:
     return [line for line in run if line["kind"] == "eval"][-1][name]
 
 def table(config: Config):
-    families = {f: rows for f, rows in FAMILIES.items() if not config.only or f in config.only.split(",")}
+    rows = chosen(config)
+    families = dict.fromkeys(FAMILY[row] for row in rows)
     print(f"{config.model}, {config.steps} steps. Validation loss of seed 0 at each learning rate\n")
     sweeps = {family: sweep(config, family) for family in families}
     lrs = sorted({lr for losses in sweeps.values() for lr in losses})
@@ -249,35 +271,34 @@ def table(config: Config):
         loss = sweeps[family].get(lr)
         return "" if loss is None else f"**{loss:.3f}**" if lr == best_lr(config, family) else f"{loss:.3f}"
     markdown(["", *(f"{lr:g}" for lr in lrs)], *([f, *(shown(f, lr) for lr in lrs)] for f in families))
-    lost, rows_of_table = results(config, "LOST"), []
-    for row in (row for rows in families.values() for row in rows):
+    lost, body = results(config, "LOST"), []
+    for row in rows:
         runs, model = results(config, row), build(config, matched(config, row))
         if not runs:
             continue
         loss = {seed: last(run, "val_loss") for seed, run in runs.items()}
         pairs = [loss[seed] - last(lost[seed], "val_loss") for seed in loss if seed in lost]
         speed = [line["tokens_per_second"] for r in runs.values() for line in r if line["kind"] == "train"]
-        dense = build(config, ROWS["dense"])   # SLTrain multiplies by a whole W
-        rows_of_table.append([
+        body.append([
             row, f"{best_lr(config, FAMILY[row]):g}", len(runs), spread(list(loss.values()), ".3f"),
             spread(pairs, "+.3f") if pairs and row != "LOST" else "",
             spread([last(run, "val_ppl") for run in runs.values()], ".1f"),
             spread([last(run, "val_bpb") for run in runs.values()], ".3f"), f"{count_parameters(model):,}",
-            f"{count_flops(dense if 'layer' in ROWS[row] else model) / 1e6:.2f} M",
+            f"{count_flops(multiplied(config, row)) / 1e6:.2f} M",
             f"{statistics.median(speed):,.0f}"])
     print("At the best learning rate, mean ± standard deviation over seeds\n")
     markdown(["", "lr", "seeds", "loss", "loss − LOST's, paired", "perplexity", "bits per byte", "parameters",
-              "FLOPs a token", "tokens/s"], *rows_of_table)
+              "FLOPs a token", "tokens/s"], *body)
     print("LOST layers at the end, mean over layers and seeds\n")
     names = ("low_rank_share", "cosine", "effective_rank", "norm_A", "norm_B", "gamma")
-    rows = [row for rows in families.values() for row in rows if row != "dense" and "layer" not in ROWS[row]]
     inside = {row: [layer for run in results(config, row).values() for layer in last(run, "layers").values()]
-              for row in rows}
-    markdown(["", *names], *([row, *(f"{statistics.mean(layer[name] for layer in layers):.3f}"
-                                   for name in names)] for row, layers in inside.items() if layers))
+              for row in rows if ROWS[row].get("linear") != "dense" and "layer" not in ROWS[row]}
+    markdown(["", *names], *(
+        [row, *(f"{statistics.mean(layer[name] for layer in layers):.3f}" for name in names)]
+        for row, layers in inside.items() if layers))
 
 def plot(config: Config):
-    """Training loss against tokens and against FLOPs, the mean over seeds, of the first row of each family."""
+    """Training loss against tokens and FLOPs, mean over seeds, of the first row of each family."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -285,8 +306,7 @@ def plot(config: Config):
     for row in (next(iter(rows)) for rows in FAMILIES.values()):
         runs = [[line for line in run if line["kind"] == "train"] for run in results(config, row).values()]
         if runs:
-            dense = "layer" in ROWS[row] or row == "dense"
-            flops = count_flops(build(config, ROWS["dense"] if dense else matched(config, row)))
+            flops = count_flops(multiplied(config, row))
             tokens = [line["tokens"] for line in runs[0]]
             loss = [statistics.mean(line["loss"] for line in step) for step in zip(*runs, strict=True)]
             axes[0].plot([t / 1e6 for t in tokens], loss, label=row)
@@ -297,7 +317,8 @@ def plot(config: Config):
         ax.grid(alpha=0.3)
     axes[1].legend()
     figure.suptitle(f"{config.model}, {config.steps} steps, each at its best learning rate")
-    figure.savefig(os.path.join(config.out_dir, "controls.png"), dpi=130, bbox_inches="tight")
+    figure.savefig(path := os.path.join(config.out_dir, "controls.png"), dpi=130, bbox_inches="tight")
+    print(f"drawn in {path}")
 
 if __name__ == "__main__":
     what, rest = (sys.argv[1:] + ["--help"])[0], sys.argv[2:]
