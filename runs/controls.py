@@ -1,16 +1,20 @@
 """What each part of LOST is worth: every control at equal tokens and parameters, over seeds.
 
-    python runs/controls.py run   --data_dir data/controls --out_dir out/controls
-    python runs/controls.py table --data_dir data/controls --out_dir out/controls
+    python runs/controls.py run    --data_dir data/controls --out_dir out/controls
+    python runs/controls.py table  --data_dir data/controls --out_dir out/controls
+    python runs/controls.py plot   --data_dir data/controls --out_dir out/controls
+    python runs/controls.py ladder --data_dir data/controls --out_dir out/controls --rows dense/LOST
 
 `run` trains what is missing, as many runs at a time as there are cores, each one `python train.py` on a core
 of its own: first every family of rows at each learning rate, then all its rows at its best, with more seeds.
-The same command continues. `table` reads the metrics.jsonl of the runs and prints Markdown.
+The same command continues. `table` reads the metrics.jsonl of the runs and prints Markdown. `ladder` trains
+its rows at four widths and fits loss = a · FLOPs^-b to each.
 
 Parameters: the budget is that of LOST by the recipe. Every other row but dense gets the largest rank r that
 fits everywhere, and r + 1 in as many modules, the first of a shape, as bring it nearest to the budget."""
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -23,6 +27,7 @@ from dataclasses import dataclass
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -81,6 +86,8 @@ class Config:
     data_dir: str = flag("data/controls", "folder of token shards")
     out_dir: str = flag("out/controls", "folder of the runs: ROW/lr-seed")
     model: str = flag("tiny", "size", list(train.MODELS))
+    width: int | None = flag(None, "another n_embd, with n_embd / 32 heads and layers, rank n_embd / 4")
+    widths: tuple[float, ...] = flag((64, 96, 128, 192), "of the ladder")
     steps: int = flag(200, "updates of each run, a tenth of them warm-up")
     lrs: tuple[float, ...] = flag((3e-3, 6e-3, 1.2e-2, 2.4e-2), "learning rates of every family's sweep")
     seeds: int = flag(3, "seeds of each row at its family's best learning rate")
@@ -122,10 +129,14 @@ LAYERS = {"sltrain": apply_sltrain}            # in the place of lost.apply_lost
 
 # --- what a row is ---
 
+def shape(config: Config) -> dict:
+    n = config.width
+    return dict(n_embd=n, n_ffn=8 * math.ceil(n / 3), n_head=n // 32, n_layer=n // 32) if n else {}
+
 def build(config: Config, flags: dict) -> Llama:
     """The model of a row, shapes only."""
     layer, flags = flags.get("layer"), {name: value for name, value in flags.items() if name != "layer"}
-    full = train.resolve({"model": config.model, **flags})
+    full = train.resolve({"model": config.model, **shape(config), **flags})
     full.vocab_size = Tokenizer.load(os.path.join(config.data_dir, "tokenizer.json")).vocab_size
     with using(layer):
         return train.build_model(full, "meta")
@@ -145,7 +156,8 @@ def matched(config: Config, row: str) -> dict:
     flags, count = ROWS[row], lambda **given: count_parameters(build(config, {**ROWS[row], **given}))
     if flags.get("linear") == "dense":
         return flags
-    budget, rank = count_parameters(build(config, {})), 1
+    lost = {"rank": config.width // 4} if config.width else {}
+    budget, rank = count_parameters(build(config, lost)), 1
     while count(rank=rank + 1) <= budget:
         rank += 1
     model = build(config, {**flags, "rank": rank})
@@ -204,9 +216,10 @@ def train_one(config: Config, row: str, lr: float, seed: int):
     path, flags = folder(config, row, lr, seed), dict(matched(config, row))
     layer = flags.pop("layer", None)
     script = [SCRIPT, layer, "--resume=never", "--overwrite"] if layer else ["train.py"]
-    flags = {"model": config.model, "data_dir": os.path.abspath(config.data_dir), "out_dir": path,
-             "steps": config.steps, "warmup": config.steps // 10, "eval_every": max(1, config.steps // 4),
-             "eval_tokens": 200_000, "save_every": config.steps, "keep": 1, "lr": lr, "seed": seed, **flags}
+    flags = {"model": config.model, **shape(config), "data_dir": os.path.abspath(config.data_dir),
+             "out_dir": path, "steps": config.steps, "warmup": config.steps // 10, "keep": 1,
+             "save_every": config.steps, "eval_every": max(1, config.steps // 4), "eval_tokens": 200_000,
+             "lr": lr, "seed": seed, **flags}
     command = [sys.executable, *script, *(f"--{name}={text(value)}" for name, value in flags.items())]
     done = subprocess.run([*command, *config.extra.split()], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -232,6 +245,8 @@ def best_lr(config: Config, family: str) -> float:
 def run(config: Config):
     rows = chosen(config)
     families = dict.fromkeys(FAMILY[row] for row in rows)
+    for row in rows:                           # before there are threads: `using` is for one alone
+        matched(config, row)
     with concurrent.futures.ThreadPoolExecutor(config.jobs) as pool:
         def all_of(jobs):
             for job in [pool.submit(train_one, config, *job) for job in jobs]:
@@ -320,12 +335,59 @@ def plot(config: Config):
     figure.savefig(path := os.path.join(config.out_dir, "controls.png"), dpi=130, bbox_inches="tight")
     print(f"drawn in {path}")
 
+def ladder(config: Config):
+    """Trains the rows at each width, prints their losses and the fit, draws them."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    sizes = [config if w == train.MODELS[config.model]["n_embd"] else dataclasses.replace(
+        config, width=int(w), out_dir=os.path.join(config.out_dir, f"width-{w:g}")) for w in config.widths]
+    for size in sizes:
+        run(size)
+    rows, body, fits = chosen(config), [], []
+    figure, ax = plt.subplots(figsize=(6.5, 4.5))
+    for row, color in zip(rows, plt.cm.tab10.colors, strict=False):
+        points = []                            # (log FLOPs of a run, log loss), per size the seeds
+        for size, width in zip(sizes, config.widths, strict=True):
+            flops = count_flops(multiplied(size, row))
+            losses = [last(r, "val_loss") for r in results(size, row).values()]
+            total = flops * [line["tokens"] for line in next(iter(results(size, row).values()))
+                             if line["kind"] == "train"][-1]
+            points.append([(math.log(total), math.log(loss)) for loss in losses])
+            body.append([row, f"{width:g}", f"{best_lr(size, FAMILY[row]):g}",
+                         f"{count_parameters(build(size, matched(size, row))):,}", f"{total / 1e12:.2f}",
+                         spread(losses, ".3f")])
+        slope, fixed, low, high = fit(points)
+        fits.append([row, f"{-slope:.4f}", f"[{-high:.4f}, {-low:.4f}]", f"{math.exp(fixed):.2f}"])
+        x, y = zip(*(p for size in points for p in size), strict=True)
+        ax.loglog([math.exp(v) for v in x], [math.exp(v) for v in y], "o", ms=4, color=color, label=row)
+        ends = [min(x), max(x)]
+        ax.loglog([math.exp(v) for v in ends], [math.exp(fixed + slope * v) for v in ends], color=color)
+    markdown(["", "width", "lr", "parameters", "10¹² FLOPs", "loss"], *body)
+    print("loss = a · FLOPs^-b, b with its 95 % interval by bootstrap over the seeds of each size\n")
+    markdown(["", "b", "95 %", "a"], *fits)
+    ax.set(xlabel="training compute, FLOPs", ylabel="validation loss (nats a token)",
+           title=f"{len(sizes)} sizes, {config.steps} steps each")
+    ax.grid(alpha=0.3, which="both")
+    ax.legend()
+    figure.savefig(path := os.path.join(config.out_dir, "ladder.png"), dpi=130, bbox_inches="tight")
+    print(f"drawn in {path}")
+
+def fit(points: list[list[tuple[float, float]]], draws: int = 2000) -> tuple[float, float, float, float]:
+    """Slope, constant and 95 % interval of the slope of a line through the points, each size resampled."""
+    random = np.random.default_rng(0)
+    def line(groups):
+        return np.polyfit(*zip(*(p for group in groups for p in group), strict=True), 1)
+    slopes = [line([[g[i] for i in random.integers(len(g), size=len(g))] for g in points])[0]
+              for _ in range(draws)]
+    return (*line(points), *np.quantile(slopes, (0.025, 0.975)))
+
 if __name__ == "__main__":
     what, rest = (sys.argv[1:] + ["--help"])[0], sys.argv[2:]
     if what in LAYERS:
         with using(what):
             command(lambda: train.main(train.resolve(parse(train.Config, rest))))
-    elif what in (does := {"run": run, "table": table, "plot": plot}):
+    elif what in (does := {"run": run, "table": table, "plot": plot, "ladder": ladder}):
         command(lambda: does[what](Config(**parse(Config, rest))))
     else:
         print(__doc__)

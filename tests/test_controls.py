@@ -92,3 +92,25 @@ def test_the_same_command_trains_nothing_again_and_a_lost_run_only(finished):
     assert driver("run", flags) == ""
     os.remove(os.path.join(out, "γ 0.5", os.listdir(os.path.join(out, "γ 0.5"))[0], "status.json"))
     assert len(driver("run", flags).splitlines()) == 1
+
+def test_the_fit_finds_a_power_law_and_its_interval_grows_with_the_noise():
+    def points(noise):
+        return [[(x, 2 - 0.05 * x + noise * n) for n in (-1, 0.3, 0.7)] for x in (28, 29, 30, 31.5)]
+    slope, fixed, low, high = controls.fit(points(0))
+    assert (slope, fixed, low, high) == pytest.approx((-0.05, 2, -0.05, -0.05))
+    small, large = controls.fit(points(0.001)), controls.fit(points(0.01))
+    assert small[2] < -0.05 < small[3] and large[3] - large[2] > 5 * (small[3] - small[2])
+
+def test_the_ladder_has_a_row_and_a_fit_for_each_size_and_kind(finished):
+    flags, _, out = finished
+    printed = driver("ladder", [*flags, "--rows=dense/LOST", "--widths=64,128", "--seeds=1"])
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in printed.splitlines() if "|" in line]
+    sizes = [["dense", "64"], ["dense", "128"], ["LOST", "64"], ["LOST", "128"]]
+    assert [row[:2] for row in cells if len(row) == 6][2:] == sizes
+    assert [row[0] for row in cells if len(row) == 4][2:] == ["dense", "LOST"]
+    assert os.path.getsize(os.path.join(out, "ladder.png")) > 5000
+
+def test_the_curves_are_drawn(finished):
+    flags, _, out = finished
+    driver("plot", flags)
+    assert os.path.getsize(os.path.join(out, "controls.png")) > 5000
