@@ -521,9 +521,10 @@ def test_diagnosis_sees_paths_that_cancel_and_a_path_that_is_not_there():
 
 def test_diagnosis_looks_at_every_layer_once_and_leaves_no_hook():
     model = apply_lost(nn.Sequential(nn.Linear(8, 12), nn.Sequential(nn.Linear(12, 8))), 3, 0.3)
-    seen = lost.diagnose(model, lambda: model(torch.randn(5, 8)))
-    assert list(seen) == ["0", "1.0"]
-    assert seen["1.0"] != seen["0"] and not any(m._forward_pre_hooks for m in model.modules())
+    x = torch.randn(5, 8)
+    seen = lost.diagnose(model, lambda: model(x))
+    assert seen == {"0": model[0].diagnose(x), "1.0": model[1][0].diagnose(model[0](x))}
+    assert not any(m._forward_pre_hooks for m in model.modules())
     with pytest.raises(RuntimeError):
         lost.diagnose(model, lambda: model(torch.randn(5, 7)))
     assert not any(m._forward_pre_hooks for m in model.modules())
