@@ -1,17 +1,22 @@
 """One run, whatever its processes do: one writer, one first process, one end.
 
 A job is the processes that train one model. The first alone touches the files (`on_first`), under a lock that
-no second run passes (`claim`). `Watch` ends all of them when one has failed, hangs or is left over."""
+no second run passes (`claim`), and says how it goes (`Report`). `Watch` ends all of them when one has failed,
+hangs or is left over."""
 import contextlib
 import datetime
 import fcntl
 import itertools
+import json
 import os
 import platform
 import signal
+import sys
 import threading
 
 import torch.distributed as dist
+
+from data import write_atomic
 
 HOST = platform.node()
 
@@ -47,6 +52,62 @@ def on_first(rank: int, group, work):
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
+
+class Report:
+    """What a run says, by its first process alone: lines on stdout and, once it `holds` out_dir, status.json
+    and metrics.jsonl there, all with the step of `state`. As a context it notes the error that ends a run."""
+
+    def __init__(self, out_dir: str, rank: int, state: dict):
+        self.out_dir, self.rank, self.state = out_dir, rank, state
+        self.holds = self.running = False      # a refused command leaves status.json as it was
+        self.metrics = self.watch = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if error and self.running:
+            reason = f"{kind.__name__}: {error}"
+            self.failed(self.watch.first_fault(reason) if self.watch else reason)
+        if self.watch:
+            self.watch.over.set()
+
+    def say(self, text: str):
+        try:
+            print(text, flush=True) if self.rank == 0 else None
+        except OSError:                        # a closed pipe or terminal must not end the run
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def status(self, word: str, reason: str = ""):
+        if self.holds:
+            content = {"state": word, "step": self.state["step"], "reason": reason}
+            write_atomic(os.path.join(self.out_dir, "status.json"), json.dumps(content).encode())
+
+    def failed(self, reason: str):
+        with contextlib.suppress(OSError):     # that may be what went wrong
+            self.status("failed", reason)
+
+    def give_up(self, reason: str):
+        self.failed(reason)
+        print(f"[rank {self.rank}] error: {reason}; the same command continues", file=sys.stderr, flush=True)
+
+    def open_metrics(self):
+        """Append to metrics.jsonl from here on, without lines that `state` does not know: they come again."""
+        known = {kind: self.state["step"] for kind in ("train", "spike")} | {"eval": self.state["evaluated"]}
+        path, kept = os.path.join(self.out_dir, "metrics.jsonl"), []
+        with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as f:
+            for line in f:
+                with contextlib.suppress(ValueError, KeyError, TypeError):         # one that a kill cut short
+                    entry = json.loads(line)
+                    kept += [line] if entry["step"] <= known[entry["kind"]] else []
+        write_atomic(path, "".join(kept).encode())
+        self.metrics = open(path, "a", encoding="utf-8")
+        return self.metrics
+
+    def record(self, kind: str, **fields):
+        if self.metrics:
+            line = {"kind": kind, "step": self.state["step"], **fields}
+            print(json.dumps(line), file=self.metrics, flush=True)
 
 class Watch:
     """What the processes of a job know of one another, through a key-value store that all can reach.

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from checkpoint import checkpoints, load_model, load_optimizer, newest_checkpoint, save_checkpoint, sweep
 from data import SampleOrder, TokenDataset, Tokenizer, write_atomic
 from flags import command, flag, parse
-from job import Watch, claim, on_first
+from job import Report, Watch, claim, on_first
 from lost import SWITCHES, LOSTLinear, apply_lost, diagnose
 from model import MODELS, Llama, LlamaConfig, count_flops, count_multiplies, count_parameters, pick_device
 
@@ -299,17 +299,6 @@ def check_same_run(saved: dict, now: dict):
                              "or use another --out_dir")
         print(f"changed: {name} {saved[name]} → {now[name]}", flush=True)
 
-def open_metrics(path: str, state: dict):
-    """metrics.jsonl open for appending, without lines that `state` does not know: they will come again."""
-    known, kept = {"train": state["step"], "spike": state["step"], "eval": state["evaluated"]}, []
-    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as f:
-        for line in f:
-            with contextlib.suppress(ValueError, KeyError, TypeError):     # a line that a kill cut short
-                entry = json.loads(line)
-                kept += [line] if entry["step"] <= known[entry["kind"]] else []
-    write_atomic(path, "".join(kept).encode())
-    return open(path, "a", encoding="utf-8")
-
 def peak_flops(device: torch.device) -> float | None:
     """FLOPs a second of one device at the most, None where unknown."""
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -373,60 +362,29 @@ def run(config: Config, stack: contextlib.ExitStack):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
         torch.use_deterministic_algorithms(True)
-    def say(text):
-        try:
-            print(text, flush=True) if rank == 0 else None
-        except OSError:                        # a closed pipe or terminal must not end the run
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     # files: only the first process writes, and only after it has claimed out_dir
-    state = {"step": 0, "samples": 0, "tokens": 0, "evaluated": 0, "best_val_loss": None,
-             "norms": []}
-    lock = metrics = watch = files = None
-    running = False
-    def path(name):
-        return os.path.join(config.out_dir, name)
-    def status(word, reason=""):
-        if lock:
-            content = {"state": word, "step": state["step"], "reason": reason}
-            write_atomic(path("status.json"), json.dumps(content).encode())
-    def failed(reason):
-        with contextlib.suppress(OSError):     # that may be what went wrong
-            status("failed", reason)
-    def leave(kind, error, trace):
-        if error and running:                  # a refused command leaves the run in out_dir as it was
-            reason = f"{kind.__name__}: {error}"
-            failed(watch.first_fault(reason) if watch else reason)
-        if watch:
-            watch.over.set()
+    state = {"step": 0, "samples": 0, "tokens": 0, "evaluated": 0, "best_val_loss": None, "norms": []}
+    report, files = Report(config.out_dir, rank, state), None
     def where():
         return f"step {state['step']:>6}/{config.steps}"
-    def record(kind_of_line, **fields):
-        if metrics:
-            line = {"kind": kind_of_line, "step": state["step"], **fields}
-            print(json.dumps(line), file=metrics, flush=True)
-
-    def give_up(reason):
-        failed(reason)
-        print(f"[rank {rank}] error: {reason}; the same command continues", file=sys.stderr, flush=True)
     if world > 1:
         timeout = datetime.timedelta(seconds=config.timeout)
         dist.init_process_group(auto["backend"], timeout=timeout)
         files = dist.new_group(backend="gloo", timeout=10 * timeout)       # waits while the first one saves
-        watch = Watch(rank, world, config.timeout, give_up)
+        report.watch = Watch(rank, world, config.timeout, report.give_up)
 
     # the first process alone looks after out_dir, and reads every shard once
     def prepare():
-        nonlocal lock
-        lock = stack.enter_context(claim(config.out_dir))
-        stack.push(leave)                      # which is called before the lock is given back
+        stack.enter_context(claim(config.out_dir))
+        stack.enter_context(report).holds = True       # left before the lock is given back
         sweep(config.out_dir)
         check_space(config)
         for data in (train_data, val_data):
             data.check_ids(known)
         return choose_checkpoint(config)
     if rank > 0:
-        stack.push(leave)
+        stack.enter_context(report)
     folder = on_first(rank, files, prepare)
 
     # model and optimizer: of step 0, or as they were
@@ -439,8 +397,8 @@ def run(config: Config, stack: contextlib.ExitStack):
         if "config" not in found:
             raise ValueError(f"{folder} has no training state to continue from: it is a model alone")
         on_first(rank, files, lambda: check_same_run(found["config"], identity))
-        state = {name: found.get(name, value) for name, value in state.items()}
-        say(f"continuing from {folder}")
+        state.update({name: found[name] for name in state if name in found})
+        report.say(f"continuing from {folder}")
     else:
         drawn = config.init == "random" or config.select == "random"       # every process draws all then
         model = build_model(config, device, (0, 1) if drawn else (rank, world))
@@ -453,16 +411,16 @@ def run(config: Config, stack: contextlib.ExitStack):
     gradients, model.recompute = flat_gradients(model), config.recompute
     if config.compile == "true" or config.compile == "auto" and auto["compile"]:
         model.compile()                        # in place: parameters keep their names
-    say(describe(config, model, world, micro, accumulation))
+    report.say(describe(config, model, world, micro, accumulation))
     flops, peak = count_flops(model), peak_flops(device)
 
     if rank == 0:
-        metrics = stack.enter_context(open_metrics(path("metrics.jsonl"), state))
-        write_atomic(path("config.json"), json.dumps(values, indent=1).encode())
-    status("running")
-    running = True
+        stack.enter_context(report.open_metrics())
+        write_atomic(os.path.join(config.out_dir, "config.json"), json.dumps(values, indent=1).encode())
+    report.status("running")
+    report.running = True
 
-    saved, stop, timed, started = state, "", 0, time.perf_counter()
+    saved, stop, timed, started = dict(state), "", 0, time.perf_counter()
     while True:
         # evaluate and save where this step asks for it; a resumed run may have an evaluation to make up
         step, paused = state["step"], time.perf_counter()
@@ -472,18 +430,18 @@ def run(config: Config, stack: contextlib.ExitStack):
                            asked)
             stop = "" if val else asker()
             if val:
-                inside = look_inside(model, val_data, autocast, device) if metrics else {}
-                record("eval", **val, **inside)
-                say(f"{where()} | val loss {val['val_loss']:.4f} | perplexity {val['val_ppl']:.2f} | "
-                    f"{val['val_bpb']:.4f} bits per byte | {val['val_tokens']:,} tokens")
-                best = min(val["val_loss"], state["best_val_loss"] or math.inf)
-                state = {**state, "evaluated": step, "best_val_loss": best}
+                inside = look_inside(model, val_data, autocast, device) if rank == 0 else {}
+                report.record("eval", **val, **inside)
+                report.say(f"{where()} | val loss {val['val_loss']:.4f} | perplexity {val['val_ppl']:.2f} | "
+                           f"{val['val_bpb']:.4f} bits per byte | {val['val_tokens']:,} tokens")
+                state["evaluated"] = step
+                state["best_val_loss"] = min(val["val_loss"], state["best_val_loss"] or math.inf)
         if state != saved and (done or stop or step % config.save_every == 0):
             if rank == 0:
-                os.fsync(metrics.fileno())     # its lines are on disk before the checkpoint is
+                os.fsync(report.metrics.fileno())      # its lines are on disk before the checkpoint is
             on_first(rank, files, lambda content={**state, "config": identity}: save_checkpoint(
                 config.out_dir, content["step"], model, optimizers, content, tokenizer, config.keep))
-            saved = state
+            saved = dict(state)
         if done or stop:
             break
         started += time.perf_counter() - paused                            # speed is that of training alone
@@ -506,11 +464,11 @@ def run(config: Config, stack: contextlib.ExitStack):
             part = part / (accumulation * world)
             part.backward()
             loss += part.detach()
-        report = torch.stack((loss, torch.tensor(float(bool(asked)), device=device)))
+        sums = torch.stack((loss, torch.tensor(float(bool(asked)), device=device)))
         if world > 1:
             dist.all_reduce(gradients)
-            dist.all_reduce(report)
-        loss, stops, norm = torch.cat((report, gradients.norm()[None])).tolist()
+            dist.all_reduce(sums)
+        loss, stops, norm = torch.cat((sums, gradients.norm()[None])).tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(
                 f"step {step}: loss {loss}, gradient norm {norm}, in samples {state['samples']} to "
@@ -527,30 +485,30 @@ def run(config: Config, stack: contextlib.ExitStack):
         for optimizer in optimizers if not skipped else ():
             optimizer.step()
         stop = asker() if stops else ""
-        state = {**state, "step": step, "samples": state["samples"] + batch,
-                 "tokens": state["tokens"] + config.batch_tokens, "norms": [*state["norms"][-99:], norm]}
+        state.update(step=step, samples=state["samples"] + batch, norms=[*state["norms"][-99:], norm],
+                     tokens=state["tokens"] + config.batch_tokens)
         if spike:
-            record("spike", grad_norm=norm, median=median, skipped=skipped)
-            say(f"{where()} | spike: gradient norm {norm:.2f}, the median of the last is {median:.2f}"
-                f"{', update skipped' if skipped else ''}")
+            report.record("spike", grad_norm=norm, median=median, skipped=skipped)
+            report.say(f"{where()} | spike: gradient norm {norm:.2f}, the median of the last is {median:.2f}"
+                       f"{', update skipped' if skipped else ''}")
 
         timed += 1
         if step % config.log_every == 0 or step == config.steps:
             seconds = (time.perf_counter() - started) / timed
             speed, memory = config.batch_tokens / seconds, peak_memory(device)
             mfu = speed * flops / (peak * world) if peak else None
-            record("train", loss=loss, lr=lr, grad_norm=norm, tokens=state["tokens"], tokens_per_second=speed,
-                   step_ms=1000 * seconds, mfu=mfu, peak_memory_bytes=memory)
+            report.record("train", loss=loss, lr=lr, grad_norm=norm, tokens=state["tokens"], mfu=mfu,
+                          tokens_per_second=speed, step_ms=1000 * seconds, peak_memory_bytes=memory)
             left = datetime.timedelta(seconds=round(seconds * (config.steps - step)))
-            say(f"{where()} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {speed:,.0f} tok/s | mfu "
-                f"{f'{mfu:.1%}' if mfu else 'n/a'} | {memory / 1e9:.2f} GB | {left} left")
+            report.say(f"{where()} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {speed:,.0f} tok/s | "
+                       f"mfu {f'{mfu:.1%}' if mfu else 'n/a'} | {memory / 1e9:.2f} GB | {left} left")
             timed, started = 0, time.perf_counter()
-    if watch:
-        watch.over.set()
+    if world > 1:
+        report.watch.over.set()
         dist.barrier()                         # nobody leaves while another still listens
-    status("stopped" if stop else "finished", stop)
-    say(f"stopped at step {state['step']} by {stop}: the same command continues" if stop else
-        f"finished: python sample.py --ckpt {config.out_dir}")
+    report.status("stopped" if stop else "finished", stop)
+    report.say(f"stopped at step {state['step']} by {stop}: the same command continues" if stop else
+               f"finished: python sample.py --ckpt {config.out_dir}")
 
 if __name__ == "__main__":
     command(lambda: main(resolve(parse(Config, sys.argv[1:], __doc__))))

@@ -115,8 +115,8 @@ class SLTrainLinear(nn.Module):
         self.register_buffer("support", support)
 
     def forward(self, x):
-        W = (self.scale * (self.B @ self.A)).flatten().index_add(0, self.support, self.values)
-        return F.linear(x, W.view(self.shape))
+        W = (self.scale * (self.B @ self.A)).flatten()                     # bfloat16 under autocast
+        return F.linear(x, W.index_add(0, self.support, self.values.to(W.dtype)).view(self.shape))
 
 def apply_sltrain(model, rank, sparsity, **_) -> nn.Module:
     for name, linear in list(model.named_modules()):

@@ -59,7 +59,7 @@ def finished(data_dir, tmp_path_factory):
     out = str(tmp_path_factory.mktemp("controls"))
     flags = [f"--data_dir={data_dir}", f"--out_dir={out}", "--steps=4", "--seeds=2", "--lrs=3e-3,3e-2",
              "--widen=0", "--rows=dense/LOST/γ 0.5/SLTrain", "--jobs=2",
-             "--extra=--batch_tokens=256 --seq_len=32 --eval_tokens=1000 --log_every=1"]
+             "--extra=--dtype=bfloat16 --batch_tokens=256 --seq_len=32 --eval_tokens=1000 --log_every=1"]
     return flags, driver("run", flags), out
 
 def driver(what, flags):

@@ -238,7 +238,8 @@ def test_the_files_of_a_run_hold_what_they_promise(small):
     assert [e["step"] for e in lines(config, "eval")] == [4, 8]
     assert set(lines(config)[0]) == {"kind", "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second",
                                      "step_ms", "mfu", "peak_memory_bytes"}
-    assert set(lines(config, "eval")[0]) == {"kind", "step", "val_loss", "val_ppl", "val_bpb", "val_tokens"}
+    assert set(lines(config, "eval")[0]) == {"kind", "step", "val_loss", "val_ppl", "val_bpb", "val_tokens",
+                                             "layers"}
     assert lines(config)[-1]["tokens"] == 8 * 256 and lines(config)[0]["mfu"] is None
     assert status(config) == {"state": "finished", "step": 8, "reason": ""}
     with open(os.path.join(config.out_dir, "config.json"), encoding="utf-8") as f:
