@@ -23,6 +23,7 @@ class LlamaConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     tie_embeddings: bool = False               # lm_head shares its weight with embed_tokens
+    init_std: float = 0.02                     # standard deviation of the blocks' first weights
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -218,13 +219,16 @@ class Llama(nn.Module):
         self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self, std: float = 0.02):
-        """N(0, std²) for matrices and embeddings, 1 for norms; a parameter that no rule names is an error."""
+    def init_weights(self):
+        """N(0, init_std²) for the matrices of the blocks, N(0, 0.02²) for embedding and head, 1 for norms; a
+        parameter that no rule names is an error."""
         for name, p in self.named_parameters():
             if name.endswith("norm.weight"):
                 p.fill_(1.0)
-            elif name.endswith(("_proj.weight", "embed_tokens.weight", "lm_head.weight")):
-                p.normal_(0.0, std)
+            elif name.endswith("_proj.weight"):
+                p.normal_(0.0, self.config.init_std)
+            elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
+                p.normal_(0.0, 0.02)
             else:
                 raise ValueError(f"no rule says how to initialise {name}: add one to Llama.init_weights")
 

@@ -74,6 +74,7 @@ class Config:
     n_ffn: int | None = flag(None, "inner width of the MLP (by --model)")
     tie_embeddings: bool = flag(False, "one weight for embedding and head")
     vocab_size: int | None = flag(None, "rows of embedding and head (the tokenizer's)")
+    init_std: float = flag(0.02, "standard deviation of the first weights of the blocks")
     # method
     linear: str = flag("lost", "the linear layers: LOST, dense, plain low-rank or CoLA", list(LINEARS))
     rank: int | dict | None = flag(None, "r; also by module: q_proj=64,default=128 (by --model)")

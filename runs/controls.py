@@ -35,7 +35,7 @@ import torch.nn.functional as F  # noqa: E402
 import train  # noqa: E402
 from data import Tokenizer  # noqa: E402
 from flags import command, flag, parse  # noqa: E402
-from lost import by_module  # noqa: E402
+from lost import apply_lost, by_module  # noqa: E402
 from model import Llama, count_flops, count_parameters  # noqa: E402
 
 SCRIPT = os.path.abspath(__file__)
@@ -43,6 +43,7 @@ ROOT = os.path.dirname(os.path.dirname(SCRIPT))
 NO_SPARSE = {"sparsity": 0, "gamma": 1}
 FAMILIES = {                                   # row: flags of train.py. A family shares its first row's sweep
     "dense": {"dense": {"linear": "dense"}},
+    "dense, W / 2": {"dense, W / 2": {"linear": "dense", "init_std": 0.01}},
     "low-rank": {"low-rank": {"linear": "lowrank"}},
     "CoLA": {
         "CoLA": {"linear": "cola"},
@@ -53,6 +54,7 @@ FAMILIES = {                                   # row: flags of train.py. A famil
         "SVD + SiLU": NO_SPARSE,
         "SVD + SiLU, γ 0.7": {"sparsity": 0, "gamma": 0.7},
     },
+    "random of W's scale + SiLU": {"random of W's scale + SiLU": {**NO_SPARSE, "layer": "scaled"}},
     "LOST": {
         "LOST": {},
         "random channels": {"select": "random"},
@@ -125,7 +127,21 @@ def apply_sltrain(model, rank, sparsity, **_) -> nn.Module:
             model.set_submodule(name, SLTrainLinear(linear, by_module(rank, name), density))
     return model
 
-LAYERS = {"sltrain": apply_sltrain}            # in the place of lost.apply_lost
+def apply_scaled(model, rank, **switches) -> nn.Module:
+    """apply_lost with random factors shrunk so that ‖B A‖_F is that of the best rank-r part of W."""
+    norms = {} if next(model.parameters()).is_meta else {
+        name: torch.linalg.svdvals(linear.weight)[:by_module(rank, name)].norm()
+        for name, linear in model.named_modules() if isinstance(linear, nn.Linear) and name != "lm_head"}
+    apply_lost(model, rank, **{**switches, "init": "random"})
+    with torch.no_grad():
+        for name, norm in norms.items():
+            layer = model.get_submodule(name)
+            shrink = (norm / (layer.B @ layer.A).norm()).sqrt()
+            layer.A *= shrink
+            layer.B *= shrink
+    return model
+
+LAYERS = {"sltrain": apply_sltrain, "scaled": apply_scaled}                # in the place of lost.apply_lost
 
 # --- what a row is ---
 
@@ -174,7 +190,7 @@ def matched(config: Config, row: str) -> dict:
 
 def multiplied(config: Config, row: str) -> Llama:
     """The model whose products a row computes: SLTrain's those of a whole W, as dense does."""
-    return build(config, ROWS["dense"] if "layer" in ROWS[row] else matched(config, row))
+    return build(config, ROWS["dense"] if row == "SLTrain" else matched(config, row))
 
 def chosen(config: Config) -> list[str]:
     rows = config.rows.split("/") if config.rows else list(ROWS)
@@ -307,7 +323,7 @@ def table(config: Config):
     print("LOST layers at the end, mean over layers and seeds\n")
     names = ("low_rank_share", "cosine", "effective_rank", "norm_A", "norm_B", "gamma")
     inside = {row: [layer for run in results(config, row).values() for layer in last(run, "layers").values()]
-              for row in rows if ROWS[row].get("linear") != "dense" and "layer" not in ROWS[row]}
+              for row in rows if ROWS[row].get("linear") != "dense" and row != "SLTrain"}
     markdown(["", *names], *(
         [row, *(f"{statistics.mean(layer[name] for layer in layers):.3f}" for name in names)]
         for row, layers in inside.items() if layers))

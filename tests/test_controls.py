@@ -41,6 +41,15 @@ def test_sltrain_computes_a_dense_product_with_a_sparse_and_a_low_rank_part():
     x = torch.randn(5, 12)
     torch.testing.assert_close(layer(x), 0.25 * x @ layer.A.T @ layer.B.T + x @ S.T)
 
+def test_random_factors_get_the_norm_of_the_best_low_rank_part():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 40, bias=False))
+    sigma = torch.linalg.svdvals(model[0].weight)
+    controls.apply_scaled(model, rank=5, sparsity=0.0, gamma=1.0)
+    product = model[0].B @ model[0].A
+    torch.testing.assert_close(product.norm(), sigma[:5].norm())
+    assert not torch.allclose(torch.linalg.svdvals(product)[:5], sigma[:5], rtol=0.01)
+
 def test_a_sweep_goes_on_where_its_best_learning_rate_is_at_an_end(monkeypatch, data_dir):
     given = config(data_dir, lrs=(1e-3, 2e-3, 4e-3), widen=4)
     def sweep(best):
