@@ -5,6 +5,7 @@
 
 Prints a table and last one JSON object on one line. Times are medians; a ratio above 1 is a gain. The limit
 of LOST over dense is the ratio of their multiplications."""
+import itertools
 import json
 import os
 import platform
@@ -105,9 +106,23 @@ def bench_layer(config: Config, device, autocast) -> list[dict]:
                      "over literal": seconds["literal"] / seconds["lost"]})
     return rows
 
+def random_shard(folder: str, config: Config, tokens: int) -> TokenDataset:
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, tokens, dtype=np.uint16)
+    write_shard(os.path.join(folder, "train_0.bin"), ids, config.vocab_size)
+    return TokenDataset(folder, "train", config.seq_len)
+
 def bench_step(config: Config, device, autocast) -> list[dict]:
-    """One update: forward, backward, clipping, optimizer. Of our models and of transformers' LLaMA."""
-    x = torch.randint(config.vocab_size, (config.tokens // config.seq_len, config.seq_len), device=device)
+    """One update: forward, backward, clipping, optimizer. Of our models and of transformers' LLaMA, all on
+    one batch that is there already, and of LOST on batches that are read as in training."""
+    with tempfile.TemporaryDirectory() as folder:
+        return race_of_steps(config, device, autocast, random_shard(folder, config, 10_000_000))
+
+def race_of_steps(config: Config, device, autocast, data: TokenDataset) -> list[dict]:
+    micro, order, count = config.tokens // config.seq_len, SampleOrder(len(data), 0), itertools.count()
+    x = torch.randint(config.vocab_size, (micro, config.seq_len), device=device)
+    def read():
+        x, y = data.batch(order[np.arange(micro) + micro * next(count)])
+        return x.to(device), y.to(device)
     contestants, rows, kept = {}, [], {}
     for name in ("dense", "lost", "lost, recompute", "transformers"):
         model, run = build(config, "lost" if name.startswith("lost") else "dense", device)
@@ -119,10 +134,12 @@ def bench_step(config: Config, device, autocast) -> list[dict]:
         optimizers, gradients = train.build_optimizers(model, run), train.flat_gradients(model)
         if config.compile:
             model.compile(dynamic=False)
-        def update(model=model, name=name, optimizers=optimizers, gradients=gradients, clip=run.grad_clip):
+        def update(batch=lambda: (x, x), model=model, name=name, optimizers=optimizers, gradients=gradients,
+                   clip=run.grad_clip):
             gradients.zero_()
+            x, y = batch()
             with autocast:
-                loss = model(x, labels=x).loss if name == "transformers" else model(x, x, loss_only=True)[1]
+                loss = model(x, labels=x).loss if name == "transformers" else model(x, y, loss_only=True)[1]
             loss.backward()
             gradients.mul_(min(1.0, clip / gradients.norm().item()))
             for optimizer in optimizers:
@@ -135,6 +152,10 @@ def bench_step(config: Config, device, autocast) -> list[dict]:
             row["peak bytes"] = row["bytes"] + torch.cuda.max_memory_allocated() - idle
         contestants[name], kept[name] = update, (model, optimizers, gradients)
         rows.append(row)
+        if name == "lost":
+            contestants["lost, reading data"] = lambda update=update: update(read)
+            kept["lost, reading data"] = kept[name]
+            rows.append({**row, "step": "lost, reading data"})
     seconds = race(contestants, config.rounds, device)
     peak = train.peak_flops(device)
     for row in rows:
@@ -195,10 +216,7 @@ def bench_init(config: Config, device, autocast) -> list[dict]:
 def bench_data(config: Config, device, autocast) -> list[dict]:
     """Samples in the order of training from a shard of 200 M tokens: speed, and growth of resident memory."""
     with tempfile.TemporaryDirectory() as folder:
-        tokens = np.random.default_rng(0).integers(0, config.vocab_size, 200_000_000, dtype=np.uint16)
-        write_shard(os.path.join(folder, "train_0.bin"), tokens, config.vocab_size)
-        del tokens
-        data = TokenDataset(folder, "train", config.seq_len)
+        data = random_shard(folder, config, 200_000_000)
         order, rows = SampleOrder(len(data), 0), []
         update = 131_072 // config.seq_len     # samples whose order is asked for at once, as in training
         for micro in (8, 64):

@@ -17,6 +17,7 @@ def test_each_part_prints_a_table_and_last_one_line_of_json(capsys):
     assert {row["decode"] for row in results["decode"]} == {"dense", "lost", "transformers"}
     assert results["init"][0]["decompositions"] == 28 and "of limit" in tables
     steps = {row["step"]: row for row in results["step"]}
+    assert set(steps) == {"dense", "lost", "lost, reading data", "lost, recompute", "transformers"}
     assert steps["lost"]["limit"] == steps["dense"]["multiplications"] / steps["lost"]["multiplications"]
     for row in steps.values():                 # what --dry_run counts is what is held, but for step counters
         assert row["held bytes"] == pytest.approx(row["bytes"], rel=0.001)
