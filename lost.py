@@ -201,8 +201,9 @@ class LOSTLinear(nn.Module):
         low = self.low_rank_path(x).float()
         sparse = self.sparse_path(x).float() if self.k else torch.zeros_like(low)
         energy, other = low.square().sum(), sparse.square().sum()
-        A, B = (p.cpu() if p.device.type == "mps" else p for p in (self.A, self.B))
-        A, B = (A @ A.T).double(), (B.T @ B).double()                      # Gram matrices, (rank, rank)
+        # in float64, which autocast leaves alone and MPS has not
+        A, B = ((p.cpu() if p.device.type == "mps" else p).double() for p in (self.A, self.B))
+        A, B = A @ A.T, B.T @ B                                            # Gram matrices, (rank, rank)
         value, vector = torch.linalg.eigh(B)
         root = vector * value.clamp(min=0).sqrt()                          # root rootᵀ = BᵀB
         sigma = torch.linalg.eigvalsh(root.T @ A @ root).clamp(min=0).sqrt()             # of B A

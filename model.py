@@ -264,16 +264,17 @@ class Llama(nn.Module):
         use_cache=False runs the full forward over the same context at each token: the slow form of the same
         function. With eot a row that produced it is filled up with it, until all rows have."""
         window, start = self.config.seq_len, max(0, idx.shape[1] - self.config.seq_len)
-        cache = token = None
+        cache, token, fresh = None, None, True
         done = torch.zeros(idx.shape[0], 1, dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
             if idx.shape[1] - start > window:
-                start, cache = idx.shape[1] - max(1, window // 2), None
+                start, fresh = idx.shape[1] - max(1, window // 2), True
             if not use_cache:
                 logits, _ = self(idx[:, start:])
-            elif cache is None:
-                cache = KVCache(self.config, idx.shape[0], window, idx.device, self.lm_head.weight.dtype)
-                logits, _ = self(idx[:, start:], cache=cache)
+            elif fresh:                        # the same tensors again: what they held lies behind the mask
+                cache = cache or KVCache(self.config, len(idx), window, idx.device, self.lm_head.weight.dtype)
+                cache.length.zero_()
+                logits, fresh = self(idx[:, start:], cache=cache)[0], False
             else:
                 logits, _ = (self if step is None else step)(token, cache=cache)
             token = pick_token(logits[:, -1].float(), temperature, top_k, top_p, generator)   # (B, 1)

@@ -510,6 +510,16 @@ def test_diagnosis_equals_its_definition(activation):
                 "norm_A": torch.linalg.norm(layer.A, 2), "norm_B": torch.linalg.norm(layer.B, 2)}
     assert layer.diagnose(x) == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-4)
 
+def test_diagnosis_of_the_factors_does_not_depend_on_autocast():
+    layer = LOSTLinear.from_linear(dense_layer((24, 40), dtype=torch.float32), 6, 0.2)
+    x = inputs(40, dtype=torch.float32)
+    plain = layer.diagnose(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = layer.diagnose(x)
+    for name in ("effective_rank", "norm_A", "norm_B"):
+        assert rough[name] == plain[name]
+    assert rough["low_rank_share"] == pytest.approx(plain["low_rank_share"], rel=0.01)
+
 def test_diagnosis_sees_paths_that_cancel_and_a_path_that_is_not_there():
     layer = LOSTLinear.from_linear(dense_layer((24, 40)), 6, 1.0, 0.6, "none")
     with torch.no_grad():                      # all channels, so that the sparse path can be minus the other
