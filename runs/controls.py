@@ -43,7 +43,7 @@ ROOT = os.path.dirname(os.path.dirname(SCRIPT))
 NO_SPARSE = {"sparsity": 0, "gamma": 1}
 FAMILIES = {                                   # row: flags of train.py. A family shares its first row's sweep
     "dense": {"dense": {"linear": "dense"}},
-    "dense, W / 2": {"dense, W / 2": {"linear": "dense", "init_std": 0.01}},
+    "dense, half W": {"dense, half W": {"linear": "dense", "init_std": 0.01}},
     "low-rank": {"low-rank": {"linear": "lowrank"}},
     "CoLA": {
         "CoLA": {"linear": "cola"},
