@@ -234,7 +234,7 @@ def train_one(config: Config, row: str, lr: float, seed: int):
     script = [SCRIPT, layer, "--resume=never", "--overwrite"] if layer else ["train.py"]
     flags = {"model": config.model, **shape(config), "data_dir": os.path.abspath(config.data_dir),
              "out_dir": path, "steps": config.steps, "warmup": config.steps // 10, "keep": 1,
-             "save_every": config.steps, "eval_every": max(1, config.steps // 4), "eval_tokens": 200_000,
+             "save_every": config.steps, "eval_every": config.steps, "eval_tokens": 200_000,
              "lr": lr, "seed": seed, **flags}
     command = [sys.executable, *script, *(f"--{name}={text(value)}" for name, value in flags.items())]
     done = subprocess.run([*command, *config.extra.split()], cwd=ROOT, capture_output=True, text=True,
