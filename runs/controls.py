@@ -78,6 +78,7 @@ FAMILIES = {                                   # row: flags of train.py. A famil
     "dense, Muon": {"dense, Muon": {"linear": "dense", "optimizer": "muon"}},
     "LOST, Muon": {"LOST, Muon": {"optimizer": "muon"}},
     "SVD + SiLU, Muon": {"SVD + SiLU, Muon": {**NO_SPARSE, "optimizer": "muon"}},
+    "random start, Muon": {"random start, Muon": {"init": "random", "optimizer": "muon"}},
 }
 
 ROWS = {row: flags for rows in FAMILIES.values() for row, flags in rows.items()}
