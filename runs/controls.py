@@ -67,8 +67,8 @@ FAMILIES = {                                   # row: flags of train.py. A famil
         "ρ 0.03": {"sparsity": 0.03},
         "ρ 0.05": {"sparsity": 0.05},
         "ρ 0.1": {"sparsity": 0.1},
-        "no SiLU": {"activation": "none"},
     },
+    "LOST without SiLU": {"LOST without SiLU": {"activation": "none"}},
     "random start": {
         "random start": {"init": "random"},
         "random start, γ 0.5": {"init": "random", "gamma": 0.5},
