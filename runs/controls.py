@@ -45,10 +45,8 @@ FAMILIES = {                                   # row: flags of train.py. A famil
     "dense": {"dense": {"linear": "dense"}},
     "dense, half W": {"dense, half W": {"linear": "dense", "init_std": 0.01}},
     "low-rank": {"low-rank": {"linear": "lowrank"}},
-    "CoLA": {
-        "CoLA": {"linear": "cola"},
-        "CoLA, γ 0.7": {"linear": "cola", "gamma": 0.7},                   # LOST's scale without its path
-    },
+    "CoLA": {"CoLA": {"linear": "cola"}},
+    "CoLA, γ 0.7": {"CoLA, γ 0.7": {"linear": "cola", "gamma": 0.7}},      # LOST's scale without its path
     "SVD": {"SVD": {**NO_SPARSE, "activation": "none"}},
     "SVD + SiLU": {
         "SVD + SiLU": NO_SPARSE,
