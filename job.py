@@ -79,6 +79,7 @@ class Report:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def status(self, word: str, reason: str = ""):
+        self.running |= word == "running"
         if self.holds:
             content = {"state": word, "step": self.state["step"], "reason": reason}
             write_atomic(os.path.join(self.out_dir, "status.json"), json.dumps(content).encode())

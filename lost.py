@@ -203,15 +203,15 @@ class LOSTLinear(nn.Module):
         energy, other = low.square().sum(), sparse.square().sum()
         # in float64, which autocast leaves alone and MPS has not
         A, B = ((p.cpu() if p.device.type == "mps" else p).double() for p in (self.A, self.B))
-        A, B = A @ A.T, B.T @ B                                            # Gram matrices, (rank, rank)
-        value, vector = torch.linalg.eigh(B)
+        gram_A = A @ A.T                                                   # (rank, rank)
+        value, vector = torch.linalg.eigh(B.T @ B)
         root = vector * value.clamp(min=0).sqrt()                          # root rootᵀ = BᵀB
-        sigma = torch.linalg.eigvalsh(root.T @ A @ root).clamp(min=0).sqrt()             # of B A
+        sigma = torch.linalg.eigvalsh(root.T @ gram_A @ root).clamp(min=0).sqrt()        # of B A
         p = sigma / sigma.sum()
         numbers = {"low_rank_share": energy / (energy + other),
                    "cosine": (low * sparse).sum() / (energy * other).sqrt().clamp(min=1e-30),
                    "effective_rank": torch.special.entr(p).sum().exp(),
-                   "norm_A": torch.linalg.eigvalsh(A)[-1].sqrt(), "norm_B": value[-1].sqrt(),
+                   "norm_A": torch.linalg.eigvalsh(gram_A)[-1].sqrt(), "norm_B": value[-1].sqrt(),
                    "gamma": self.gamma}
         return {name: float(f"{float(number):.5g}") for name, number in numbers.items()}
 

@@ -74,7 +74,7 @@ class Config:
     n_ffn: int | None = flag(None, "inner width of the MLP (by --model)")
     tie_embeddings: bool = flag(False, "one weight for embedding and head")
     vocab_size: int | None = flag(None, "rows of embedding and head (the tokenizer's)")
-    init_std: float = flag(0.02, "standard deviation of the first weights of the blocks")
+    init_std: float = flag(0.02, "standard deviation of the first dense weights, which are decomposed")
     # method
     linear: str = flag("lost", "the linear layers: LOST, dense, plain low-rank or CoLA", list(LINEARS))
     rank: int | dict | None = flag(None, "r; also by module: q_proj=64,default=128 (by --model)")
@@ -97,8 +97,8 @@ class Config:
     weight_decay: float = flag(0.01, "decoupled, on matrices and embeddings")
     betas: tuple[float, float] = flag((0.9, 0.95), "of AdamW")
     grad_clip: float = flag(0.5, "largest norm of the whole gradient, 0 for no clipping")
-    spike: float = flag(5.0, "a gradient norm this many times the median of 100 is logged, 0: no spike is")
-    skip_spikes: bool = flag(False, "leave out the update of such a gradient")
+    spike: float = flag(5.0, "a norm this many times the median of the last 100 is logged; 0: none is")
+    skip_spikes: bool = flag(False, "leave out the update of such a gradient, from the 21st on")
     seed: int = flag(0, "of the first weights and of the order of samples")
     # running
     device: str = flag("auto", "the best there is", ["auto", *DEVICES])
@@ -119,7 +119,7 @@ class Config:
 METHOD = ("rank", "sparsity", "gamma", "learn_gamma", "init", "select", "sparse_init", "activation")
 # A resumed run must agree in these; any other value that changed is printed
 FIXED = {*METHOD, "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn", "tie_embeddings", "vocab_size",
-         "linear", "seq_len", "optimizer", "data"}
+         "linear", "seq_len", "optimizer", "init_std", "data"}
 
 def resolve(given: dict) -> Config:
     """A whole Config from the values given, the recipe of the size and the switches of the kind of layer."""
@@ -133,6 +133,10 @@ def resolve(given: dict) -> Config:
                  "keep", "log_every"):
         if (value := getattr(config, name)) is not None and value < 1:
             raise ValueError(f"--{name} {value}: must be positive")
+    if config.init_std <= 0:
+        raise ValueError(f"--init_std {config.init_std}: must be positive")
+    if 0 != config.spike <= 1:
+        raise ValueError(f"--spike {config.spike}: must be above 1, or 0 for none")
     if not 0 <= config.warmup <= config.steps:
         raise ValueError(f"--warmup {config.warmup}: must lie between 0 and --steps {config.steps}")
     return config
@@ -236,8 +240,9 @@ def evaluate(model, data: TokenDataset, samples, micro, token_bytes, autocast, d
 def look_inside(model, data: TokenDataset, autocast, device) -> dict:
     """`diagnose` of the LOST layers on the first windows of the validation split, nothing without any."""
     idx = data.batch(np.arange(min(4, len(data))))[0].to(device)
-    with autocast:                             # .forward: as it stands, whether compiled or not
-        layers = diagnose(model, lambda: model.forward(idx))
+    layers = {}
+    with autocast, contextlib.suppress(torch.linalg.LinAlgError):          # no reason to end a run
+        layers = diagnose(model, lambda: model.forward(idx))               # as it stands, compiled or not
     return {"layers": layers} if layers else {}
 
 def median_norm(norms: list[float]) -> float:
@@ -419,7 +424,6 @@ def run(config: Config, stack: contextlib.ExitStack):
         stack.enter_context(report.open_metrics())
         write_atomic(os.path.join(config.out_dir, "config.json"), json.dumps(values, indent=1).encode())
     report.status("running")
-    report.running = True
 
     saved, stop, timed, started = dict(state), "", 0, time.perf_counter()
     while True:
@@ -479,7 +483,7 @@ def run(config: Config, stack: contextlib.ExitStack):
             dead = [name for name, p in model.named_parameters() if not p.grad.any()]
             assert not dead, f"no gradient reaches {dead}"
         median = median_norm(state["norms"])
-        spike = config.spike > 0 and norm > config.spike * median
+        spike = config.spike > 0 and norm > config.spike * median          # alike for all: so is the gradient
         skipped = spike and config.skip_spikes
         if config.grad_clip and norm > config.grad_clip:
             gradients.mul_(config.grad_clip / norm)

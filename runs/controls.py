@@ -5,10 +5,11 @@
     python runs/controls.py plot   --data_dir data/controls --out_dir out/controls
     python runs/controls.py ladder --data_dir data/controls --out_dir out/controls --rows dense/LOST
 
-`run` trains what is missing, as many runs at a time as there are cores, each one `python train.py` on a core
-of its own: first every family of rows at each learning rate, then all its rows at its best, with more seeds.
-The same command continues. `table` reads the metrics.jsonl of the runs and prints Markdown. `ladder` trains
-its rows at four widths and fits loss = a · FLOPs^-b to each.
+`run` trains what is missing, --jobs runs at a time, each one `python train.py` on a core of its own: first
+seed 0 at each learning rate of a sweep, then all rows and seeds at the best one. Most rows have a sweep of
+their own, those that differ little from another (`SWEPT`) take the learning rate that is best there. The same
+command continues. `table` reads the metrics.jsonl of the runs and prints Markdown. `ladder` trains its rows
+at several widths and fits loss = a · FLOPs^-b to each.
 
 Parameters: the budget is that of LOST by the recipe. Every other row but dense gets the largest rank r that
 fits everywhere, and r + 1 in as many modules, the first of a shape, as bring it nearest to the budget."""
@@ -41,46 +42,42 @@ from model import Llama, count_flops, count_parameters  # noqa: E402
 SCRIPT = os.path.abspath(__file__)
 ROOT = os.path.dirname(os.path.dirname(SCRIPT))
 NO_SPARSE = {"sparsity": 0, "gamma": 1}
-FAMILIES = {                                   # row: flags of train.py. A family shares its first row's sweep
-    "dense": {"dense": {"linear": "dense"}},
-    "dense, half W": {"dense, half W": {"linear": "dense", "init_std": 0.01}},
-    "low-rank": {"low-rank": {"linear": "lowrank"}},
-    "CoLA": {"CoLA": {"linear": "cola"}},
-    "CoLA, γ 0.7": {"CoLA, γ 0.7": {"linear": "cola", "gamma": 0.7}},      # LOST's scale without its path
-    "SVD": {"SVD": {**NO_SPARSE, "activation": "none"}},
-    "SVD + SiLU": {
-        "SVD + SiLU": NO_SPARSE,
-        "SVD + SiLU, γ 0.7": {"sparsity": 0, "gamma": 0.7},
-    },
-    "random of W's scale + SiLU": {"random of W's scale + SiLU": {**NO_SPARSE, "layer": "scaled"}},
-    "LOST": {
-        "LOST": {},
-        "random channels": {"select": "random"},
-        "channels by weight": {"select": "weight"},
-        "channels by L1": {"select": "residual_l1"},
-        "sparse from residual": {"sparse_init": "residual"},
-        "γ 0.5": {"gamma": 0.5},
-        "γ 0.9": {"gamma": 0.9},
-        "γ learned": {"learn_gamma": True},
-        "ρ 0.03": {"sparsity": 0.03},
-        "ρ 0.05": {"sparsity": 0.05},
-        "ρ 0.1": {"sparsity": 0.1},
-    },
-    "LOST without SiLU": {"LOST without SiLU": {"activation": "none"}},
-    "random start": {
-        "random start": {"init": "random"},
-        "random start, γ 0.5": {"init": "random", "gamma": 0.5},
-        "random start, random channels": {"init": "random", "select": "random"},
-    },
-    "SLTrain": {"SLTrain": {"layer": "sltrain", "sparsity": 0.03}},
-    "dense, Muon": {"dense, Muon": {"linear": "dense", "optimizer": "muon"}},
-    "LOST, Muon": {"LOST, Muon": {"optimizer": "muon"}},
-    "SVD + SiLU, Muon": {"SVD + SiLU, Muon": {**NO_SPARSE, "optimizer": "muon"}},
-    "random start, Muon": {"random start, Muon": {"init": "random", "optimizer": "muon"}},
+ROWS = {                                       # flags of train.py
+    "dense": {"linear": "dense"},
+    "dense, half W": {"linear": "dense", "init_std": 0.01},
+    "low-rank": {"linear": "lowrank"},
+    "CoLA": {"linear": "cola"},
+    "CoLA, γ 0.7": {"linear": "cola", "gamma": 0.7},                       # LOST's scale without its path
+    "SVD": {**NO_SPARSE, "activation": "none"},
+    "SVD + SiLU": NO_SPARSE,
+    "SVD + SiLU, γ 0.7": {"sparsity": 0, "gamma": 0.7},
+    "random of W's scale + SiLU": {**NO_SPARSE, "layer": "scaled"},
+    "LOST": {},
+    "random channels": {"select": "random"},
+    "channels by weight": {"select": "weight"},
+    "channels by L1": {"select": "residual_l1"},
+    "sparse from residual": {"sparse_init": "residual"},
+    "γ 0.5": {"gamma": 0.5},
+    "γ 0.9": {"gamma": 0.9},
+    "γ learned": {"learn_gamma": True},
+    "ρ 0.03": {"sparsity": 0.03},
+    "ρ 0.05": {"sparsity": 0.05},
+    "ρ 0.1": {"sparsity": 0.1},
+    "LOST without SiLU": {"activation": "none"},
+    "random start": {"init": "random"},
+    "random start, γ 0.5": {"init": "random", "gamma": 0.5},
+    "random start, random channels": {"init": "random", "select": "random"},
+    "SLTrain": {"layer": "sltrain", "sparsity": 0.03},
+    "dense, Muon": {"linear": "dense", "optimizer": "muon"},
+    "LOST, Muon": {"optimizer": "muon"},
+    "SVD + SiLU, Muon": {**NO_SPARSE, "optimizer": "muon"},
+    "random start, Muon": {"init": "random", "optimizer": "muon"},
 }
-
-ROWS = {row: flags for rows in FAMILIES.values() for row, flags in rows.items()}
-FAMILY = {row: family for family, rows in FAMILIES.items() for row in rows}
+AS_LOST = ("random channels", "channels by weight", "channels by L1", "sparse from residual", "γ 0.5",
+           "γ 0.9", "γ learned", "ρ 0.03", "ρ 0.05", "ρ 0.1")
+SWEPT = {**{row: row for row in ROWS}, **dict.fromkeys(AS_LOST, "LOST"), "SVD + SiLU, γ 0.7": "SVD + SiLU",
+         "random start, γ 0.5": "random start", "random start, random channels": "random start"}
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}       # Student's t, both sides, by degrees of freedom
 
 @dataclass(frozen=True)
 class Config:
@@ -90,19 +87,19 @@ class Config:
     width: int | None = flag(None, "another n_embd, with n_embd / 32 heads and layers, rank n_embd / 4")
     widths: tuple[float, ...] = flag((64, 96, 128, 192), "of the ladder")
     steps: int = flag(200, "updates of each run, a tenth of them warm-up")
-    lrs: tuple[float, ...] = flag((3e-3, 6e-3, 1.2e-2, 2.4e-2), "learning rates of every family's sweep")
-    seeds: int = flag(3, "seeds of each row at its family's best learning rate")
+    lrs: tuple[float, ...] = flag((3e-3, 6e-3, 1.2e-2, 2.4e-2), "learning rates of every sweep")
+    seeds: int = flag(3, "seeds of each row at the best learning rate")
     widen: int = flag(4, "learning rates that a sweep may add where its best one is at an end")
     rows: str = flag("", "rows to run or print, separated by / (all)")
     jobs: int = flag(os.cpu_count(), "runs at a time")
-    extra: str = flag("", "more flags of train.py for every run, with spaces")
+    extra: str = flag("", "more flags of train.py for every run, with spaces, that change no size")
 
 # --- layers that are controls only ---
 
 class SLTrainLinear(nn.Module):
     """x (scale · B A + S)ᵀ with S on a random support of δ·in·out places (Han et al. 2024, arXiv 2406.02214),
     A and S uniform in ±in^-½, scale α / r of their 60M model. Their B starts at 0, ours almost: train.py
-    takes a parameter that no gradient reaches (A, then) for a mistake."""
+    takes a parameter that no gradient reaches (A, then) for a mistake. S, a vector, does not decay."""
 
     def __init__(self, linear: nn.Linear, rank: int, density: float, scale: float = 0.25):
         super().__init__()
@@ -119,18 +116,19 @@ class SLTrainLinear(nn.Module):
         W = (self.scale * (self.B @ self.A)).flatten()                     # bfloat16 under autocast
         return F.linear(x, W.index_add(0, self.support, self.values.to(W.dtype)).view(self.shape))
 
+def linears(model) -> dict[str, nn.Linear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"}
+
 def apply_sltrain(model, rank, sparsity, **_) -> nn.Module:
-    for name, linear in list(model.named_modules()):
-        if isinstance(linear, nn.Linear) and name != "lm_head":
-            density = sparsity
-            model.set_submodule(name, SLTrainLinear(linear, by_module(rank, name), density))
+    for name, linear in linears(model).items():
+        model.set_submodule(name, SLTrainLinear(linear, by_module(rank, name), sparsity))
     return model
 
 def apply_scaled(model, rank, **switches) -> nn.Module:
     """apply_lost with random factors shrunk so that ‖B A‖_F is that of the best rank-r part of W."""
     norms = {} if next(model.parameters()).is_meta else {
         name: torch.linalg.svdvals(linear.weight)[:by_module(rank, name)].norm()
-        for name, linear in model.named_modules() if isinstance(linear, nn.Linear) and name != "lm_head"}
+        for name, linear in linears(model).items()}
     apply_lost(model, rank, **{**switches, "init": "random"})
     with torch.no_grad():
         for name, norm in norms.items():
@@ -192,7 +190,7 @@ def multiplied(config: Config, row: str) -> Llama:
     return build(config, ROWS["dense"] if row == "SLTrain" else matched(config, row))
 
 def chosen(config: Config) -> list[str]:
-    rows = config.rows.split("/") if config.rows else list(ROWS)
+    rows = list(dict.fromkeys(config.rows.split("/"))) if config.rows else list(ROWS)
     if unknown := set(rows) - set(ROWS):
         raise ValueError(f"--rows {'/'.join(unknown)}: choose from {'/'.join(ROWS)}")
     return rows
@@ -221,9 +219,13 @@ def status(path: str) -> dict:
 def final(config: Config, row: str, lr: float, seed: int = 0) -> float | None:
     """Loss at the end of a run, infinite if it diverged, None if it is yet to come."""
     path = folder(config, row, lr, seed)
-    if status(path)["state"] == "finished":
-        return last(lines(path), "val_loss")
-    return math.inf if "FloatingPointError" in status(path)["reason"] else None
+    found = status(path)
+    if found["state"] != "finished":
+        return math.inf if "FloatingPointError" in found["reason"] else None
+    if found["step"] != config.steps:
+        raise ValueError(f"{path} has {found['step']} steps, not {config.steps}: name another --out_dir")
+    loss = last(lines(path), "val_loss")
+    return loss if math.isfinite(loss) else math.inf
 
 def train_one(config: Config, row: str, lr: float, seed: int):
     if final(config, row, lr, seed) is not None:
@@ -242,10 +244,10 @@ def train_one(config: Config, row: str, lr: float, seed: int):
         raise ValueError(f"{path}: {(done.stderr.strip() or 'was stopped').splitlines()[-1]}")
     print(f"{row}, lr {lr:g}, seed {seed}: {final(config, row, lr, seed):.4f}", flush=True)
 
-def sweep(config: Config, family: str) -> dict[float, float | None]:
-    """Learning rate → final loss of the family's first row. While the best is at an end, the sweep goes on
-    there by factors of 2: the same rule for every family."""
-    lrs, row = sorted(config.lrs), next(iter(FAMILIES[family]))
+def sweep(config: Config, row: str) -> dict[float, float | None]:
+    """Learning rate → final loss of seed 0. While the best is at an end, the sweep goes on there by factors
+    of 2: the same rule for every row."""
+    lrs = sorted(config.lrs)
     while True:
         losses = [final(config, row, lr) for lr in lrs]
         best = None if None in losses else losses.index(min(losses))
@@ -253,91 +255,110 @@ def sweep(config: Config, family: str) -> dict[float, float | None]:
             return dict(zip(lrs, losses, strict=True))
         lrs = [lrs[0] / 2, *lrs] if best == 0 else [*lrs, lrs[-1] * 2]
 
-def best_lr(config: Config, family: str) -> float:
-    losses = sweep(config, family)
-    return min(losses, key=lambda lr: math.inf if losses[lr] is None else losses[lr])
+def best_lr(config: Config, row: str) -> float | None:
+    """Of the sweep that the row goes by; None while that is not through."""
+    losses = sweep(config, SWEPT[row])
+    return None if None in losses.values() else min(losses, key=losses.get)
 
 def run(config: Config):
     rows = chosen(config)
-    families = dict.fromkeys(FAMILY[row] for row in rows)
-    for row in rows:                           # before there are threads: `using` is for one alone
+    swept = list(dict.fromkeys(SWEPT[row] for row in rows))
+    for row in {*rows, *swept}:                # before there are threads: `using` is for one alone
         matched(config, row)
-    with concurrent.futures.ThreadPoolExecutor(config.jobs) as pool:
-        def all_of(jobs):
-            for job in [pool.submit(train_one, config, *job) for job in jobs]:
-                job.result()
-        while sweeps := [(next(iter(FAMILIES[family])), lr, 0) for family in families
-                         for lr, loss in sweep(config, family).items() if loss is None]:
-            all_of(sweeps)
-        all_of((row, best_lr(config, FAMILY[row]), seed) for seed in range(config.seeds) for row in rows)
+    pool = concurrent.futures.ThreadPoolExecutor(config.jobs)
+    def all_of(jobs):
+        for job in [pool.submit(train_one, config, *job) for job in jobs]:
+            job.result()
+    try:
+        while missing := [(row, lr, 0) for row in swept
+                          for lr, loss in sweep(config, row).items() if loss is None]:
+            all_of(missing)
+        all_of((row, best_lr(config, row), seed) for seed in range(config.seeds) for row in rows)
+    finally:                                   # an error or Ctrl-C starts no more of them
+        pool.shutdown(cancel_futures=True)
 
 # --- what came out ---
 
 def spread(values: list[float], form: str) -> str:
     """mean ± standard deviation."""
     middle = format(statistics.mean(values), form)
-    return middle + (f" ± {format(statistics.stdev(values), form)}" if len(values) > 1 else "")
+    return middle + (f" ± {format(statistics.stdev(values), form.lstrip('+'))}" if len(values) > 1 else "")
 
 def markdown(*rows: list) -> None:
     head, *rest = [" | ".join(map(str, row)) for row in rows]
     print(f"| {head} |", "|" + "---|" * len(rows[0]), *(f"| {row} |" for row in rest), "", sep="\n")
 
-def results(config: Config, row: str) -> dict[int, list[dict]]:
-    """seed → lines of metrics.jsonl, of the finished runs of a row at its family's learning rate."""
-    lr = best_lr(config, FAMILY[row])
-    paths = {seed: folder(config, row, lr, seed) for seed in range(config.seeds)}
-    return {seed: lines(path) for seed, path in paths.items() if status(path)["state"] == "finished"}
+def results(config: Config, row: str) -> dict[int, list[dict] | None]:
+    """seed → lines of metrics.jsonl at the row's learning rate, None for a seed that diverged there."""
+    lr = best_lr(config, row)
+    losses = {seed: final(config, row, lr, seed) for seed in range(config.seeds)} if lr else {}
+    return {seed: lines(folder(config, row, lr, seed)) if loss < math.inf else None
+            for seed, loss in losses.items() if loss is not None}
+
+def trained(run: list[dict]) -> list[dict]:
+    return [line for line in run if line["kind"] == "train"]
 
 def last(run: list[dict], name: str) -> float:
     return [line for line in run if line["kind"] == "eval"][-1][name]
 
 def table(config: Config):
     rows = chosen(config)
-    families = dict.fromkeys(FAMILY[row] for row in rows)
     print(f"{config.model}, {config.steps} steps. Validation loss of seed 0 at each learning rate\n")
-    sweeps = {family: sweep(config, family) for family in families}
+    sweeps = {row: sweep(config, row) for row in dict.fromkeys(SWEPT[row] for row in rows)}
     lrs = sorted({lr for losses in sweeps.values() for lr in losses})
-    def shown(family, lr):
-        loss = sweeps[family].get(lr)
-        return "" if loss is None else f"**{loss:.3f}**" if lr == best_lr(config, family) else f"{loss:.3f}"
-    markdown(["", *(f"{lr:g}" for lr in lrs)], *([f, *(shown(f, lr) for lr in lrs)] for f in families))
-    lost, body = results(config, "LOST"), []
+    def shown(row, lr):
+        loss = sweeps[row].get(lr)
+        text = "" if loss is None else f"{loss:.3f}" if loss < math.inf else "diverged"
+        return f"**{text}**" if lr == best_lr(config, row) else text
+    markdown(["", *(f"{lr:g}" for lr in lrs)], *([row, *(shown(row, lr) for lr in lrs)] for row in sweeps))
+    lost, body, inside = results(config, "LOST"), [], []
     for row in rows:
-        runs, model = results(config, row), build(config, matched(config, row))
+        found, model = results(config, row), build(config, matched(config, row))
+        runs = {seed: run for seed, run in found.items() if run}
+        count = f"{len(runs)}" + (f", {len(found) - len(runs)} diverged" if len(runs) < len(found) else "")
         if not runs:
             continue
         loss = {seed: last(run, "val_loss") for seed, run in runs.items()}
-        pairs = [loss[seed] - last(lost[seed], "val_loss") for seed in loss if seed in lost]
-        speed = [line["tokens_per_second"] for r in runs.values() for line in r if line["kind"] == "train"]
+        pairs = [loss[seed] - last(lost[seed], "val_loss") for seed in loss if lost.get(seed)]
+        speed = [line["tokens_per_second"] for run in runs.values() for line in trained(run)]
         body.append([
-            row, f"{best_lr(config, FAMILY[row]):g}", len(runs), spread(list(loss.values()), ".3f"),
+            row, f"{best_lr(config, row):g}", count, spread(list(loss.values()), ".3f"),
             spread(pairs, "+.3f") if pairs and row != "LOST" else "",
             spread([last(run, "val_ppl") for run in runs.values()], ".1f"),
             spread([last(run, "val_bpb") for run in runs.values()], ".3f"), f"{count_parameters(model):,}",
-            f"{count_flops(multiplied(config, row)) / 1e6:.2f} M",
-            f"{statistics.median(speed):,.0f}"])
-    print("At the best learning rate, mean ± standard deviation over seeds\n")
-    markdown(["", "lr", "seeds", "loss", "loss − LOST's, paired", "perplexity", "bits per byte", "parameters",
-              "FLOPs a token", "tokens/s"], *body)
-    print("LOST layers at the end, mean over layers and seeds\n")
-    names = ("low_rank_share", "cosine", "effective_rank", "norm_A", "norm_B", "gamma")
-    inside = {row: [layer for run in results(config, row).values() for layer in last(run, "layers").values()]
-              for row in rows if ROWS[row].get("linear") != "dense" and row != "SLTrain"}
-    markdown(["", *names], *(
-        [row, *(f"{statistics.mean(layer[name] for layer in layers):.3f}" for name in names)]
-        for row, layers in inside.items() if layers))
+            f"{count_flops(multiplied(config, row)) / 1e6:.2f} M", f"{statistics.median(speed):,.0f}"])
+        if ROWS[row].get("linear") != "dense" and row != "SLTrain":
+            layers = [layer for run in runs.values() for layer in last(run, "layers").values()]
+            inside.append([row, *(f"{statistics.mean(layer[n] for layer in layers):.3f}" for n in INSIDE)])
+    print("Mean ± standard deviation over seeds, at the best learning rate of the row that was swept\n")
+    markdown(["", "lr", "seeds", "loss", "loss − LOST's, in pairs", "perplexity", "bits per byte",
+              "parameters", "FLOPs a token", f"tokens/s of {config.jobs} at a time"], *body)
+    print("Inside the layers at the end, mean over layers and seeds\n")
+    markdown(["", *INSIDE], *inside)
 
-def plot(config: Config):
-    """Training loss against tokens and FLOPs, mean over seeds, of the first row of each family."""
+INSIDE = ("low_rank_share", "cosine", "effective_rank", "norm_A", "norm_B", "gamma")
+
+def pyplot():
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-    for row in (next(iter(rows)) for rows in FAMILIES.values()):
-        runs = [[line for line in run if line["kind"] == "train"] for run in results(config, row).values()]
+    lines = plt.cycler(linestyle=["-", "--", ":"]) * plt.cycler(color=plt.cm.tab10.colors)
+    plt.rcParams["axes.prop_cycle"] = lines    # ten colours, then again with another line
+    return plt
+
+def save(figure, config: Config, name: str):
+    path = os.path.join(config.out_dir, name)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    print(f"drawn in {path}")
+    return figure
+
+def plot(config: Config):
+    """Training loss against tokens and FLOPs, mean over seeds, of each row with a sweep of its own."""
+    figure, axes = pyplot().subplots(1, 2, figsize=(12, 5), sharey=True)
+    for row in (row for row in chosen(config) if SWEPT[row] == row):
+        runs = [trained(run) for run in results(config, row).values() if run]
         if runs:
-            flops = count_flops(multiplied(config, row))
-            tokens = [line["tokens"] for line in runs[0]]
+            flops, tokens = count_flops(multiplied(config, row)), [line["tokens"] for line in runs[0]]
             loss = [statistics.mean(line["loss"] for line in step) for step in zip(*runs, strict=True)]
             axes[0].plot([t / 1e6 for t in tokens], loss, label=row)
             axes[1].plot([t * flops / 1e12 for t in tokens], loss, label=row)
@@ -345,57 +366,51 @@ def plot(config: Config):
     axes[1].set(xlabel="training compute, 10¹² FLOPs")
     for ax in axes:
         ax.grid(alpha=0.3)
-    axes[1].legend()
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(f"{config.model}, {config.steps} steps, each at its best learning rate")
-    figure.savefig(path := os.path.join(config.out_dir, "controls.png"), dpi=130, bbox_inches="tight")
-    print(f"drawn in {path}")
+    return save(figure, config, "controls.png")
 
 def ladder(config: Config):
     """Trains the rows at each width, prints their losses and the fit, draws them."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    if config.width:
+        raise ValueError("--width means nothing to a ladder: give its --widths")
     sizes = [config if w == train.MODELS[config.model]["n_embd"] else dataclasses.replace(
         config, width=int(w), out_dir=os.path.join(config.out_dir, f"width-{w:g}")) for w in config.widths]
     for size in sizes:
         run(size)
-    rows, body, fits = chosen(config), [], []
-    figure, ax = plt.subplots(figsize=(6.5, 4.5))
-    for row, color in zip(rows, plt.cm.tab10.colors, strict=False):
-        points = []                            # (log FLOPs of a run, log loss), per size the seeds
+    body, fits = [], []
+    figure, ax = pyplot().subplots(figsize=(6.5, 4.5))
+    for row in chosen(config):
+        x, y = [], []                          # log FLOPs and log mean loss of each size
         for size, width in zip(sizes, config.widths, strict=True):
-            flops = count_flops(multiplied(size, row))
-            losses = [last(r, "val_loss") for r in results(size, row).values()]
-            total = flops * [line["tokens"] for line in next(iter(results(size, row).values()))
-                             if line["kind"] == "train"][-1]
-            points.append([(math.log(total), math.log(loss)) for loss in losses])
-            body.append([row, f"{width:g}", f"{best_lr(size, FAMILY[row]):g}",
-                         f"{count_parameters(build(size, matched(size, row))):,}", f"{total / 1e12:.2f}",
+            found = results(size, row)
+            if not all(found.values()):
+                raise ValueError(f"{row} diverged at width {width:g}: give other --lrs, or --rows without it")
+            losses = [last(run, "val_loss") for run in found.values()]
+            total = count_flops(multiplied(size, row)) * trained(found[0])[-1]["tokens"]
+            x, y = [*x, math.log(total)], [*y, math.log(statistics.mean(losses))]
+            body.append([row, f"{width:g}", f"{best_lr(size, row):g}",
+                         f"{count_parameters(build(size, matched(size, row))):,}", f"{total / 1e12:.3g}",
                          spread(losses, ".3f")])
-        slope, fixed, low, high = fit(points)
-        fits.append([row, f"{-slope:.4f}", f"[{-high:.4f}, {-low:.4f}]", f"{math.exp(fixed):.2f}"])
-        x, y = zip(*(p for size in points for p in size), strict=True)
-        ax.loglog([math.exp(v) for v in x], [math.exp(v) for v in y], "o", ms=4, color=color, label=row)
-        ends = [min(x), max(x)]
-        ax.loglog([math.exp(v) for v in ends], [math.exp(fixed + slope * v) for v in ends], color=color)
+        slope, fixed, half = fit(x, y)
+        fits.append([row, f"{-slope:.4f} ± {half:.4f}", f"{math.exp(fixed):.2f}"])
+        line, = ax.loglog(np.exp(x), np.exp(fixed + slope * np.array(x)), label=row)
+        ax.loglog(np.exp(x), np.exp(y), "o", color=line.get_color())
     markdown(["", "width", "lr", "parameters", "10¹² FLOPs", "loss"], *body)
-    print("loss = a · FLOPs^-b, b with its 95 % interval by bootstrap over the seeds of each size\n")
-    markdown(["", "b", "95 %", "a"], *fits)
+    print("loss = a · FLOPs^-b through the means of the sizes, b with its 95 % interval\n")
+    markdown(["", "b", "a"], *fits)
     ax.set(xlabel="training compute, FLOPs", ylabel="validation loss (nats a token)",
            title=f"{len(sizes)} sizes, {config.steps} steps each")
     ax.grid(alpha=0.3, which="both")
     ax.legend()
-    figure.savefig(path := os.path.join(config.out_dir, "ladder.png"), dpi=130, bbox_inches="tight")
-    print(f"drawn in {path}")
+    return save(figure, config, "ladder.png")
 
-def fit(points: list[list[tuple[float, float]]], draws: int = 2000) -> tuple[float, float, float, float]:
-    """Slope, constant and 95 % interval of the slope of a line through the points, each size resampled."""
-    random = np.random.default_rng(0)
-    def line(groups):
-        return np.polyfit(*zip(*(p for group in groups for p in group), strict=True), 1)
-    slopes = [line([[g[i] for i in random.integers(len(g), size=len(g))] for g in points])[0]
-              for _ in range(draws)]
-    return (*line(points), *np.quantile(slopes, (0.025, 0.975)))
+def fit(x: list[float], y: list[float]) -> tuple[float, float, float]:
+    """Slope and constant of the line of least squares, and half the 95 % interval of the slope."""
+    slope, fixed = np.polyfit(x, y, 1)
+    free = len(x) - 2
+    error = np.square(np.array(y) - fixed - slope * np.array(x)).sum() / max(free, 1) / (len(x) * np.var(x))
+    return slope, fixed, T_95[min(free, 4)] * math.sqrt(error) if free else math.inf
 
 if __name__ == "__main__":
     what, rest = (sys.argv[1:] + ["--help"])[0], sys.argv[2:]

@@ -2,9 +2,11 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -50,6 +52,11 @@ def test_random_factors_get_the_norm_of_the_best_low_rank_part():
     torch.testing.assert_close(product.norm(), sigma[:5].norm())
     assert not torch.allclose(torch.linalg.svdvals(product)[:5], sigma[:5], rtol=0.01)
 
+def test_sltrain_counts_the_products_of_a_whole_weight(data_dir):
+    flops = {row: controls.count_flops(controls.multiplied(config(data_dir), row)) for row in
+             ("dense", "SLTrain", "LOST")}
+    assert flops["SLTrain"] == flops["dense"] > flops["LOST"]
+
 def test_a_sweep_goes_on_where_its_best_learning_rate_is_at_an_end(monkeypatch, data_dir):
     given = config(data_dir, lrs=(1e-3, 2e-3, 4e-3), widen=4)
     def sweep(best):
@@ -64,9 +71,10 @@ def test_a_sweep_goes_on_where_its_best_learning_rate_is_at_an_end(monkeypatch, 
 
 @pytest.fixture(scope="module")
 def finished(data_dir, tmp_path_factory):
-    """One small pass of the whole driver: the flags of the command, and how often train.py ran."""
+    """One small pass of the whole driver: (its flags, what it printed, its folder). At the second learning
+    rate everything diverges."""
     out = str(tmp_path_factory.mktemp("controls"))
-    flags = [f"--data_dir={data_dir}", f"--out_dir={out}", "--steps=4", "--seeds=2", "--lrs=3e-3,3e-2",
+    flags = [f"--data_dir={data_dir}", f"--out_dir={out}", "--steps=4", "--seeds=2", "--lrs=3e-3,1e30",
              "--widen=0", "--rows=dense/LOST/γ 0.5/SLTrain", "--jobs=2",
              "--extra=--dtype=bfloat16 --batch_tokens=256 --seq_len=32 --eval_tokens=1000 --log_every=1"]
     return flags, driver("run", flags), out
@@ -79,36 +87,46 @@ def driver(what, flags):
 
 def test_the_table_holds_what_the_runs_wrote(finished):
     flags, _, out = finished
-    given = controls.Config(**controls.parse(controls.Config, flags))
     table = driver("table", flags)
     rows = {cells[1].strip(): [c.strip() for c in cells[2:-1]] for cells in
-            (line.split("|") for line in table.split("At the best")[1].split("LOST layers")[0].splitlines())
+            (line.split("|") for line in table.split("Mean ±")[1].split("Inside")[0].splitlines())
             if len(cells) > 3}
+    assert table.count("diverged") == 3 and table.count("**") == 6         # of three sweeps of two each
+    found = {}
     for row in ("dense", "LOST", "γ 0.5", "SLTrain"):
-        lr = controls.best_lr(given, controls.FAMILY[row])
         losses = []
         for seed in (0, 1):
-            with open(os.path.join(out, row, f"{lr:g}-{seed}", "metrics.jsonl"), encoding="utf-8") as f:
+            with open(os.path.join(out, row, f"0.003-{seed}", "metrics.jsonl"), encoding="utf-8") as f:
                 evals = [entry for entry in map(json.loads, f) if entry["kind"] == "eval"]
             losses.append(evals[-1]["val_loss"])
         mean, sd = sum(losses) / 2, abs(losses[0] - losses[1]) / 2 ** 0.5
-        assert rows[row][:3] == [f"{lr:g}", "2", f"{mean:.3f} ± {sd:.3f}"]
-    assert rows["LOST"][3] == "" and "±" in rows["γ 0.5"][3]
+        assert rows[row][:3] == ["0.003", "2", f"{mean:.3f} ± {sd:.3f}"]
+        found[row] = losses
+    pairs = [a - b for a, b in zip(found["dense"], found["LOST"], strict=True)]
+    assert rows["dense"][3] == f"{sum(pairs) / 2:+.3f} ± {abs(pairs[0] - pairs[1]) / 2 ** 0.5:.3f}"
+    assert rows["LOST"][3] == ""
 
-def test_the_same_command_trains_nothing_again_and_a_lost_run_only(finished):
+def test_the_same_command_trains_nothing_again_but_a_run_that_is_gone(finished):
     flags, first, out = finished
     assert len(first.splitlines()) == 3 * 2 + 3 + 2        # three sweeps of two, then second seeds and a row
     assert driver("run", flags) == ""
-    os.remove(os.path.join(out, "γ 0.5", os.listdir(os.path.join(out, "γ 0.5"))[0], "status.json"))
-    assert len(driver("run", flags).splitlines()) == 1
+    shutil.rmtree(os.path.join(out, "γ 0.5", "0.003-1"))
+    assert driver("run", flags).startswith("γ 0.5, lr 0.003, seed 1: ")
 
-def test_the_fit_finds_a_power_law_and_its_interval_grows_with_the_noise():
-    def points(noise):
-        return [[(x, 2 - 0.05 * x + noise * n) for n in (-1, 0.3, 0.7)] for x in (28, 29, 30, 31.5)]
-    slope, fixed, low, high = controls.fit(points(0))
-    assert (slope, fixed, low, high) == pytest.approx((-0.05, 2, -0.05, -0.05))
-    small, large = controls.fit(points(0.001)), controls.fit(points(0.01))
-    assert small[2] < -0.05 < small[3] and large[3] - large[2] > 5 * (small[3] - small[2])
+def test_other_steps_in_the_same_folder_are_refused(finished):
+    flags, _, _ = finished
+    given = {**controls.parse(controls.Config, flags), "steps": 8}
+    with pytest.raises(ValueError, match="has 4 steps, not 8: name another --out_dir"):
+        controls.run(controls.Config(**given))
+
+def test_the_fit_finds_a_power_law_with_the_interval_of_linear_regression():
+    x = [28, 29, 30, 31.5]
+    assert controls.fit(x, [2 - 0.05 * v for v in x]) == pytest.approx((-0.05, 2, 0), abs=1e-9)
+    noise = np.random.default_rng(0).normal(size=(4000, 4)) * 0.01
+    hits = [abs(slope + 0.05) <= half for slope, _, half in
+            (controls.fit(x, [2 - 0.05 * v + e for v, e in zip(x, row, strict=True)]) for row in noise)]
+    assert 0.93 < sum(hits) / len(hits) < 0.97             # of 95 % intervals
+    assert controls.fit([1, 2], [3, 4])[2] == math.inf
 
 def test_the_ladder_has_a_row_and_a_fit_for_each_size_and_kind(finished):
     flags, _, out = finished
@@ -116,10 +134,16 @@ def test_the_ladder_has_a_row_and_a_fit_for_each_size_and_kind(finished):
     cells = [[c.strip() for c in line.split("|")[1:-1]] for line in printed.splitlines() if "|" in line]
     sizes = [["dense", "64"], ["dense", "128"], ["LOST", "64"], ["LOST", "128"]]
     assert [row[:2] for row in cells if len(row) == 6][2:] == sizes
-    assert [row[0] for row in cells if len(row) == 4][2:] == ["dense", "LOST"]
+    assert [row[0] for row in cells if len(row) == 3][2:] == ["dense", "LOST"]
+    flops = {tuple(row[:2]): float(row[4]) for row in cells if row[:2] in sizes}
+    assert flops["LOST", "64"] < flops["dense", "64"] < flops["LOST", "128"] < flops["dense", "128"]
     assert os.path.getsize(os.path.join(out, "ladder.png")) > 5000
 
-def test_the_curves_are_drawn(finished):
+def test_the_curves_of_swept_rows_are_drawn(finished):
     flags, _, out = finished
-    driver("plot", flags)
-    assert os.path.getsize(os.path.join(out, "controls.png")) > 5000
+    figure = controls.plot(controls.Config(**controls.parse(controls.Config, flags)))
+    by_tokens, by_flops = ({line.get_label(): line.get_xydata() for line in ax.lines} for ax in figure.axes)
+    assert list(by_tokens) == list(by_flops) == ["dense", "LOST", "SLTrain"]
+    assert [x for x, _ in by_tokens["LOST"]] == pytest.approx([256e-6, 512e-6, 768e-6, 1024e-6])
+    assert by_flops["LOST"][-1][0] < by_flops["dense"][-1][0] == by_flops["SLTrain"][-1][0]
+    assert os.path.exists(os.path.join(out, "controls.png"))
