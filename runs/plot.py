@@ -21,7 +21,8 @@ def read(folder: str) -> dict:
         rows = [json.loads(line) for line in f]
     evals = [r for r in rows if r["kind"] == "eval"]
     trains = [r for r in rows if r["kind"] == "train"]
-    return {"linear": config["linear"], "lr": config["lr"], "seed": config["seed"],
+    kind = config["linear"] + (", Muon" if config["optimizer"] == "muon" else "")
+    return {"linear": kind, "lr": config["lr"], "seed": config["seed"],
             "tokens": [r["step"] * config["batch_tokens"] for r in evals], "evals": evals, "trains": trains,
             "train_tokens": [r["tokens"] for r in trains]}
 
@@ -31,11 +32,11 @@ def main(argv: list[str]):
         out = argv.pop(argv.index("--out") + 1)
         argv.remove("--out")
     runs = sorted((read(folder) for folder in argv), key=lambda r: (r["linear"], r["lr"], r["seed"]))
-    print(f"{'linear':8} {'lr':>8} {'seed':>4} {'loss':>8} {'perplexity':>10} {'bits/byte':>9} {'tok/s':>8}")
+    print(f"{'linear':12} {'lr':>8} {'seed':>4} {'loss':>8} {'perplexity':>10} {'bits/byte':>9} {'tok/s':>8}")
     for r in runs:
         last, speed = r["evals"][-1], statistics.median(t["tokens_per_second"] for t in r["trains"])
-        print(f"{r['linear']:8} {r['lr']:8.0e} {r['seed']:4} {last['val_loss']:8.4f} {last['val_ppl']:10.2f} "
-              f"{last['val_bpb']:9.4f} {speed:8,.0f}")
+        print(f"{r['linear']:12} {r['lr']:8.1e} {r['seed']:4} {last['val_loss']:8.4f} "
+              f"{last['val_ppl']:10.2f} {last['val_bpb']:9.4f} {speed:8,.0f}")
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for linear, color in zip(dict.fromkeys(r["linear"] for r in runs), plt.cm.tab10.colors, strict=False):
         own = [r for r in runs if r["linear"] == linear]
