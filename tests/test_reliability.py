@@ -22,6 +22,7 @@ from conftest import ROOT, flags_of, launch, status
 import checkpoint
 import data
 import train
+from job import Report
 from model import Llama
 
 linux = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="looks processes up in /proc")
@@ -162,11 +163,11 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one(small, monke
     assert checkpoint.verify(checkpoint.newest_checkpoint(config.out_dir)) is None
 
 def test_lines_that_will_come_again_are_dropped(tmp_path):
-    entries = [{"kind": kind, "step": step} for step in (4, 5) for kind in ("train", "eval")]
+    entries = [{"kind": kind, "step": step} for step in (4, 5) for kind in ("train", "eval", "spike")]
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries) + "3\n{}\n{\"kind")
-    train.open_metrics(str(path), {"step": 4, "evaluated": 0}).close()
-    assert path.read_text() == json.dumps(entries[0]) + "\n"
+    Report(str(tmp_path), 0, {"step": 4, "evaluated": 0}).open_metrics().close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [entries[0], entries[2]]
 
 def test_a_kill_at_every_point_of_a_save_loses_nothing(small, tmp_path):
     straight = small(keep=1, out_dir=str(tmp_path / "straight"))
