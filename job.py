@@ -19,6 +19,7 @@ import torch.distributed as dist
 from data import write_atomic
 
 HOST = platform.node()
+GONE = "the store of this job is gone, and so its launcher or its first process"
 
 def claim(out_dir: str):
     """Make out_dir and lock it; returns the open file that holds the lock until it is closed, however this
@@ -129,9 +130,10 @@ class Watch:
 
     def first_fault(self, reason: str) -> str:
         """What went wrong first: `reason` here, unless another process has told the store before."""
-        with contextlib.suppress(RuntimeError):                            # the store may be gone too
-            reason = self.store.compare_set(self.fault, "", f"process {self.rank}: {reason}").decode()
-        return reason
+        try:
+            return self.store.compare_set(self.fault, "", f"process {self.rank}: {reason}").decode()
+        except RuntimeError:                   # a lost connection here is then only what followed
+            return f"{GONE} ({reason})"
 
     def work(self):
         signs, silent, gone, reason = [b""] * len(self.keys), [0] * len(self.keys), [], ""
@@ -149,7 +151,7 @@ class Watch:
                 elif self.store.check([self.fault]):
                     reason = self.first_fault("")
             except RuntimeError:               # it was in the launcher, or in the first process
-                reason = "the store of this job is gone, and so its launcher or its first process"
+                reason = GONE
             if reason and not self.over.is_set():
                 try:
                     self.give_up(reason)
