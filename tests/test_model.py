@@ -277,10 +277,11 @@ def test_greedy_text_with_and_without_cache_equals_the_literal_loop(seq_len, len
     assert cached.tolist() == [greedy_literally(model, row, 40) for row in idx.tolist()]
     assert len(set(cached[0, length:].tolist())) > 3 or seq_len == 1
 
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("make", [small, small_lost])
-def test_compiled_step_writes_the_same_text_and_is_compiled_once(make):
+def test_compiled_step_writes_the_same_text_and_is_compiled_once(make, rows):
     torch.compiler.reset()
-    model, idx = make(), tokens(2, 5)
+    model, idx = make(), tokens(rows, 5)
     with torch._dynamo.config.patch(error_on_recompile=True):
         step = compile_step(model)
         for _ in range(2):                     # a second text, and several windows of each
