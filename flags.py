@@ -29,12 +29,12 @@ def by_module(kind):
         return {name.strip(): kind(value) for name, value in (entry.split("=") for entry in text.split(","))}
     return read
 
-def pair(text: str) -> tuple[float, float]:
-    first, second = text.split(",")
-    return float(first), float(second)
-
 def numbers(text: str) -> tuple[float, ...]:
     return tuple(map(float, text.split(",")))
+
+def pair(text: str) -> tuple[float, float]:
+    first, second = numbers(text)
+    return first, second
 
 KINDS = {                                      # annotation → (how it is shown, parser)
     int: ("INT", integer), int | dict: ("INT|NAME=INT,…", by_module(integer)), str: ("TEXT", str),

@@ -1,8 +1,8 @@
 """One run, whatever its processes do: one writer, one first process, one end.
 
 A job is the processes that train one model. The first alone touches the files (`on_first`), under a lock that
-no second run passes (`claim`), and says how it goes (`Report`). `Watch` ends all of them when one has failed,
-hangs or is left over."""
+no second run passes, and says how it goes (`Report`). `Watch` ends all of them when one has failed, hangs or
+is left over."""
 import contextlib
 import datetime
 import fcntl
@@ -21,24 +21,6 @@ from data import write_atomic
 HOST = platform.node()
 GONE = "the store of this job is gone, and so its launcher or its first process"
 
-def claim(out_dir: str):
-    """Make out_dir and lock it; returns the open file that holds the lock until it is closed, however this
-    process ends. Raises ValueError where another run holds it or it cannot be written."""
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        file = open(os.path.join(out_dir, ".lock"), "a+")
-    except OSError as e:
-        raise ValueError(f"cannot write to {out_dir} ({e.strerror}): use another --out_dir") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        owner = file.read()
-        raise ValueError(f"process {owner} trains in {out_dir}: stop it or use another --out_dir") from None
-    file.truncate(0)
-    print(f"{os.getpid()} on {HOST}", end="", file=file, flush=True)
-    return file
-
 def on_first(rank: int, group, work):
     """Run work() on the first process alone, of several by their `group`. All return its result, or raise the
     ValueError or OSError that it raised; after any other error `Watch` ends the others."""
@@ -55,13 +37,14 @@ def on_first(rank: int, group, work):
     return answer[0]
 
 class Report:
-    """What a run says, by its first process alone: lines on stdout and, once it `holds` out_dir, status.json
-    and metrics.jsonl there, all with the step of `state`. As a context it notes the error that ends a run."""
+    """What a run says, by its first process alone: lines on stdout and, once that has a `claim` on out_dir,
+    status.json and metrics.jsonl there, all with the step of `state`. As a context it notes the error that
+    ends a run."""
 
     def __init__(self, out_dir: str, rank: int, state: dict):
         self.out_dir, self.rank, self.state = out_dir, rank, state
-        self.holds = self.running = False      # a refused command leaves status.json as it was
-        self.metrics = self.watch = None
+        self.running = False                   # a refused command leaves status.json as it was
+        self.lock = self.metrics = self.watch = None
 
     def __enter__(self):
         return self
@@ -72,6 +55,27 @@ class Report:
             self.failed(self.watch.first_fault(reason) if self.watch else reason)
         if self.watch:
             self.watch.over.set()
+        for file in (self.metrics, self.lock):
+            if file:
+                file.close()
+
+    def claim(self):
+        """Make out_dir and lock it until the context is left, or this process ends, however. Raises
+        ValueError where another run has it or it cannot be written."""
+        out_dir, instead = self.out_dir, "use another --out_dir"
+        try:
+            os.makedirs(out_dir, exist_ok=True)
+            file = open(os.path.join(out_dir, ".lock"), "a+")
+        except OSError as e:
+            raise ValueError(f"cannot write to {out_dir} ({e.strerror}): {instead}") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise ValueError(f"process {file.read()} trains in {out_dir}: stop it or {instead}") from None
+        file.truncate(0)
+        print(f"{os.getpid()} on {HOST}", end="", file=file, flush=True)
+        self.lock = file
 
     def say(self, text: str):
         try:
@@ -81,7 +85,7 @@ class Report:
 
     def status(self, word: str, reason: str = ""):
         self.running |= word == "running"
-        if self.holds:
+        if self.lock:
             content = {"state": word, "step": self.state["step"], "reason": reason}
             write_atomic(os.path.join(self.out_dir, "status.json"), json.dumps(content).encode())
 
@@ -104,7 +108,6 @@ class Report:
                     kept += [line] if entry["step"] <= known[entry["kind"]] else []
         write_atomic(path, "".join(kept).encode())
         self.metrics = open(path, "a", encoding="utf-8")
-        return self.metrics
 
     def record(self, kind: str, **fields):
         if self.metrics:

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from checkpoint import checkpoints, load_model, load_optimizer, newest_checkpoint, save_checkpoint, sweep
 from data import SampleOrder, TokenDataset, Tokenizer, write_atomic
 from flags import command, flag, parse
-from job import Report, Watch, claim, on_first
+from job import Report, Watch, on_first
 from lost import SWITCHES, LOSTLinear, apply_lost, diagnose
 from model import MODELS, Llama, LlamaConfig, count_flops, count_multiplies, count_parameters, pick_device
 
@@ -371,7 +371,7 @@ def run(config: Config, stack: contextlib.ExitStack):
 
     # files: only the first process writes, and only after it has claimed out_dir
     state = {"step": 0, "samples": 0, "tokens": 0, "evaluated": 0, "best_val_loss": None, "norms": []}
-    report, files = Report(config.out_dir, rank, state), None
+    report, files = stack.enter_context(Report(config.out_dir, rank, state)), None
     def where():
         return f"step {state['step']:>6}/{config.steps}"
     if world > 1:
@@ -382,15 +382,12 @@ def run(config: Config, stack: contextlib.ExitStack):
 
     # the first process alone looks after out_dir, and reads every shard once
     def prepare():
-        stack.enter_context(claim(config.out_dir))
-        stack.enter_context(report).holds = True       # left before the lock is given back
+        report.claim()
         sweep(config.out_dir)
         check_space(config)
         for data in (train_data, val_data):
             data.check_ids(known)
         return choose_checkpoint(config)
-    if rank > 0:
-        stack.enter_context(report)
     folder = on_first(rank, files, prepare)
 
     # model and optimizer: of step 0, or as they were
@@ -421,7 +418,7 @@ def run(config: Config, stack: contextlib.ExitStack):
     flops, peak = count_flops(model), peak_flops(device)
 
     if rank == 0:
-        stack.enter_context(report.open_metrics())
+        report.open_metrics()
         write_atomic(os.path.join(config.out_dir, "config.json"), json.dumps(values, indent=1).encode())
     report.status("running")
 

@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -92,7 +93,7 @@ class Config:
     widen: int = flag(4, "learning rates that a sweep may add where its best one is at an end")
     rows: str = flag("", "rows to run or print, separated by / (all)")
     jobs: int = flag(os.cpu_count(), "runs at a time")
-    extra: str = flag("", "more flags of train.py for every run, with spaces, that change no size")
+    extra: str = flag("", "more flags of train.py, separated by spaces, for what no row sets")
 
 # --- layers that are controls only ---
 
@@ -146,10 +147,17 @@ def shape(config: Config) -> dict:
     n = config.width
     return dict(n_embd=n, n_ffn=8 * math.ceil(n / 3), n_head=n // 32, n_layer=n // 32) if n else {}
 
+def extra(config: Config) -> dict:
+    given = parse(train.Config, config.extra.split())
+    ours = {f.name for f in dataclasses.fields(Config)} | {"lr", "seed", "warmup"}
+    if clash := given.keys() & ours:
+        raise ValueError(f"--extra must not set {', '.join(sorted(clash))}: the driver does")
+    return given
+
 def build(config: Config, flags: dict) -> Llama:
     """The model of a row, shapes only."""
     layer, flags = flags.get("layer"), {name: value for name, value in flags.items() if name != "layer"}
-    full = train.resolve({"model": config.model, **shape(config), **flags})
+    full = train.resolve({"model": config.model, **extra(config), **shape(config), **flags})
     full.vocab_size = Tokenizer.load(os.path.join(config.data_dir, "tokenizer.json")).vocab_size
     with using(layer):
         return train.build_model(full, "meta")
@@ -170,9 +178,8 @@ def matched(config: Config, row: str) -> dict:
     if flags.get("linear") == "dense":
         return flags
     lost = {"rank": config.width // 4} if config.width else {}
-    budget, rank = count_parameters(build(config, lost)), 1
-    while count(rank=rank + 1) <= budget:
-        rank += 1
+    budget, one = count_parameters(build(config, lost)), count(rank=1)
+    rank = 1 + (budget - one) // (count(rank=2) - one)                     # each adds the same
     model = build(config, {**flags, "rank": rank})
     cost, rest = {}, budget - count_parameters(model)  # one more rank costs in + out of the module
     for name, module in model.named_modules():
@@ -202,6 +209,8 @@ def text(value) -> str:
 
 # --- runs ---
 
+STARTED = []                                   # processes of train.py
+
 def folder(config: Config, row: str, lr: float, seed: int) -> str:
     return os.path.abspath(os.path.join(config.out_dir, row, f"{lr:g}-{seed}"))
 
@@ -230,7 +239,7 @@ def final(config: Config, row: str, lr: float, seed: int = 0) -> float | None:
 def train_one(config: Config, row: str, lr: float, seed: int):
     if final(config, row, lr, seed) is not None:
         return
-    path, flags = folder(config, row, lr, seed), dict(matched(config, row))
+    path, flags = folder(config, row, lr, seed), {**extra(config), **matched(config, row)}
     layer = flags.pop("layer", None)
     script = [SCRIPT, layer, "--resume=never", "--overwrite"] if layer else ["train.py"]
     flags = {"model": config.model, **shape(config), "data_dir": os.path.abspath(config.data_dir),
@@ -238,10 +247,12 @@ def train_one(config: Config, row: str, lr: float, seed: int):
              "save_every": config.steps, "eval_every": config.steps, "eval_tokens": 200_000,
              "lr": lr, "seed": seed, **flags}
     command = [sys.executable, *script, *(f"--{name}={text(value)}" for name, value in flags.items())]
-    done = subprocess.run([*command, *config.extra.split()], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as started:
+        STARTED.append(started)
+        error = started.communicate()[1].strip()
     if final(config, row, lr, seed) is None:
-        raise ValueError(f"{path}: {(done.stderr.strip() or 'was stopped').splitlines()[-1]}")
+        raise ValueError(f"{path}: {(error or 'was stopped').splitlines()[-1]}")
     print(f"{row}, lr {lr:g}, seed {seed}: {final(config, row, lr, seed):.4f}", flush=True)
 
 def sweep(config: Config, row: str) -> dict[float, float | None]:
@@ -265,6 +276,7 @@ def run(config: Config):
     swept = list(dict.fromkeys(SWEPT[row] for row in rows))
     for row in {*rows, *swept}:                # before there are threads: `using` is for one alone
         matched(config, row)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     pool = concurrent.futures.ThreadPoolExecutor(config.jobs)
     def all_of(jobs):
         for job in [pool.submit(train_one, config, *job) for job in jobs]:
@@ -274,8 +286,11 @@ def run(config: Config):
                           for lr, loss in sweep(config, row).items() if loss is None]:
             all_of(missing)
         all_of((row, best_lr(config, row), seed) for seed in range(config.seeds) for row in rows)
-    finally:                                   # an error or Ctrl-C starts no more of them
-        pool.shutdown(cancel_futures=True)
+    finally:                                   # an error or a signal starts no more and stops the others
+        pool.shutdown(wait=False, cancel_futures=True)
+        for started in STARTED:
+            started.terminate()                # of no effect on those that have ended
+        pool.shutdown()
 
 # --- what came out ---
 

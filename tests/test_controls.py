@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -118,6 +119,32 @@ def test_other_steps_in_the_same_folder_are_refused(finished):
     given = {**controls.parse(controls.Config, flags), "steps": 8}
     with pytest.raises(ValueError, match="has 4 steps, not 8: name another --out_dir"):
         controls.run(controls.Config(**given))
+
+@pytest.mark.parametrize("extra, match", [("--seed=3 --steps 8", "must not set seed, steps"),
+                                          ("--batch_token=9", "did you mean --batch_tokens")])
+def test_more_flags_than_train_has_or_the_driver_leaves_are_refused(data_dir, extra, match):
+    with pytest.raises(ValueError, match=match):
+        controls.run(config(data_dir, extra=extra))
+
+def test_more_flags_count_in_the_budget(data_dir):
+    deep, usual = (controls.build(config(data_dir, extra=extra), {}) for extra in ("--n_layer=5", ""))
+    assert len(deep.model["layers"]) == len(usual.model["layers"]) + 1
+
+def test_a_driver_told_to_end_stops_its_runs_and_continues_them_later(data_dir, tmp_path):
+    flags = [f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--steps=8", "--lrs=3e-3", "--widen=0",
+             "--seeds=2", "--rows=dense", "--jobs=1",
+             "--extra=--batch_tokens=65536 --seq_len=32 --eval_tokens=1000 --log_every=1"]
+    run = subprocess.Popen([sys.executable, controls.SCRIPT, "run", *flags])
+    metrics = tmp_path / "dense" / "0.003-0" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()) and run.poll() is None:
+        time.sleep(0.1)
+    run.terminate()
+    assert run.wait(timeout=60) == 143
+    found = controls.status(str(metrics.parent))
+    assert found["state"] == "stopped" and 0 < found["step"] < 8
+    assert len(driver("run", flags).splitlines()) == 2
+    steps = [entry["step"] for entry in controls.trained(controls.lines(str(metrics.parent)))]
+    assert steps == [*range(1, 9)]
 
 def test_the_fit_finds_a_power_law_with_the_interval_of_linear_regression():
     x = [28, 29, 30, 31.5]

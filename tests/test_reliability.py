@@ -166,7 +166,8 @@ def test_lines_that_will_come_again_are_dropped(tmp_path):
     entries = [{"kind": kind, "step": step} for step in (4, 5) for kind in ("train", "eval", "spike")]
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries) + "3\n{}\n{\"kind")
-    Report(str(tmp_path), 0, {"step": 4, "evaluated": 0}).open_metrics().close()
+    with Report(str(tmp_path), 0, {"step": 4, "evaluated": 0}) as report:
+        report.open_metrics()
     assert [json.loads(line) for line in path.read_text().splitlines()] == [entries[0], entries[2]]
 
 def test_a_kill_at_every_point_of_a_save_loses_nothing(small, tmp_path):
