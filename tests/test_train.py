@@ -150,7 +150,8 @@ def test_a_size_brings_its_recipe_and_each_value_can_be_overridden():
 
 @pytest.mark.parametrize("given, message", [
     (dict(linear="dense", rank=8), "--rank means nothing"), (dict(steps=0), "--steps 0: must be positive"),
-    (dict(warmup=9), "--warmup 9: must lie between 0 and --steps 8"),
+    (dict(warmup=9), "--warmup 9: must lie between 0 and --steps 8"), (dict(init_std=0.0), "--init_std 0.0"),
+    (dict(spike=0.5), "--spike 0.5: must be above 1"), (dict(spike=-2.0), "--spike -2.0: must be above 1"),
     (dict(batch_tokens=250), r"use \[224, 256\]"), (dict(micro_batch=3), r"use one of \[1, 2, 4, 8\]"),
     (dict(rank=100), "q_proj: rank 100 of a 32×32 weight"), (dict(data_dir="nowhere"), "run prepare_c4.py"),
     (dict(vocab_size=100), "below the tokenizer's 257"),
@@ -288,6 +289,30 @@ def test_the_update_of_a_spike_is_left_out_where_asked_for(small, monkeypatch):
     train.main(config)
     assert [s["step"] for s in lines(config, "spike") if s["skipped"]] == [21, 22, 23, 24]
     assert files_of(config, 24) == files_of(config, 20) != files_of(config, 18)
+
+def test_two_processes_leave_out_the_updates_that_one_does(small, tmp_path):
+    one, two = (small(steps=32, spike=1.05, skip_spikes=True, out_dir=str(tmp_path / n)) for n in ("1", "2"))
+    train.main(one)
+    process = launch(two, processes=2)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    skipped = [[s["step"] for s in lines(config, "spike") if s["skipped"]] for config in (one, two)]
+    assert skipped[0] == skipped[1] != []
+    assert [loss for _, loss in losses(two)] == pytest.approx([loss for _, loss in losses(one)], rel=1e-5)
+
+def test_a_checkpoint_without_gradient_norms_continues(small, monkeypatch):
+    config, load_model = small(steps=24), train.load_model
+    train.main(config)
+    expected = losses(config)
+    shutil.rmtree(os.path.join(config.out_dir, "checkpoints", "step_00000024"))
+    def load_old(folder):                      # of a time before there was a guard against spikes
+        model, state = load_model(folder)
+        return model, {name: value for name, value in state.items() if name != "norms"}
+    monkeypatch.setattr(train, "load_model", load_old)
+    train.main(config)
+    with open(os.path.join(config.out_dir, "checkpoints/step_00000024/state.json"), encoding="utf-8") as f:
+        assert len(json.load(f)["norms"]) == 4
+    assert losses(config) == expected
 
 def test_lines_after_the_checkpoint_and_half_lines_are_dropped_on_resume(small):
     config = small()
