@@ -3,8 +3,8 @@
     python bench.py --what step --model 130m          # one of init, layer, step, decode, data, or several
     python bench.py --device cuda --model 1b
 
-Prints a table and last one JSON object on one line. Times are medians; a ratio above 1 is a gain. The limit
-of LOST over dense is the ratio of their multiplications."""
+Prints a table and last one JSON object on one line. Contestants take turns and their times are medians; a
+ratio above 1 is a gain. The limit of LOST over dense is the ratio of their multiplications."""
 import itertools
 import json
 import os
@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train
-from data import SampleOrder, TokenDataset, write_shard
+from data import SampleOrder, TokenDataset, token_dtype, write_shard
 from flags import command, flag, parse
 from lost import LOSTLinear, apply_lost
 from model import MODELS, compile_step, count_flops, count_multiplies, pick_device
@@ -107,7 +107,7 @@ def bench_layer(config: Config, device, autocast) -> list[dict]:
     return rows
 
 def random_shard(folder: str, config: Config, tokens: int) -> TokenDataset:
-    ids = np.random.default_rng(0).integers(0, config.vocab_size, tokens, dtype=np.uint16)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, tokens, token_dtype(config.vocab_size))
     write_shard(os.path.join(folder, "train_0.bin"), ids, config.vocab_size)
     return TokenDataset(folder, "train", config.seq_len)
 
@@ -127,7 +127,7 @@ def race_of_steps(config: Config, device, autocast, data: TokenDataset) -> list[
     for name in ("dense", "lost", "lost, recompute", "transformers"):
         model, run = build(config, "lost" if name.startswith("lost") else "dense", device)
         row = {"step": name, "multiplications": count_multiplies(model), "flops": count_flops(model),
-               "bytes": sum(train.count_bytes(model, "adamw"))}
+               "bytes": sum(train.count_bytes(model, run.optimizer))}
         model.recompute = name.endswith("recompute")
         if name == "transformers":
             model = as_transformers(model)

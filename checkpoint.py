@@ -69,7 +69,7 @@ def write(folder: str, model: Llama, optimizers: list, state: dict, tokenizer: T
     os.makedirs(folder)
     save_file(model_tensors(model), os.path.join(folder, "model.safetensors"), {"format": "pt"})
     save_file(optimizer_tensors(model, optimizers), os.path.join(folder, "optimizer.safetensors"))
-    write_json(folder, "config.json", describe(model))
+    write_json(folder, "config.json", config_json(model))
     write_json(folder, "state.json", state)
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
     digests = {file: sha256_file(os.path.join(folder, file)) for file in sorted(os.listdir(folder))}
@@ -99,7 +99,7 @@ def verify(folder: str) -> str | None:
     except (ValueError, AttributeError):
         return "manifest.json is missing or damaged"
     except OSError as e:
-        return f"{os.path.basename(e.filename)} cannot be read: {e.strerror}"
+        return f"{file} cannot be read: {e.strerror}"
     return None
 
 def newest_checkpoint(out_dir: str) -> str | None:
@@ -124,7 +124,7 @@ def model_tensors(model: Llama) -> dict[str, torch.Tensor]:
         del tensors["lm_head.weight"]
     return tensors
 
-def describe(model: Llama) -> dict:
+def config_json(model: Llama) -> dict:
     """Content of config.json: Hugging Face's; with LOST layers also the settings of each, under a model type
     of our own, so that no other program takes the folder for a dense LLaMA."""
     layers = {name: m.settings() for name, m in model.named_modules() if isinstance(m, LOSTLinear)}
@@ -151,8 +151,8 @@ def load_optimizer(folder: str, model: Llama, optimizers: list):
             optimizer.state[p] = {key: value.to(p.device) for key, value in saved[names[p]].items()}
 
 def load_tensors(path: str) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
+    try:                                       # copies: a mapped file keeps its room on the disk if deleted
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as e:
         raise ValueError(f"cannot read {path}: {e}") from None
 
@@ -172,7 +172,10 @@ def checkpoint_folder(path: str) -> str:
 def load_model(path: str) -> tuple[Llama, dict]:
     """Model and state.json (empty for a folder of Hugging Face) from an out_dir or a checkpoint folder, on
     the CPU in float32. Nothing is decomposed. ValueError if anything does not fit."""
-    folder = checkpoint_folder(path)
+    return load_folder(checkpoint_folder(path))
+
+def load_folder(folder: str) -> tuple[Llama, dict]:
+    """`load_model` of a checkpoint folder that is known to be good."""
     content = read_json(folder, "config.json")
     with torch.device("meta"):                 # shapes only
         model = Llama(LlamaConfig.from_hf(content))

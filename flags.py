@@ -21,7 +21,7 @@ def integer(text: str) -> int:
     value = decimal.Decimal(number).scaleb({"": 0, "K": 3, "M": 6, "B": 9}[unit])
     return {value: int(value)}[int(value)]     # KeyError unless it is whole
 
-def by_module(kind):
+def number_or_by_module(kind):
     """Parser of one number, or of name=number,name=number,… into a dict."""
     def read(text):
         if "=" not in text:
@@ -37,8 +37,8 @@ def pair(text: str) -> tuple[float, float]:
     return first, second
 
 KINDS = {                                      # annotation → (how it is shown, parser)
-    int: ("INT", integer), int | dict: ("INT|NAME=INT,…", by_module(integer)), str: ("TEXT", str),
-    float: ("NUMBER", float), float | dict: ("NUMBER|NAME=NUMBER,…", by_module(float)),
+    int: ("INT", integer), int | dict: ("INT|NAME=INT,…", number_or_by_module(integer)), str: ("TEXT", str),
+    float: ("NUMBER", float), float | dict: ("NUMBER|NAME=NUMBER,…", number_or_by_module(float)),
     list[str]: ("TEXT …", str), tuple[float, float]: ("X,Y", pair),
     tuple[float, ...]: ("NUMBER,…", numbers),
     bool: ("true|false", lambda text: {"true": True, "false": False}[text.lower()]),

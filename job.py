@@ -45,16 +45,18 @@ class Report:
         self.out_dir, self.rank, self.state = out_dir, rank, state
         self.running = False                   # a refused command leaves status.json as it was
         self.lock = self.metrics = self.watch = None
+        self.writing = threading.Lock()        # the thread of Watch writes too
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
-        if error and self.running:
-            reason = f"{kind.__name__}: {error}"
-            self.failed(self.watch.first_fault(reason) if self.watch else reason)
+        reason = f"{kind.__name__}: {error}" if error and self.running else ""
         if self.watch:
-            self.watch.over.set()
+            reason = reason and self.watch.first_fault(reason)
+            self.watch.over.set()              # its thread writes no more, or is at it now
+        if reason:
+            self.failed(reason)
         for file in (self.metrics, self.lock):
             if file:
                 file.close()
@@ -87,7 +89,8 @@ class Report:
         self.running |= word == "running"
         if self.lock:
             content = {"state": word, "step": self.state["step"], "reason": reason}
-            write_atomic(os.path.join(self.out_dir, "status.json"), json.dumps(content).encode())
+            with self.writing:
+                write_atomic(os.path.join(self.out_dir, "status.json"), json.dumps(content).encode())
 
     def failed(self, reason: str):
         with contextlib.suppress(OSError):     # that may be what went wrong

@@ -344,7 +344,7 @@ def count_multiplies(model: nn.Module) -> int:
     return sum(matrices.values())
 
 def count_flops(model: Llama) -> int:
-    """Of one training step, forward and backward: 6 a multiplication and 12 n_layer n_embd seq_len for
+    """Of training on one token, forward and backward: 6 a multiplication and 12 n_layer n_embd seq_len for
     attention without its causal half taken off (Chowdhery et al. 2022, arXiv 2204.02311, appendix B)."""
     c = model.config
     return 6 * count_multiplies(model) + 12 * c.n_layer * c.n_embd * c.seq_len

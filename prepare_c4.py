@@ -309,6 +309,8 @@ def main(config: Config):
             tqdm(unit=" tokens", unit_scale=True, initial=sum(w.total for w in writers.values())) as bar:
         for stream, sources in streams.items():
             own = list(writers.values()) if stream == "both" else [writers[stream]]
+            if all(w.done() for w in own):
+                continue                       # before the interruption: not to be read again
             documents = Documents(sources, config.skip_bad)
             wanted = (document for document in documents.split(stream, min(w.reached[0] for w in own))
                       if not (writer := writers[document[1]]).done() and document[0] > writer.reached)

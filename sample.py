@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from checkpoint import checkpoint_folder, load_model
+from checkpoint import checkpoint_folder, load_folder
 from data import Tokenizer
 from flags import command, flag, parse
 from model import compile_step, pick_device
@@ -45,7 +45,7 @@ def main(config: Config):
 
     folder = checkpoint_folder(config.ckpt)
     tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
-    model, _ = load_model(folder)
+    model, _ = load_folder(folder)
     model.to(device, getattr(torch, config.dtype))
     start = [tokenizer.eot, *tokenizer.encode(prompt)]                  # as every document in training
     idx = torch.tensor([start] * config.num_samples, device=device)

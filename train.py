@@ -25,7 +25,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from checkpoint import checkpoints, load_model, load_optimizer, newest_checkpoint, save_checkpoint, sweep
+from checkpoint import (
+    checkpoint_folder,
+    checkpoints,
+    load_folder,
+    load_optimizer,
+    newest_checkpoint,
+    save_checkpoint,
+    sweep,
+)
 from data import SampleOrder, TokenDataset, Tokenizer, write_atomic
 from flags import command, flag, parse
 from job import Report, Watch, on_first
@@ -33,16 +41,16 @@ from lost import SWITCHES, LOSTLinear, apply_lost, diagnose
 from model import MODELS, Llama, LlamaConfig, count_flops, count_multiplies, count_parameters, pick_device
 
 # Per size LOST's rank, and the steps and learning rates that CoLA published (LOST's own are unknown; 13b: as
-# 7b). tiny is ours, for a CPU: README.md says how its learning rate was found.
+# 7b). tiny is ours, for a CPU: RESULTS.md says why Muon, and README.md how its learning rate was found.
 RECIPES = {
-    "tiny": dict(rank=32,   steps=700,     lr=1e-2, warmup=70, batch_tokens=8192,
+    "tiny": dict(rank=32,   steps=700,     lr=1.2e-2, optimizer="muon", batch_tokens=8192,
                  eval_tokens=200_000, eval_every=100, save_every=100),
-    "60m":  dict(rank=128,  steps=10_000,  lr=6e-3, warmup=1_000),
-    "130m": dict(rank=256,  steps=20_000,  lr=3e-3, warmup=2_000),
-    "350m": dict(rank=256,  steps=60_000,  lr=3e-3, warmup=6_000),
-    "1b":   dict(rank=512,  steps=100_000, lr=2e-3, warmup=10_000),
-    "7b":   dict(rank=1024, steps=150_000, lr=1e-3, warmup=15_000),
-    "13b":  dict(rank=1280, steps=150_000, lr=1e-3, warmup=15_000),
+    "60m":  dict(rank=128,  steps=10_000,  lr=6e-3),
+    "130m": dict(rank=256,  steps=20_000,  lr=3e-3),
+    "350m": dict(rank=256,  steps=60_000,  lr=3e-3),
+    "1b":   dict(rank=512,  steps=100_000, lr=2e-3),
+    "7b":   dict(rank=1024, steps=150_000, lr=1e-3),
+    "13b":  dict(rank=1280, steps=150_000, lr=1e-3),
 }
 LINEARS = {                                    # the same layer with other switches; dense: no such layer
     "lost": {}, "dense": {},
@@ -50,9 +58,9 @@ LINEARS = {                                    # the same layer with other switc
     "cola": dict(sparsity=0.0, gamma=1.0, init="random", activation="silu"),
 }
 DEVICES = {                                    # what "auto" means; micro_tokens: the most of a micro-batch
-    "cuda": dict(backend="nccl", dtype="bfloat16", compile=True, micro_tokens=16_384),
-    "mps": dict(backend="gloo", dtype="float32", compile=False, micro_tokens=4_096),
-    "cpu": dict(backend="gloo", dtype="float32", compile=False, micro_tokens=4_096),
+    "cuda": dict(backend="nccl", dtype="bfloat16", compile="true", micro_tokens=16_384),
+    "mps": dict(backend="gloo", dtype="float32", compile="false", micro_tokens=4_096),
+    "cpu": dict(backend="gloo", dtype="float32", compile="false", micro_tokens=4_096),
 }
 PEAK_FLOPS = {                                 # a second, dense bf16, from the makers' data sheets
     "A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12,
@@ -91,9 +99,10 @@ class Config:
     micro_batch: int | None = flag(None, "samples of one forward pass (what suits the device)")
     steps: int | None = flag(None, "updates (by --model)")
     lr: float | None = flag(None, "peak learning rate (by --model)")
-    warmup: int | None = flag(None, "updates of linear warm-up (by --model)")
+    warmup: int | None = flag(None, "updates of linear warm-up (a tenth of --steps)")
     min_lr_ratio: float = flag(0.1, "end of the cosine, as a share of the peak")
-    optimizer: str = flag("adamw", "muon: for matrices of the blocks, AdamW elsewhere", ["adamw", "muon"])
+    optimizer: str = flag("adamw", "muon (tiny's): for matrices of the blocks, AdamW elsewhere",
+                          ["adamw", "muon"])
     weight_decay: float = flag(0.01, "decoupled, on matrices and embeddings")
     betas: tuple[float, float] = flag((0.9, 0.95), "of AdamW")
     grad_clip: float = flag(0.5, "largest norm of the whole gradient, 0 for no clipping")
@@ -121,22 +130,33 @@ METHOD = ("rank", "sparsity", "gamma", "learn_gamma", "init", "select", "sparse_
 FIXED = {*METHOD, "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn", "tie_embeddings", "vocab_size",
          "linear", "seq_len", "optimizer", "init_std", "data"}
 
+POSITIVE = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn", "seq_len", "batch_tokens", "micro_batch",
+            "steps", "eval_every", "eval_tokens", "save_every", "keep", "log_every", "timeout")
+LIMITS = {                                     # what a value must do beside its type, and the test of it
+    **dict.fromkeys(POSITIVE, ("be positive", lambda n: n >= 1)),
+    **dict.fromkeys(("lr", "init_std"), ("be positive and finite", lambda x: 0 < x < math.inf)),
+    **dict.fromkeys(("weight_decay", "grad_clip"), ("not be negative", lambda x: x >= 0)),
+    "min_lr_ratio": ("lie in [0, 1]", lambda x: 0 <= x <= 1),
+    "betas": ("lie in [0, 1)", lambda pair: all(0 <= x < 1 for x in pair)),
+    "spike": ("be above 1, or 0 for none", lambda x: x == 0 or x > 1),
+}
+
 def resolve(given: dict) -> Config:
     """A whole Config from the values given, the recipe of the size and the switches of the kind of layer."""
     base = Config(**given)
     config = Config(**{**MODELS[base.model], **RECIPES[base.model], **LINEARS[base.linear], **given})
-    config.n_kv_head = config.n_kv_head or config.n_head
+    config.n_kv_head = config.n_head if config.n_kv_head is None else config.n_kv_head
+    config.warmup = config.steps // 10 if config.warmup is None else config.warmup
     for name in METHOD if config.linear == "dense" else ():
         if name in given:
             raise ValueError(f"--{name} means nothing with --linear dense: drop one of them")
-    for name in ("seq_len", "batch_tokens", "micro_batch", "steps", "eval_every", "eval_tokens", "save_every",
-                 "keep", "log_every"):
-        if (value := getattr(config, name)) is not None and value < 1:
-            raise ValueError(f"--{name} {value}: must be positive")
-    if config.init_std <= 0:
-        raise ValueError(f"--init_std {config.init_std}: must be positive")
-    if 0 != config.spike <= 1:
-        raise ValueError(f"--spike {config.spike}: must be above 1, or 0 for none")
+    for name, (what, fits) in LIMITS.items():
+        if (value := getattr(config, name)) is not None and not fits(value):
+            raise ValueError(f"--{name} {value}: must {what}")
+    sparse = any(config.sparsity.values()) if isinstance(config.sparsity, dict) else config.sparsity
+    if config.linear != "dense" and (config.gamma == 0 or config.gamma == 1 and sparse):
+        raise ValueError(f"--gamma {config.gamma}: one of the two paths would never learn; use one "
+                         "between 0 and 1, or 1 with --sparsity 0")
     if not 0 <= config.warmup <= config.steps:
         raise ValueError(f"--warmup {config.warmup}: must lie between 0 and --steps {config.steps}")
     return config
@@ -258,12 +278,10 @@ def count_bytes(model: Llama, optimizer: str) -> tuple[int, int, int]:
 
 def describe(config: Config, model: Llama, world: int, micro: int, accumulation: int) -> str:
     """Sizes of a run, counted from the modules present."""
-    total, kinds = count_parameters(model), {".A": 0, ".B": 0, ".W_s": 0}
-    for name, p in model.named_parameters():
-        for end in kinds:
-            kinds[end] += p.numel() if name.endswith(end) else 0
+    def of(*ends):
+        return sum(p.numel() for name, p in model.named_parameters() if name.endswith(ends))
+    total, low_rank, sparse = of(""), of(".A", ".B"), of(".W_s")
     weights, gradients, moments = count_bytes(model, config.optimizer)
-    low_rank, sparse = kinds[".A"] + kinds[".B"], kinds[".W_s"]
     return (f"parameters  {total:,} = low-rank {low_rank:,} + sparse {sparse:,} + dense "
             f"{total - low_rank - sparse:,}\n"
             f"compute     {count_multiplies(model):,} multiplications a token forward, "
@@ -286,8 +304,10 @@ def check_space(config: Config):
 
 def choose_checkpoint(config: Config) -> str | None:
     """Folder to continue from, or None for a new run, for which out_dir must be empty or is emptied."""
+    if config.resume == "auto":
+        return newest_checkpoint(config.out_dir)
     if config.resume != "never":
-        return newest_checkpoint(config.out_dir) if config.resume == "auto" else config.resume
+        return checkpoint_folder(config.resume)
     old = set(os.listdir(config.out_dir)) - {".lock"}
     if old and not config.overwrite:
         raise ValueError(f"{config.out_dir} is not empty: continue with --resume auto, delete its run with "
@@ -328,10 +348,13 @@ def run(config: Config, stack: contextlib.ExitStack):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     kind = pick_device(config.device)
     auto, cuda = DEVICES[kind], kind == "cuda"
+    config = dataclasses.replace(config, device=kind)      # from here on every value is what it comes to
+    for name in ("dtype", "compile"):
+        setattr(config, name, auto[name] if getattr(config, name) == "auto" else getattr(config, name))
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if cuda else None)
-    dtype = getattr(torch, auto["dtype"] if config.dtype == "auto" else config.dtype)
-    autocast = torch.autocast(kind, dtype, enabled=dtype != torch.float32)
+    autocast = torch.autocast(kind, getattr(torch, config.dtype), enabled=config.dtype != "float32")
     micro, accumulation = split_batch(config, world, auto["micro_tokens"])
+    config.micro_batch = micro
     batch = world * accumulation * micro       # samples of an update
 
     # what: the vocabulary is the last of the model's sizes; a dry run can do without data
@@ -340,6 +363,7 @@ def run(config: Config, stack: contextlib.ExitStack):
     if not tokenizer and not config.dry_run:
         raise ValueError(f"no {file}: run prepare_c4.py --out_dir {config.data_dir} first, or, for ready-"
                          "made shards, say --tokenizer gpt2")
+    config.tokenizer = file
     known = tokenizer.vocab_size if tokenizer else LlamaConfig.vocab_size
     config.vocab_size = config.vocab_size or known
     if config.dry_run:                         # on the meta device: for 7b no 27 GB either
@@ -396,7 +420,7 @@ def run(config: Config, stack: contextlib.ExitStack):
                 # of these the last bits of a sum depend: a change is allowed, and said
                 "processes": world, "threads": torch.get_num_threads(), "torch": torch.__version__}
     if folder:
-        model, found = load_model(folder)
+        model, found = load_folder(folder)
         if "config" not in found:
             raise ValueError(f"{folder} has no training state to continue from: it is a model alone")
         on_first(rank, files, lambda: check_same_run(found["config"], identity))
@@ -412,7 +436,7 @@ def run(config: Config, stack: contextlib.ExitStack):
     if folder:
         load_optimizer(folder, model, optimizers)
     gradients, model.recompute = flat_gradients(model), config.recompute
-    if config.compile == "true" or config.compile == "auto" and auto["compile"]:
+    if config.compile == "true":
         model.compile()                        # in place: parameters keep their names
     report.say(describe(config, model, world, micro, accumulation))
     flops, peak = count_flops(model), peak_flops(device)
@@ -441,8 +465,9 @@ def run(config: Config, stack: contextlib.ExitStack):
         if state != saved and (done or stop or step % config.save_every == 0):
             if rank == 0:
                 os.fsync(report.metrics.fileno())      # its lines are on disk before the checkpoint is
-            on_first(rank, files, lambda content={**state, "config": identity}: save_checkpoint(
-                config.out_dir, content["step"], model, optimizers, content, tokenizer, config.keep))
+            on_first(rank, files, lambda: save_checkpoint(
+                config.out_dir, state["step"], model, optimizers, {**state, "config": identity}, tokenizer,
+                config.keep))
             saved = dict(state)
         if done or stop:
             break

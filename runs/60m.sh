@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # LOST 60m on C4 by the whole recipe, on the GPUs of this machine: 1.3 G tokens. Again to continue.
-# For another size: bash runs/60m.sh 130m|350m|1b|7b|13b, and more --train_tokens (steps × 131 072).
+# Another size, 130m|350m|1b|7b|13b, wants more text, steps × 131 072 tokens (what is less is read again):
+#     bash runs/60m.sh 130m --train_tokens 2.63B
 source "$(dirname "$0")/setup.sh"
-size=${1:-60m}
-python prepare_c4.py
-torchrun --standalone --nproc_per_node=gpu train.py --model "$size" --out_dir "out/$size"
+size=${1:-60m} data=data/c4-${1:-60m}
+python prepare_c4.py --out_dir "$data" "${@:2}"
+torchrun --standalone --nproc_per_node=gpu train.py --model "$size" --data_dir "$data" --out_dir "out/$size"
 python sample.py --ckpt "out/$size" --prompt "The meaning of life is"

@@ -147,9 +147,10 @@ def shape(config: Config) -> dict:
     n = config.width
     return dict(n_embd=n, n_ffn=8 * math.ceil(n / 3), n_head=n // 32, n_layer=n // 32) if n else {}
 
+@functools.cache
 def extra(config: Config) -> dict:
     given = parse(train.Config, config.extra.split())
-    ours = {f.name for f in dataclasses.fields(Config)} | {"lr", "seed", "warmup"}
+    ours = {f.name for f in dataclasses.fields(Config)} | {"lr", "seed"}
     if clash := given.keys() & ours:
         raise ValueError(f"--extra must not set {', '.join(sorted(clash))}: the driver does")
     return given
@@ -203,6 +204,8 @@ def chosen(config: Config) -> list[str]:
     return rows
 
 def text(value) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
     if isinstance(value, dict):
         return ",".join(f"{name}={number}" for name, number in value.items())
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -225,27 +228,34 @@ def status(path: str) -> dict:
     except FileNotFoundError:
         return {"state": "missing", "reason": ""}
 
+def flags_of(config: Config, row: str, lr: float, seed: int) -> dict:
+    """All flags of a run."""
+    return {"optimizer": "adamw", "keep": 1, "save_every": config.steps, "eval_every": config.steps,
+            "eval_tokens": 200_000, **extra(config), "model": config.model, **shape(config),
+            "steps": config.steps, "lr": lr, "seed": seed, "data_dir": os.path.abspath(config.data_dir),
+            "out_dir": folder(config, row, lr, seed), **matched(config, row)}
+
 def final(config: Config, row: str, lr: float, seed: int = 0) -> float | None:
     """Loss at the end of a run, infinite if it diverged, None if it is yet to come."""
     path = folder(config, row, lr, seed)
     found = status(path)
     if found["state"] != "finished":
         return math.inf if "FloatingPointError" in found["reason"] else None
-    if found["step"] != config.steps:
-        raise ValueError(f"{path} has {found['step']} steps, not {config.steps}: name another --out_dir")
+    with open(os.path.join(path, "config.json"), encoding="utf-8") as f:
+        was = json.load(f)
+    for name, value in json.loads(json.dumps(flags_of(config, row, lr, seed))).items():
+        if name != "layer" and value not in (was[name], "auto"):
+            raise ValueError(f"{path} was trained with --{name} {was[name]}, not {value}: name another "
+                             "--out_dir")
     loss = last(lines(path), "val_loss")
     return loss if math.isfinite(loss) else math.inf
 
 def train_one(config: Config, row: str, lr: float, seed: int):
     if final(config, row, lr, seed) is not None:
         return
-    path, flags = folder(config, row, lr, seed), {**extra(config), **matched(config, row)}
+    path, flags = folder(config, row, lr, seed), flags_of(config, row, lr, seed)
     layer = flags.pop("layer", None)
     script = [SCRIPT, layer, "--resume=never", "--overwrite"] if layer else ["train.py"]
-    flags = {"model": config.model, **shape(config), "data_dir": os.path.abspath(config.data_dir),
-             "out_dir": path, "steps": config.steps, "warmup": config.steps // 10, "keep": 1,
-             "save_every": config.steps, "eval_every": config.steps, "eval_tokens": 200_000,
-             "lr": lr, "seed": seed, **flags}
     command = [sys.executable, *script, *(f"--{name}={text(value)}" for name, value in flags.items())]
     with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}) as started:

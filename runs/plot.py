@@ -32,6 +32,7 @@ def main(argv: list[str]):
         out = argv.pop(argv.index("--out") + 1)
         argv.remove("--out")
     runs = sorted((read(folder) for folder in argv), key=lambda r: (r["linear"], r["lr"], r["seed"]))
+    runs = [r for r in runs if r["evals"]]     # one that diverged before may have none
     print(f"{'linear':12} {'lr':>8} {'seed':>4} {'loss':>8} {'perplexity':>10} {'bits/byte':>9} {'tok/s':>8}")
     for r in runs:
         last, speed = r["evals"][-1], statistics.median(t["tokens_per_second"] for t in r["trains"])

@@ -11,7 +11,8 @@ import train
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SMALL = dict(model="tiny", n_layer=2, n_embd=32, n_head=2, n_ffn=48, seq_len=32, batch_tokens=256, steps=8,
-             warmup=2, eval_every=4, eval_tokens=2000, save_every=4, log_every=1, device="cpu")
+             lr=1e-2, optimizer="adamw", warmup=2, eval_every=4, eval_tokens=2000, save_every=4, log_every=1,
+             device="cpu")
 
 LAUNCHED = []
 

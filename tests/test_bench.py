@@ -23,6 +23,11 @@ def test_each_part_prints_a_table_and_last_one_line_of_json(capsys):
         assert row["held bytes"] == pytest.approx(row["bytes"], rel=0.001)
         assert row["tokens/s"] == pytest.approx(512 / (row["ms"] / 1000))
 
+def test_a_vocabulary_beyond_16_bits_has_a_shard_too(tmp_path):
+    data = bench.random_shard(str(tmp_path), bench.Config(vocab_size=70_000), 10_000)
+    data.check_ids(70_000)
+    assert len(data) == 39
+
 def test_contestants_take_turns():
     order = []
     names = {name: lambda name=name: order.append(name) for name in "abc"}

@@ -1,4 +1,5 @@
 """Checkpoints are whole or absent, verified before use, and hold everything."""
+import errno
 import json
 import os
 import pickle
@@ -45,6 +46,23 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(run, fi
     if file != "state.json" or damage is not os.remove:                        # then it is just a model
         with pytest.raises(ValueError, match="damaged"):
             checkpoint.load_model(folder_of(run, 8))
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(run, monkeypatch):
+    def failing(path):                         # as read() fails on a bad sector, without the name of the file
+        if path == os.path.join(folder_of(run, 8), "model.safetensors"):
+            raise OSError(errno.EIO, "Input/output error")
+        return data.sha256_file(path)
+    monkeypatch.setattr(checkpoint, "sha256_file", failing)
+    assert checkpoint.verify(folder_of(run, 8)) == "model.safetensors cannot be read: Input/output error"
+    assert checkpoint.newest_checkpoint(run.out_dir) == folder_of(run, 4)
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="looks its maps up in /proc")
+def test_what_was_loaded_keeps_no_place_on_the_disk(run):
+    model, _ = checkpoint.load_model(run.out_dir)
+    optimizers = train.build_optimizers(model, run)
+    checkpoint.load_optimizer(folder_of(run, 8), model, optimizers)
+    with open("/proc/self/maps", encoding="utf-8") as f:
+        assert run.out_dir not in f.read()
 
 def test_training_never_starts_again_silently_when_all_checkpoints_are_damaged(run):
     for step in (4, 8):
@@ -111,7 +129,7 @@ def test_pickles_are_refused_and_never_run(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint in .*pickled checkpoints are refused"):
         checkpoint.load_model(str(tmp_path))
     shutil.copy(tmp_path / "model.pt", tmp_path / "model.safetensors")         # a pickle under a trusted name
-    (tmp_path / "config.json").write_text(json.dumps(checkpoint.describe(train.build_model(
+    (tmp_path / "config.json").write_text(json.dumps(checkpoint.config_json(train.build_model(
         train.resolve(dict(model="tiny", vocab_size=257)), "meta"))))
     with pytest.raises(ValueError, match="cannot read .*model.safetensors"):
         checkpoint.load_model(str(tmp_path))

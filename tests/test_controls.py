@@ -114,17 +114,25 @@ def test_the_same_command_trains_nothing_again_but_a_run_that_is_gone(finished):
     shutil.rmtree(os.path.join(out, "γ 0.5", "0.003-1"))
     assert driver("run", flags).startswith("γ 0.5, lr 0.003, seed 1: ")
 
-def test_other_steps_in_the_same_folder_are_refused(finished):
+def test_other_flags_in_the_same_folder_are_refused(finished):
     flags, _, _ = finished
     given = {**controls.parse(controls.Config, flags), "steps": 8}
-    with pytest.raises(ValueError, match="has 4 steps, not 8: name another --out_dir"):
+    with pytest.raises(ValueError, match="was trained with --steps 4, not 8: name another --out_dir"):
         controls.run(controls.Config(**given))
+    given = {**given, "steps": 4, "extra": given["extra"].replace("bfloat16", "float32")}
+    with pytest.raises(ValueError, match="was trained with --dtype bfloat16, not float32"):
+        controls.table(controls.Config(**given))
 
 @pytest.mark.parametrize("extra, match", [("--seed=3 --steps 8", "must not set seed, steps"),
                                           ("--batch_token=9", "did you mean --batch_tokens")])
 def test_more_flags_than_train_has_or_the_driver_leaves_are_refused(data_dir, extra, match):
     with pytest.raises(ValueError, match=match):
         controls.run(config(data_dir, extra=extra))
+
+def test_more_flags_reach_the_runs_and_change_no_size_of_a_ladder(data_dir):
+    given = config(data_dir, extra="--betas=0.8,0.9 --n_layer=5", width=64)
+    flags = controls.flags_of(given, "LOST", 1e-3, 0)
+    assert controls.text(flags["betas"]) == "0.8,0.9" and flags["n_layer"] == 2
 
 def test_more_flags_count_in_the_budget(data_dir):
     deep, usual = (controls.build(config(data_dir, extra=extra), {}) for extra in ("--n_layer=5", ""))

@@ -231,6 +231,20 @@ def test_shards_are_full_and_end_with_a_whole_document(tmp_path, val, out):
     following = [1 + len(shard[0].encode()) for shard in shards[1:]]
     assert all(size + more > 800 for size, more in zip(sizes, following, strict=False))
 
+def test_a_finished_split_is_not_read_again(tmp_path, out):
+    train, val = (put(tmp_path / name, some_texts(50, seed)) for seed, name in
+                  enumerate(("train.jsonl", "val_0.jsonl")))
+    more = put(tmp_path / "val_1.jsonl", some_texts(5, 2))
+    def attempt():
+        return prepare(out, input=[train], val_input=[val, more], val_tokens=100)
+    with open(train, "a", encoding="utf-8") as f:
+        f.write("no json\n")
+    with pytest.raises(ValueError, match="train.jsonl:51"):
+        attempt()
+    put(tmp_path / "train.jsonl", some_texts(50))
+    (tmp_path / "val_1.jsonl").write_text("no json\n")
+    assert attempt()["complete"]
+
 @pytest.mark.parametrize("present, missing", [("train", "val"), ("val", "train")])
 def test_a_split_without_documents_is_an_error(tmp_path, present, missing, out):
     source = put(tmp_path / "a.jsonl", [t for t in some_texts(200) if prepare_c4.split_of(t) == present])

@@ -321,6 +321,11 @@ def test_the_slurm_script_queues_a_stopped_job_again_and_no_other(small, tmp_pat
     os.kill(pid, signal.SIGUSR1)
     process.communicate()
     assert status(config)["state"] == "stopped" and (tmp_path / "queue").read_text() == "requeue 7\n"
+    torchrun = (bin / "torchrun").read_text()
+    (bin / "torchrun").write_text("#!/bin/sh\nexit 1\n")       # one that fails before it says anything
+    job().communicate()
+    assert status(config)["state"] == "stopped" and (tmp_path / "queue").read_text() == "requeue 7\n"
+    (bin / "torchrun").write_text(torchrun)
     output = job().communicate()[0]
     assert "continuing from" in output and status(config)["state"] == "finished", output
     assert (tmp_path / "queue").read_text() == "requeue 7\n"

@@ -1,5 +1,4 @@
 """The trainer: exactness of resuming, of splitting a batch and of evaluation, its files, its refusals."""
-import glob
 import json
 import math
 import os
@@ -151,6 +150,12 @@ def test_a_size_brings_its_recipe_and_each_value_can_be_overridden():
 @pytest.mark.parametrize("given, message", [
     (dict(linear="dense", rank=8), "--rank means nothing"), (dict(steps=0), "--steps 0: must be positive"),
     (dict(warmup=9), "--warmup 9: must lie between 0 and --steps 8"), (dict(init_std=0.0), "--init_std 0.0"),
+    (dict(lr=-1.0), "--lr -1.0: must be positive"), (dict(betas=(0.9, 1.0)), r"--betas \(0.9, 1.0\): must"),
+    (dict(grad_clip=-1.0), "--grad_clip -1.0: must not be"), (dict(n_head=0), "--n_head 0: must be"),
+    (dict(n_kv_head=0), "--n_kv_head 0: must be"), (dict(timeout=0), "--timeout 0: must be positive"),
+    (dict(min_lr_ratio=2.0), "--min_lr_ratio 2.0: must lie"), (dict(weight_decay=-0.1), "--weight_decay -0"),
+    (dict(gamma=1.0), "--gamma 1.0: one of the two paths would never"), (dict(gamma=0.0), "--gamma 0.0"),
+    (dict(linear="cola", sparsity=0.1), "or 1 with --sparsity 0"),
     (dict(spike=0.5), "--spike 0.5: must be above 1"), (dict(spike=-2.0), "--spike -2.0: must be above 1"),
     (dict(batch_tokens=250), r"use \[224, 256\]"), (dict(micro_batch=3), r"use one of \[1, 2, 4, 8\]"),
     (dict(rank=100), "q_proj: rank 100 of a 32×32 weight"), (dict(data_dir="nowhere"), "run prepare_c4.py"),
@@ -244,7 +249,9 @@ def test_the_files_of_a_run_hold_what_they_promise(small):
     assert lines(config)[-1]["tokens"] == 8 * 256 and lines(config)[0]["mfu"] is None
     assert status(config) == {"state": "finished", "step": 8, "reason": ""}
     with open(os.path.join(config.out_dir, "config.json"), encoding="utf-8") as f:
-        assert json.load(f) == json.loads(json.dumps(vars(config)))
+        found = {"tokenizer": os.path.join(config.data_dir, "tokenizer.json"), "vocab_size": 257,
+                 "micro_batch": 8, "dtype": "float32", "compile": "false"}
+        assert json.load(f) == json.loads(json.dumps({**vars(config), **found}))
     folder = os.path.join(config.out_dir, "checkpoints", "step_00000008")
     assert set(os.listdir(folder)) == {"model.safetensors", "optimizer.safetensors", "state.json",
                                        "config.json", "tokenizer.json", "manifest.json"}
@@ -301,14 +308,14 @@ def test_two_processes_leave_out_the_updates_that_one_does(small, tmp_path):
     assert [loss for _, loss in losses(two)] == pytest.approx([loss for _, loss in losses(one)], rel=1e-5)
 
 def test_a_checkpoint_without_gradient_norms_continues(small, monkeypatch):
-    config, load_model = small(steps=24), train.load_model
+    config, load_folder = small(steps=24), train.load_folder
     train.main(config)
     expected = losses(config)
     shutil.rmtree(os.path.join(config.out_dir, "checkpoints", "step_00000024"))
     def load_old(folder):                      # of a time before there was a guard against spikes
-        model, state = load_model(folder)
+        model, state = load_folder(folder)
         return model, {name: value for name, value in state.items() if name != "norms"}
-    monkeypatch.setattr(train, "load_model", load_old)
+    monkeypatch.setattr(train, "load_folder", load_old)
     train.main(config)
     with open(os.path.join(config.out_dir, "checkpoints/step_00000024/state.json"), encoding="utf-8") as f:
         assert len(json.load(f)["norms"]) == 4
@@ -356,10 +363,13 @@ def test_never_refuses_a_used_folder_unless_it_may_overwrite(small):
     train.main(small(resume="never", overwrite=True, steps=2))
     assert losses(small())[-1][0] == 2 and os.path.exists(stranger)
 
-def test_resuming_from_a_path_takes_that_checkpoint(small, tmp_path):
+@pytest.mark.parametrize("path", ["checkpoints/step_00000004", ""])
+def test_resuming_from_a_path_takes_that_checkpoint(small, tmp_path, path):
     train.main(small())
-    folder = glob.glob(os.path.join(small().out_dir, "checkpoints", "step_00000004"))[0]
-    other = small(resume=folder, out_dir=str(tmp_path / "other"))
+    source = str(tmp_path / "source")
+    shutil.copytree(small().out_dir, source)
+    shutil.rmtree(os.path.join(source, "checkpoints", "step_00000008"))
+    other = small(resume=os.path.join(source, path), out_dir=str(tmp_path / "other"))
     train.main(other)
     assert losses(other) == losses(small())[4:] and files_of(other, 8) == files_of(small(), 8)
 
