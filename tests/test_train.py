@@ -146,6 +146,8 @@ def test_a_size_brings_its_recipe_and_each_value_can_be_overridden():
     assert (config.n_embd, config.rank, config.steps, config.lr) == (1024, 256, 60_000, 1e-4)
     assert (config.sparsity, config.gamma, config.init, config.activation) == (0.0, 1.0, "random", "silu")
     assert train.resolve({"linear": "lowrank", "init": "svd"}).init == "svd"
+    assert train.resolve({"model": "tiny"}).optimizer == "muon" != train.resolve({}).optimizer
+    assert (train.resolve({}).warmup, train.resolve({"steps": 500}).warmup) == (1000, 50)
 
 @pytest.mark.parametrize("given, message", [
     (dict(linear="dense", rank=8), "--rank means nothing"), (dict(steps=0), "--steps 0: must be positive"),
