@@ -213,6 +213,7 @@ def text(value) -> str:
 # --- runs ---
 
 STARTED = []                                   # processes of train.py
+HARMLESS = {"layer", "out_dir", "keep", "save_every", "eval_every"}        # flags that change no result
 
 def folder(config: Config, row: str, lr: float, seed: int) -> str:
     return os.path.abspath(os.path.join(config.out_dir, row, f"{lr:g}-{seed}"))
@@ -244,7 +245,7 @@ def final(config: Config, row: str, lr: float, seed: int = 0) -> float | None:
     with open(os.path.join(path, "config.json"), encoding="utf-8") as f:
         was = json.load(f)
     for name, value in json.loads(json.dumps(flags_of(config, row, lr, seed))).items():
-        if name != "layer" and value not in (was[name], "auto"):
+        if name not in HARMLESS and value not in (was[name], "auto"):
             raise ValueError(f"{path} was trained with --{name} {was[name]}, not {value}: name another "
                              "--out_dir")
     loss = last(lines(path), "val_loss")
