@@ -407,7 +407,7 @@ def ladder(config: Config):
     body, fits = [], []
     figure, ax = pyplot().subplots(figsize=(6.5, 4.5))
     for row in chosen(config):
-        x, y = [], []                          # log FLOPs and log mean loss of each size
+        x, y, noise = [], [], []               # log FLOPs, log mean loss and deviation of each size
         for size, width in zip(sizes, config.widths, strict=True):
             found = results(size, row)
             if not all(found.values()):
@@ -415,18 +415,22 @@ def ladder(config: Config):
             losses = [last(run, "val_loss") for run in found.values()]
             total = count_flops(multiplied(size, row)) * trained(found[0])[-1]["tokens"]
             x, y = [*x, math.log(total)], [*y, math.log(statistics.mean(losses))]
+            noise.append(statistics.stdev(losses) if len(losses) > 1 else 0)
             body.append([row, f"{width:g}", f"{best_lr(size, row):g}",
                          f"{count_parameters(build(size, matched(size, row))):,}", f"{total / 1e12:.3g}",
                          spread(losses, ".3f")])
         slope, fixed, half = fit(x, y)
         fits.append([row, f"{-slope:.4f} ± {half:.4f}", f"{math.exp(fixed):.2f}"])
-        line, = ax.loglog(np.exp(x), np.exp(fixed + slope * np.array(x)), label=row)
-        ax.loglog(np.exp(x), np.exp(y), "o", color=line.get_color())
+        line, = ax.loglog(np.exp(x) / 1e12, np.exp(fixed + slope * np.array(x)), label=row)
+        ax.errorbar(np.exp(x) / 1e12, np.exp(y), noise, fmt="o", capsize=3, color=line.get_color())
     markdown(["", "width", "lr", "parameters", "10¹² FLOPs", "loss"], *body)
     print("loss = a · FLOPs^-b through the means of the sizes, b with its 95 % interval\n")
     markdown(["", "b", "a"], *fits)
-    ax.set(xlabel="training compute, FLOPs", ylabel="validation loss (nats a token)",
+    ax.set(xlabel="training compute, 10¹² FLOPs", ylabel="validation loss (nats a token)",
            title=f"{len(sizes)} sizes, {config.steps} steps each")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
     ax.grid(alpha=0.3, which="both")
     ax.legend()
     return save(figure, config, "ladder.png")
