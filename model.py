@@ -302,7 +302,7 @@ def compile_for_cpu(graph, example):
 
 def compile_step(model: Llama):
     """The step of one token compiled, for `generate(step=…)`; the model must not change any more. On a CPU
-    its weights become constants, and of more than one row they are laid out anew, in as much memory again."""
+    its weights become constants; of several texts at once they are laid out anew, in as much memory again."""
     if next(model.parameters()).device.type != "cpu":
         return torch.compile(model, fullgraph=True, dynamic=False, mode="reduce-overhead")
     step = torch.compile(model, fullgraph=True, dynamic=False, backend=compile_for_cpu)

@@ -287,7 +287,6 @@ def run(config: Config):
     swept = list(dict.fromkeys(SWEPT[row] for row in rows))
     for row in {*rows, *swept}:                # before there are threads: `using` is for one alone
         matched(config, row)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     pool = concurrent.futures.ThreadPoolExecutor(config.jobs)
     def all_of(jobs):
         for job in [pool.submit(train_one, config, *job) for job in jobs]:
@@ -448,6 +447,7 @@ if __name__ == "__main__":
         with using(what):
             command(lambda: train.main(train.resolve(parse(train.Config, rest))))
     elif what in (does := {"run": run, "table": table, "plot": plot, "ladder": ladder}):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))            # as Ctrl-C: through `finally`
         command(lambda: does[what](Config(**parse(Config, rest))))
     else:
         print(__doc__)
