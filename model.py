@@ -129,7 +129,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                                       # (B, n_kv_head, S, D)
-        y = F.scaled_dot_product_attention(q, k, v, cache.mask if cache else None, is_causal=not cache,
+        y = F.scaled_dot_product_attention(q, k, v, cache.mask if cache else None, is_causal=cache is None,
                                            enable_gqa=self.n_kv_head != self.n_head)       # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -172,7 +172,7 @@ class HeadLoss(torch.autograd.Function):
         for one, t, s, out in zip(*(a.split(rows) for a in (x, targets, share, grad_x)), strict=True):
             logits, t = F.linear(one, w).float(), t.clamp(min=0)[:, None]                  # (rows, V)
             norm = logits.logsumexp(-1, keepdim=True)
-            loss += ((norm - logits.gather(-1, t))[:, 0] * s).sum()
+            loss = loss + ((norm - logits.gather(-1, t))[:, 0] * s).sum()          # torch 2.11 loses a +=
             if train:
                 p = (logits - norm).exp().scatter_add(-1, t, -torch.ones_like(norm))       # softmax - one-hot
                 p = (p * s[:, None]).to(x.dtype)
@@ -237,7 +237,7 @@ class Llama(nn.Module):
         rope = rope_table(positions, self.config.n_embd // self.config.n_head, self.config.rope_theta)
         x = self.model["embed_tokens"](idx)                                                # (B, T, C)
         for block in self.model["layers"]:
-            if self.recompute and torch.is_grad_enabled() and not cache:
+            if self.recompute and torch.is_grad_enabled() and cache is None:
                 x = checkpoint(block, x, rope, use_reentrant=False, preserve_rng_state=False,
                                context_fn=functools.partial(keep_narrow, self.config.n_embd))
             else:
