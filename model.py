@@ -112,6 +112,12 @@ class KVCache:
         come, which the mask hides."""
         return [old.index_copy_(2, self.positions, new) for old, new in zip(self.kv[layer], kv, strict=True)]
 
+    def stay(self) -> "KVCache":
+        """Promise that the tensors stay where they are: else no CUDA graph is made that changes them."""
+        for tensor in (self.length, *(one for layer in self.kv for one in layer)):
+            torch._dynamo.mark_static_address(tensor, guard=False)
+        return self
+
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
@@ -295,16 +301,19 @@ def one_row(x, W):
     return (x.mT * W).sum(0, keepdim=True)
 
 def compile_for_cpu(graph, example):
+    from torch._decomp import get_decompositions
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
-    table = {**select_decomp_table(), torch.ops.aten.mm.default: one_row}
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu         # 3 times slower for a row
+    table = {**select_decomp_table(), **get_decompositions([attention]), torch.ops.aten.mm.default: one_row}
     return compile_fx(graph, example, decompositions=table)
 
 def compile_step(model: Llama):
     """The step of one token compiled, for `generate(step=…)`; the model must not change any more. On a CPU
     its weights become constants; of several texts at once they are laid out anew, in as much memory again."""
     if next(model.parameters()).device.type != "cpu":
-        return torch.compile(model, fullgraph=True, dynamic=False, mode="reduce-overhead")
+        graphs = torch.compile(model, fullgraph=True, dynamic=False, mode="reduce-overhead")
+        return lambda token, cache: graphs(token, cache=cache.stay())
     step = torch.compile(model, fullgraph=True, dynamic=False, backend=compile_for_cpu)
     return torch._inductor.config.patch(freezing=True)(lambda *args, **kwargs: step(*args, **kwargs))
 

@@ -1,6 +1,8 @@
 """The plain LLaMA against Hugging Face's, its cache and sampler against slow forms, its counts by hand."""
+import functools
 import gc
 import os
+import re
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ import torch.nn as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.utils import run_and_get_code
 from transformers import LlamaConfig as TheirConfig
 from transformers import LlamaForCausalLM
 
@@ -287,6 +291,29 @@ def test_compiled_step_writes_the_same_text_and_is_compiled_once(make, rows):
         for _ in range(2):                     # a second text, and several windows of each
             text = model.generate(idx, 30, temperature=0, step=step)
     assert torch.equal(text, model.generate(idx, 30, temperature=0))
+
+@torch.inference_mode()
+def test_compiled_step_of_one_text_is_made_of_sums_not_of_library_calls():
+    torch.compiler.reset()
+    model, token = small_lost(), tokens(1, 1)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, (code,) = run_and_get_code(compile_step(model), token, cache=KVCache(model.config, 1, 12))
+    assert "cpp_fused" in code and not re.findall(r"(?:extern_kernels\.\w+|\w+\.default)\(", code)
+
+@torch.inference_mode()
+def test_step_changes_only_tensors_that_a_cuda_graph_may_change():
+    torch.compiler.reset()
+    model, changed, fixed = small_lost(), set(), set()
+    def look(module, example, **kwargs):
+        inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+        changed.update(i for i, node in enumerate(inputs) for user in node.users
+                       if user.args[0] is node and user.target is torch.ops.aten.copy_.default)
+        fixed.update(kwargs["static_input_idxs"])
+        return compile_fx_inner(module, example, **kwargs)
+    step = torch.compile(model, backend=functools.partial(compile_fx, inner_compile=look))
+    with torch._inductor.config.patch(force_disable_caches=True):
+        step(tokens(1, 1), cache=KVCache(model.config, 1, 12).stay())
+    assert len(changed) == 1 + 2 * model.config.n_layer and changed <= fixed
 
 def test_cached_generation_reads_each_token_once_a_window():
     model, read = small(), []
