@@ -114,6 +114,28 @@ def decompose(weight: torch.Tensor, rank: int, k: int, init: str = "svd", select
         raise ValueError(f"the decomposition overflows {weight.dtype}: use a wider dtype or a smaller weight")
     return Decomposition(A, B, index.to(weight.device, torch.int32), W_s)
 
+class Inner(torch.autograd.Function):
+    """x (..., in) → x Aᵀ (..., r) and x_I (..., k). The gradient of x_I is added to that of x where it
+    belongs; autograd would fill a tensor of x's size with zeros for it and add two of that size."""
+
+    @staticmethod
+    def forward(ctx, x, A, index):
+        ctx.save_for_backward(x, A, index)
+        return F.linear(x, A), x.index_select(-1, index)
+
+    @staticmethod
+    def backward(ctx, dz, dx_I):
+        x, A, index = ctx.saved_tensors
+        dx = dz @ A
+        dx[..., index] += dx_I                                             # indices are distinct
+        return dx, dz.reshape(-1, len(A)).T @ x.reshape(-1, x.shape[-1]), None
+
+def as_autocast(*tensors):
+    """Cast as autocast does for a product: it does not look into an autograd.Function."""
+    kind = tensors[0].device.type
+    on, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return [t.to(dtype) for t in tensors] if on else tensors
+
 class LOSTLinear(nn.Module):
     """Drop-in for nn.Linear by eq. 7: x (..., in) → (..., out).
 
@@ -159,16 +181,18 @@ class LOSTLinear(nn.Module):
         return layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.low_rank_path(x)
-        return y + self.sparse_path(x) if self.k else y                                    # (..., out)
+        z, x_I = self.inner(x)
+        if self.k and torch.is_grad_enabled():      # [z, x_I] [B, W_s]ᵀ: no sum of two wide outputs
+            pad = 0, -(self.rank + self.k) % 8      # to rows of whole 16 bytes in bf16, for GPUs
+            z, B = F.pad(torch.cat((z, x_I), -1), pad), F.pad(torch.cat((self.B, self.W_s), -1), pad)
+            return F.linear(z, B, self.bias)
+        y = F.linear(z, self.B, self.bias)                                                 # (..., out)
+        return y + F.linear(x_I, self.W_s) if self.k else y                # for a token, with no copy of B
 
-    # γ scales the narrow inner tensors, not the wide outputs
-    def low_rank_path(self, x):
-        z = ACTIVATIONS[self.activation](F.linear(x, self.A))                              # (..., rank)
-        return F.linear(self.gamma * z, self.B, self.bias)
-
-    def sparse_path(self, x):
-        return F.linear((1 - self.gamma) * x.index_select(-1, self.index), self.W_s)
+    def inner(self, x):
+        """γ · SiLU(x Aᵀ) (..., rank) and (1 − γ) · x_I (..., k): γ scales what is narrow."""
+        z, x_I = Inner.apply(*as_autocast(x, self.A), self.index) if self.k else (F.linear(x, self.A), None)
+        return self.gamma * ACTIVATIONS[self.activation](z), (1 - self.gamma) * x_I if self.k else None
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
@@ -198,8 +222,9 @@ class LOSTLinear(nn.Module):
     @torch.no_grad()
     def diagnose(self, x: torch.Tensor) -> dict[str, float]:
         """What the paths do with the inputs x, and what became of the factors: see `diagnose` below."""
-        low = self.low_rank_path(x).float()
-        sparse = self.sparse_path(x).float() if self.k else torch.zeros_like(low)
+        z, x_I = self.inner(x)
+        low = F.linear(z, self.B).float()
+        sparse = F.linear(x_I, self.W_s).float() if self.k else torch.zeros_like(low)
         energy, other = low.square().sum(), sparse.square().sum()
         # in float64, which autocast leaves alone and MPS has not
         A, B = ((p.cpu() if p.device.type == "mps" else p).double() for p in (self.A, self.B))

@@ -1,5 +1,6 @@
 """The LOST layer against the paper's equations written out, and every switch and error of lost.py."""
 import random
+import re
 import warnings
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._inductor.utils import run_fw_bw_and_get_code
 
 import lost
 from lost import LOSTLinear, apply_lost, by_module, decompose
@@ -143,6 +145,38 @@ def test_sparse_path_passes_gradient_to_its_channels_alone():
     touched = (x.grad != 0).flatten(0, 1)
     assert touched.all(0).nonzero().flatten().tolist() == layer.index.tolist()
     assert touched.any(0).sum() == layer.k == 4
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_gradients_under_autocast_are_those_of_both_paths_by_themselves(dtype):
+    layer, literal = fast_and_literal((24, 36), torch.float32)
+    x = inputs(36, dtype=torch.float32).requires_grad_()
+    found = []
+    for module in (layer, literal):
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            y = module(x)
+        assert y.dtype == (dtype or torch.float32)
+        y.float().square().sum().backward()
+        found.append([y.float(), x.grad, *(p.grad for p in module.parameters())])
+        x.grad = None
+    errors = [relative_error(one, other) for one, other in zip(*found, strict=True)]
+    assert len(errors) == 5 and max(errors) < (1e-2 if dtype else 1e-6)
+
+def test_training_and_inference_forms_of_the_layer_agree():
+    layer = LOSTLinear.from_linear(dense_layer((24, 36), bias=True), 6, 0.2, learn_gamma=True)
+    for x in (inputs(36), inputs(36)[0, 0]):                               # also a vector, as nn.Linear takes
+        with torch.no_grad():
+            inference = layer(x)
+        assert relative_error(layer(x), inference) < 1e-12
+
+def test_compiled_training_of_a_layer_is_six_products_without_a_scatter():
+    layer = LOSTLinear.from_linear(dense_layer((96, 128), dtype=torch.float32), 32, 0.1)
+    x = torch.randn(256, 128, requires_grad=True)
+    step = torch.compile(layer, dynamic=False)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, codes = run_fw_bw_and_get_code(lambda: step(x))
+    code = "".join(codes)
+    assert len(codes) == 2 and len(re.findall(r"extern_kernels\.mm\(|_mkl_linear\(", code)) == 6
+    assert "atomic_add" not in code
 
 def test_gamma_one_leaves_the_sparse_path_out():
     layer = LOSTLinear.from_linear(dense_layer((12, 16)), 4, 0.25, gamma=1.0)
