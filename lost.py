@@ -182,12 +182,13 @@ class LOSTLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         z, x_I = self.inner(x)
-        if self.k and torch.is_grad_enabled():      # [z, x_I] [B, W_s]ᵀ: no sum of two wide outputs
-            pad = 0, -(self.rank + self.k) % 8      # to rows of whole 16 bytes in bf16, for GPUs
+        if not self.k:
+            return F.linear(z, self.B, self.bias)                                          # (..., out)
+        if torch.is_grad_enabled():            # the sum below as one product: two wide outputs less to add up
+            pad = 0, -(self.rank + self.k) % 8                 # to rows of whole 16 bytes in bf16, for GPUs
             z, B = F.pad(torch.cat((z, x_I), -1), pad), F.pad(torch.cat((self.B, self.W_s), -1), pad)
             return F.linear(z, B, self.bias)
-        y = F.linear(z, self.B, self.bias)                                                 # (..., out)
-        return y + F.linear(x_I, self.W_s) if self.k else y                # for a token, with no copy of B
+        return F.linear(z, self.B, self.bias) + F.linear(x_I, self.W_s)    # no copy of B for a single token
 
     def inner(self, x):
         """γ · SiLU(x Aᵀ) (..., rank) and (1 − γ) · x_I (..., k): γ scales what is narrow."""
