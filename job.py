@@ -127,8 +127,10 @@ class Watch:
 
     def __init__(self, rank: int, world: int, timeout: int, give_up):
         self.rank, self.patience, self.give_up, self.over = rank, timeout / 2, give_up, threading.Event()
+        # the launcher has it before its processes start; where it died since, nobody will answer
         self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
-                                   timeout=datetime.timedelta(seconds=timeout))
+                                   timeout=datetime.timedelta(seconds=min(timeout, 60)))
+        self.store.set_timeout(datetime.timedelta(seconds=timeout))
         attempt = f"nanolost/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
         self.keys, self.fault = [f"{attempt}/{other}" for other in range(world)], f"{attempt}/fault"
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -157,7 +159,7 @@ class Watch:
                 elif self.store.check([self.fault]):
                     reason = self.first_fault("")
             except RuntimeError:               # it was in the launcher, or in the first process
-                reason = GONE
+                reason = GONE if count else "a process of this job has not come, or its launcher has died"
             if reason and not self.over.is_set():
                 try:
                     self.give_up(reason)

@@ -400,9 +400,9 @@ def run(config: Config, stack: contextlib.ExitStack):
         return f"step {state['step']:>6}/{config.steps}"
     if world > 1:
         timeout = datetime.timedelta(seconds=config.timeout)
+        report.watch = Watch(rank, world, config.timeout, report.give_up)  # from here on, also over this
         dist.init_process_group(auto["backend"], timeout=timeout)
         files = dist.new_group(backend="gloo", timeout=10 * timeout)       # waits while the first one saves
-        report.watch = Watch(rank, world, config.timeout, report.give_up)
 
     # the first process alone looks after out_dir, and reads every shard once
     def prepare():

@@ -4,6 +4,7 @@
     nan:R:S    process R computes a loss of NaN in its S-th step
     raise:R:S  … raises an error
     sleep:R:S  … sleeps for an hour, as a reader of a dead disk does
+    late:R     process R sleeps for an hour before it looks for the others
     slow:S     each save takes S seconds longer"""
 import os
 import runpy
@@ -90,6 +91,15 @@ def slow_down_saves(seconds):
     save = checkpoint.save_checkpoint
     checkpoint.save_checkpoint = lambda *args: (time.sleep(seconds), save(*args))
 
+def come_late(rank):
+    if RANK == rank:
+        def late(*args, **kwargs):
+            print("LATE", flush=True)
+            time.sleep(3600)
+        torch.distributed.init_process_group = late
+
+if kind == "late":
+    come_late(int(numbers[0]))
 if kind == "slow":
     slow_down_saves(int(numbers[0]))
 if kind == "die":

@@ -220,6 +220,13 @@ def test_processes_whose_launcher_was_killed_end_by_themselves(small):
     assert status(config) | {"step": 0} == {"state": "failed", "step": 0, "reason": status(config)["reason"]}
     assert "launcher" in status(config)["reason"]
 
+def test_processes_whose_launcher_was_killed_before_they_found_each_other_end_too(small):
+    process = launch(small(), 2, fault="late:1")
+    wait_for(process, "LATE")
+    ranks = children(process.pid)
+    process.kill()
+    assert len(ranks) == 2 and within(15, lambda: all(map(gone, ranks)))
+
 # --- one writer ---
 
 def test_a_second_run_on_a_folder_ends_with_code_2_and_names_the_first(small):
