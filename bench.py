@@ -41,7 +41,7 @@ class Config:
 
 def race(contestants: dict, rounds: int, device: torch.device) -> dict[str, float]:
     """Median seconds of each function; two turns to warm up, then `rounds` turns one after the other. Each is
-    run once more before its turn: after another's, memory is cold, by 4 % of a step of LOST 130m."""
+    run once more before its turn, as in training a step follows one of the same model."""
     def turn(work):
         if device.type == "cuda":
             torch.cuda.synchronize()
