@@ -77,11 +77,12 @@ def parse(cls, argv: list[str], description: str = "") -> dict:
 
 def command(main):
     """Run main() as a program, to its end. A ValueError becomes one line `error: …` and exit code 2, a fault
-    of disk or network or a diverged run one line and code 1; anything else has its traceback and code 1."""
+    of disk or network, too little memory or a diverged run one line and code 1; anything else has its
+    traceback and code 1."""
     code = 0
     try:
         main()
-    except (ValueError, OSError, FloatingPointError) as e:
+    except (ValueError, OSError, MemoryError, FloatingPointError) as e:
         rank = os.environ.get("RANK", "0")                                 # set by torchrun
         print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {' '.join(str(e).split())}", file=sys.stderr)
         code = 2 if isinstance(e, ValueError) else 1

@@ -341,7 +341,11 @@ def peak_memory(device: torch.device) -> int:
 def main(config: Config):
     """Train as `config` (from `resolve`) says. Returns when the run is finished, or stopped by a signal."""
     with contextlib.ExitStack() as stack:      # what run() opens is closed in reverse order, however it ends
-        run(config, stack)
+        try:
+            run(config, stack)
+        except torch.OutOfMemoryError as e:
+            raise MemoryError(f"{str(e).partition(' Of the allocated')[0]} With a smaller --micro_batch or "
+                              "--recompute true the same command continues, with the same samples") from e
 
 def run(config: Config, stack: contextlib.ExitStack):
     # where: this process among the others, its device, its share of a batch

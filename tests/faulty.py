@@ -3,6 +3,7 @@
     die:N      SIGKILL at the N-th point (from 0) of the saves of this process, which prints their names
     nan:R:S    process R computes a loss of NaN in its S-th step
     raise:R:S  … raises an error
+    memory:R:S … has too little memory on its GPU
     sleep:R:S  … sleeps for an hour, as a reader of a dead disk does
     late:R     process R sleeps for an hour before it looks for the others
     slow:S     each save takes S seconds longer"""
@@ -81,6 +82,8 @@ def instrument_steps(rank, step):
         if torch.is_grad_enabled() and RANK == rank and next(count) == step:
             if kind == "raise":
                 raise RuntimeError("injected")
+            if kind == "memory":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried 1 GiB. Of the allocated …")
             if kind == "sleep":
                 time.sleep(3600)
             loss = loss * float("nan")
@@ -104,7 +107,7 @@ if kind == "slow":
     slow_down_saves(int(numbers[0]))
 if kind == "die":
     instrument_saves()
-if kind in ("nan", "raise", "sleep"):
+if kind in ("nan", "raise", "memory", "sleep"):
     instrument_steps(*map(int, numbers))
 sys.argv[0] = os.path.join(ROOT, "train.py")
 runpy.run_path(sys.argv[0], run_name="__main__")

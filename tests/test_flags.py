@@ -146,8 +146,8 @@ def test_another_exception_keeps_its_traceback_and_ends_with_code_1(capsys):
     error = capsys.readouterr().err
     assert end.value.code == 1 and error.startswith("Traceback") and "RuntimeError: a defect" in error
 
-@pytest.mark.parametrize("kind", [OSError, FloatingPointError])
-def test_a_fault_of_the_disk_and_a_diverged_run_end_with_one_line_and_code_1(capsys, kind):
+@pytest.mark.parametrize("kind", [OSError, MemoryError, FloatingPointError])
+def test_a_fault_of_the_disk_or_memory_and_a_diverged_run_end_with_one_line_and_code_1(capsys, kind):
     with pytest.raises(SystemExit) as end:
         flags.command(raiser(kind("first line\nsecond line")))
     assert end.value.code == 1 and capsys.readouterr() == ("", "error: first line second line\n")

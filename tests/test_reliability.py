@@ -357,6 +357,7 @@ def test_a_stopped_process_ends_the_job_in_time_and_is_named(small, rank):
 @pytest.mark.parametrize("fault, seconds, reason", [
     ("raise:1:5", 8, "process 1: RuntimeError: injected"),
     ("raise:0:5", 8, "process 0: RuntimeError: injected"),
+    ("memory:1:5", 8, "process 1: MemoryError: CUDA out of memory. Tried 1 GiB. With a smaller"),
     ("sleep:1:5", 16, "Timed out waiting"),
     ("nan:1:5", 8, "FloatingPointError: step 5: loss nan"),
 ])
