@@ -306,9 +306,9 @@ def one_row(x, W):
     return (x.mT * W).sum(0, keepdim=True)
 
 @torch.no_grad()
-def compile_for_cpu(model, token, cache):
-    """(token, *cache.tensors()) → [logits], for these shapes. Traced as it runs, not by torch.compile, which
-    would look at each weight again before each token: 1 ms of 10 for LOST 350m in bfloat16."""
+def compile_for_cpu(model, cache, tensors):
+    """tensors (token, *cache.tensors()) → [logits], for these shapes. Traced as it runs: torch.compile would
+    look at each weight again before each token, 1 ms of 10 for LOST 350m in bfloat16."""
     from torch._decomp import get_decompositions
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
@@ -317,7 +317,6 @@ def compile_for_cpu(model, token, cache):
         seen = copy.copy(cache)
         seen.length, seen.kv = length, list(zip(kv[::2], kv[1::2], strict=True))
         return model(token, cache=seen)[:1]
-    tensors = [token, *cache.tensors()]
     graph = make_fx(run)(*(tensor.clone() for tensor in tensors))                  # it changes the clones
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu         # 3 times slower for a row
     table = {**select_decomp_table(), **get_decompositions([attention]), torch.ops.aten.mm.default: one_row}
@@ -335,7 +334,7 @@ def compile_step(model: Llama):
         tensors = [token, *cache.tensors()]
         shapes = token.shape, tensors[-1].shape
         if shapes not in made:
-            made[shapes] = compile_for_cpu(model, token, cache)
+            made[shapes] = compile_for_cpu(model, cache, tensors)
         return made[shapes](*tensors)[0], None
     return step
 

@@ -299,7 +299,6 @@ def test_compiled_step_writes_the_same_text_and_is_compiled_once(make, rows, mon
 
 @torch.inference_mode()
 def test_compiled_step_of_one_text_is_made_of_sums_not_of_library_calls():
-    torch.compiler.reset()
     model, token = small_lost(), tokens(1, 1)
     with torch._inductor.config.patch(force_disable_caches=True):
         _, (code,) = run_and_get_code(compile_step(model), token, cache=KVCache(model.config, 1, 12))
