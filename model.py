@@ -78,17 +78,24 @@ MODELS = {
     "13b":  dict(n_embd=5120, n_ffn=13824, n_layer=40, n_head=40),
 }
 
-def rope_table(positions: torch.Tensor, dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of the rotary angles, (T, D) float32: dimensions d and d + D/2 turn by the same angle."""
+@torch.library.custom_op("nanolost::rope_table", mutates_args=())
+def rope_table(positions: torch.Tensor, dim: int, theta: float) -> torch.Tensor:
+    """cos and sin of the rotary angles, (2, T, D/2) float32: dimensions d and d + D/2 turn by the same angle.
+    An operation of its own, into which the compiler does not look: else it makes power, cosine and sine again
+    for each head of each layer, 1 ms of the 11 of a token with LOST 350m in bfloat16 on two cores."""
     frequency = theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / -dim)
-    angle = (positions[:, None] * frequency).repeat(1, 2)
-    return angle.cos(), angle.sin()
+    angle = positions[:, None] * frequency
+    return torch.stack((angle.cos(), angle.sin()))
 
-def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Su et al. 2021 (arXiv 2104.09864), eq. 34, in the rotate-half layout. x: (B, H, T, D)."""
-    cos, sin = rope
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)         # computed in float32
+@rope_table.register_fake
+def _(positions, dim, theta):
+    return torch.empty(2, len(positions), dim // 2, device=positions.device)
+
+def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """Su et al. 2021 (arXiv 2104.09864), eq. 34, in the rotate-half layout. x: (B, T, H, D)."""
+    (cos, sin), (a, b) = rope[:, :, None], x.chunk(2, dim=-1)                              # (T, 1, D/2)
+    turned = a * cos - b * sin, b * cos + a * sin                                          # in float32
+    return torch.cat([half.to(x.dtype) for half in turned], dim=-1)
 
 class KVCache:
     """Keys and values of the tokens seen so far, in tensors allocated once for `size` tokens. All shapes stay
@@ -134,8 +141,8 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, cache=None):
         B, T, C = x.shape
-        q = rotate(self.q_proj(x).view(B, T, self.n_head, -1).transpose(1, 2), rope)       # (B, H, T, D)
-        k = rotate(self.k_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2), rope)  # (B, n_kv, T, D)
+        q = rotate(self.q_proj(x).view(B, T, self.n_head, -1), rope).transpose(1, 2)       # (B, H, T, D)
+        k = rotate(self.k_proj(x).view(B, T, self.n_kv_head, -1), rope).transpose(1, 2)  # (B, n_kv, T, D)
         v = self.v_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                                       # (B, n_kv_head, S, D)

@@ -302,7 +302,16 @@ def test_compiled_step_of_one_text_is_made_of_sums_not_of_library_calls():
     model, token = small_lost(), tokens(1, 1)
     with torch._inductor.config.patch(force_disable_caches=True):
         _, (code,) = run_and_get_code(compile_step(model), token, cache=KVCache(model.config, 1, 12))
-    assert "cpp_fused" in code and not re.findall(r"(?:extern_kernels\.\w+|\w+\.default)\(", code)
+    calls = re.findall(r"(?:extern_kernels\.\w+|\w+\.default)\(", code)
+    assert "cpp_fused" in code and calls == ["rope_table.default("]
+
+def test_compiled_training_makes_the_rotary_table_once():
+    model = small_lost()
+    model.compile()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, codes = run_and_get_code(lambda: model(tokens(2, 8), tokens(2, 8))[1].backward())
+    code = "".join(codes)
+    assert code.count("rope_table.default(") == 1 and not re.search(r"\.(cos|sin|pow)\(", code)
 
 @torch.inference_mode()
 def test_step_changes_only_tensors_that_a_cuda_graph_may_change():
