@@ -141,7 +141,7 @@ def test_more_flags_count_in_the_budget(data_dir):
 def test_a_driver_told_to_end_stops_its_runs_and_continues_them_later(data_dir, tmp_path):
     flags = [f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--steps=8", "--lrs=3e-3", "--widen=0",
              "--seeds=2", "--rows=dense", "--jobs=1",
-             "--extra=--batch_tokens=65536 --seq_len=32 --eval_tokens=1000 --log_every=1"]
+             "--extra=--batch_tokens=16384 --seq_len=32 --eval_tokens=1000 --log_every=1"]
     run = subprocess.Popen([sys.executable, controls.SCRIPT, "run", *flags])
     metrics = tmp_path / "dense" / "0.003-0" / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text()) and run.poll() is None:
