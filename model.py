@@ -89,7 +89,7 @@ def rope_table(positions: torch.Tensor, dim: int, theta: float) -> torch.Tensor:
 
 @rope_table.register_fake
 def _(positions, dim, theta):
-    return torch.empty(2, len(positions), dim // 2, device=positions.device)
+    return torch.empty(2, *positions.shape, dim // 2, device=positions.device)
 
 def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     """Su et al. 2021 (arXiv 2104.09864), eq. 34, in the rotate-half layout. x: (B, T, H, D)."""
