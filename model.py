@@ -82,7 +82,7 @@ MODELS = {
 def rope_table(positions: torch.Tensor, dim: int, theta: float) -> torch.Tensor:
     """cos and sin of the rotary angles, (2, T, D/2) float32: dimensions d and d + D/2 turn by the same angle.
     An operation of its own, into which the compiler does not look: else it makes power, cosine and sine again
-    for each head of each layer, 1 ms of the 11 of a token with LOST 350m in bfloat16 on two cores."""
+    for each head of each layer, 0.6 ms of the 11 of a token with LOST 350m in bfloat16 on two cores."""
     frequency = theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / -dim)
     angle = positions[:, None] * frequency
     return torch.stack((angle.cos(), angle.sin()))
