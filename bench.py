@@ -1,6 +1,6 @@
 """Speed and memory, each against what it should be compared with, the contestants taking turns:
 
-    python bench.py --what step --model 130m          # one of init, layer, step, decode, data, or several
+    python bench.py --what step,decode --model 130m          # of init, layer, step, decode, data (all)
     python bench.py --device cuda --model 1b
 
 Prints a table and last one JSON object on one line. Contestants take turns and their times are medians; a
@@ -28,7 +28,7 @@ from model import MODELS, compile_step, count_flops, count_multiplies, pick_devi
 
 @dataclass
 class Config:
-    what: list[str] = flag(None, "init, layer, step, decode, data (all)")
+    what: str = flag("init,layer,step,decode,data", "the parts to measure")
     model: str = flag("130m", "size", list(MODELS))
     device: str = flag("auto", "the best there is", ["auto", *train.DEVICES])
     dtype: str = flag("bfloat16", "of autocast, and of the weights that decode", ["float32", "bfloat16"])
@@ -238,7 +238,7 @@ BENCHES = {"init": bench_init, "layer": bench_layer, "step": bench_step, "decode
            "data": bench_data}
 
 def main(config: Config):
-    what = config.what or list(BENCHES)
+    what = config.what.split(",")
     if wrong := set(what) - set(BENCHES):
         raise ValueError(f"--what {', '.join(wrong)}: use {', '.join(BENCHES)}")
     if config.tokens % config.seq_len:

@@ -5,14 +5,14 @@ import pytest
 
 import bench
 
-def run(capsys, *what):
-    bench.main(bench.Config(what=list(what), model="tiny", device="cpu", compile=False, tokens=512, rounds=1,
+def run(capsys, what):
+    bench.main(bench.Config(what=what, model="tiny", device="cpu", compile=False, tokens=512, rounds=1,
                             new_tokens=4, vocab_size=300))
     output = capsys.readouterr().out.splitlines()
     return json.loads(output[-1]), "\n".join(output[:-1])
 
 def test_each_part_prints_a_table_and_last_one_line_of_json(capsys):
-    results, tables = run(capsys, "init", "layer", "step", "decode")
+    results, tables = run(capsys, "init,layer,step,decode")
     assert [row["layer"] for row in results["layer"]] == ["128→128", "128→344", "344→128"]
     assert {row["decode"] for row in results["decode"]} == {"dense", "lost", "transformers"}
     assert results["init"][0]["decompositions"] == 28 and "of limit" in tables
@@ -36,4 +36,4 @@ def test_contestants_take_turns_each_after_a_run_that_warms_memory_up():
 
 def test_an_unknown_part_is_refused():
     with pytest.raises(ValueError, match="--what speed: use init, layer, step, decode, data"):
-        bench.main(bench.Config(what=["speed"]))
+        bench.main(bench.Config(what="data,speed"))
