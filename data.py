@@ -19,6 +19,7 @@ HEADER_BYTES = 256 * 4
 FORMATS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}     # (magic, version) → token type
 # tiktoken's faster spelling of GPT-2's split pattern (tiktoken_ext/openai_public.py): the same pieces
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+AGAIN = "delete its folder and run prepare_c4.py again"
 END_OF_TEXT, PIECE = "<|endoftext|>", 400_000                                  # characters encoded at once
 
 # --- files ---
@@ -92,14 +93,14 @@ def read_shard(path: str) -> np.ndarray:
     try:
         size, header = os.path.getsize(path), np.fromfile(path, "<i4", 256)
     except OSError as e:
-        raise ValueError(f"cannot read the shard {path}: {e.strerror}; run prepare_c4.py again") from None
+        raise ValueError(f"cannot read the shard {path}: {e.strerror}; {AGAIN}") from None
     dtype = FORMATS.get(tuple(header[:2].tolist()))
     if dtype is None or len(header) < 256:
         raise ValueError(f"{path} is not a token shard (wrong magic or version): make it with prepare_c4.py")
     count = int(header[2])
     if size != HEADER_BYTES + count * dtype.itemsize:
         raise ValueError(f"{path} has {size} bytes but promises {count} tokens of {dtype.itemsize}: it is "
-                         "cut or damaged; delete it and run prepare_c4.py again")
+                         f"cut or damaged; {AGAIN}")
     if not count:
         return np.empty(0, dtype)
     with open(path, "rb") as f:
@@ -263,6 +264,7 @@ class TokenDataset:
         known = json.dumps([[s["name"], s["tokens"], s.get("sha256")] for s in shards])
         self.fingerprint = hashlib.sha256(known.encode()).hexdigest()
         self.maps = {}
+        self.tokenizer = manifest.get("tokenizer", {}).get("sha256") if manifest else None     # that made it
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -277,8 +279,9 @@ class TokenDataset:
                                      "made with another tokenizer; prepare it again")
                 release(tokens)
 
-    def batch(self, samples) -> tuple[torch.Tensor, torch.Tensor]:
-        """Windows `samples` as inputs and targets, two int64 tensors of shape (len(samples), seq_len)."""
+    def batch(self, samples, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
+        """Windows `samples` as inputs and targets, two int64 tensors of shape (len(samples), seq_len). To a
+        GPU they go from pinned memory, for which neither side waits."""
         window = np.empty((len(samples), self.seq_len + 1), np.int64)
         shards = np.searchsorted(self.ends, samples, side="right")
         for row, sample, shard in zip(window, samples, shards, strict=True):
@@ -289,4 +292,7 @@ class TokenDataset:
         for shard in set(shards.tolist()):
             release(self.maps[shard])
         window = torch.from_numpy(window)
+        if torch.device(device).type == "cuda":
+            window = window.pin_memory().to(device, non_blocking=True)
+        window = window.to(device)
         return window[:, :-1], window[:, 1:]

@@ -16,10 +16,12 @@ def flag(default, help, choices=None):
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 def integer(text: str) -> int:
-    """10000, 10_000, 1e4, 10K, 10M or 10B."""
+    """10000, 10_000, 1e4, 10K, 10M or 10B, of 64 bits."""
     number, unit = re.fullmatch(r"(-?[\d_.]+(?:[eE]\d\d?)?)([KMB]?)", text).groups()
     value = decimal.Decimal(number).scaleb({"": 0, "K": 3, "M": 6, "B": 9}[unit])
-    return {value: int(value)}[int(value)]     # KeyError unless it is whole
+    if value != int(value) or not -2**63 <= value < 2**63:
+        raise ValueError(f"{text} is no whole number of 64 bits")
+    return int(value)
 
 def number_or_by_module(kind):
     """Parser of one number, or of name=number,name=number,… into a dict."""
@@ -57,9 +59,9 @@ def parse(cls, argv: list[str], description: str = "") -> dict:
     for f in dataclasses.fields(cls):
         kind = next(k for k in KINDS if hints[f.name] in (k, k | None))    # None is only ever a default
         (shown, convert), choices = KINDS[kind], f.metadata["choices"]
-        def checked(text, convert=convert, expected=f"--{f.name} {shown}"):
+        def checked(text, convert=convert, choices=choices, expected=f"--{f.name} {shown}"):
             try:
-                return convert(text)
+                return convert(text.lower() if choices else text)          # they are lower-case
             except (ValueError, KeyError, AttributeError, ArithmeticError):
                 raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}") from None
         default = str(f.default).lower() if kind is bool else f.default
@@ -76,8 +78,8 @@ def parse(cls, argv: list[str], description: str = "") -> dict:
     return vars(given)
 
 def command(main):
-    """Run main() as a program, to its end. A ValueError becomes one line `error: …` and exit code 2, a fault
-    of disk or network, too little memory or a diverged run one line and code 1; anything else has its
+    """Run main() as a program, to its end. A ValueError becomes one line `error: …` and exit code 2; an I/O
+    error, too little memory, a diverged run or Ctrl-C one line and code 1; anything else has its
     traceback and code 1."""
     code = 0
     try:
@@ -86,6 +88,9 @@ def command(main):
         rank = os.environ.get("RANK", "0")                                 # set by torchrun
         print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {' '.join(str(e).split())}", file=sys.stderr)
         code = 2 if isinstance(e, ValueError) else 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        code = 1
     except Exception:
         traceback.print_exc()
         code = 1

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 ACTIVATIONS = {"silu": F.silu, "none": lambda z: z}
 SWITCHES = {"init": ("svd", "random"), "select": ("residual", "residual_l1", "weight", "random"),
@@ -51,16 +52,13 @@ def top_svd(W: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, tor
         return vector, sigma, inverse[:, None] * (vector.T @ W)
     return (W @ vector) * inverse, sigma, vector.T
 
-def importance(W, U, sigma, Vt, select: str, generator=None) -> torch.Tensor:
+def importance(W, W_comp, select: str, generator=None) -> torch.Tensor:
     """CI_j of each input channel, (in,): eq. 4 and its alternatives."""
     if select == "weight":
         return W.norm(dim=0)
     if select == "random":
         return torch.rand(W.shape[1], generator=generator, dtype=torch.float64).to(W.device)
-    if select == "residual_l1":
-        return (W - (U * sigma) @ Vt).abs().sum(0)
-    # columns of W_r and W_comp are orthogonal: ‖W_comp[:, j]‖² = ‖W[:, j]‖² − ‖W_r[:, j]‖²
-    return (W.square().sum(0) - (sigma[:, None] * Vt).square().sum(0)).clamp(min=0).sqrt()
+    return W_comp.norm(p=1 if select == "residual_l1" else 2, dim=0)
 
 def random_factors(out_features: int, in_features: int, rank: int, generator=None):
     """A and B of independent normal elements; those of B A have the standard deviation (in + out)^-½: the
@@ -98,17 +96,19 @@ def decompose(weight: torch.Tensor, rank: int, k: int, init: str = "svd", select
     if not weight.isfinite().all():
         raise ValueError("the weight has NaN or infinite elements: decompose before anything diverges")
     W = (weight.cpu() if weight.device.type == "mps" else weight.detach()).double()      # MPS has no float64
-    U = sigma = Vt = None
-    if init == "svd" or k and (select.startswith("residual") or sparse_init == "residual"):
+    W_comp, residual = None, k and (select.startswith("residual") or sparse_init == "residual")
+    if init == "svd" or residual:
         U, sigma, Vt = top_svd(W, rank)
+    if residual:
+        W_comp = W - (U * sigma) @ Vt                                      # eq. 3
     if init == "svd":
         A, B = sigma.sqrt()[:, None] * Vt, U * sigma.sqrt()
     else:
         A, B = random_factors(*weight.shape, rank, generator)
     index, W_s = torch.empty(0, dtype=torch.int64), W[:, :0]
     if k:
-        index = importance(W, U, sigma, Vt, select, generator).topk(k).indices.sort().values
-        W_s = W[:, index] if sparse_init == "weight" else W[:, index] - (U * sigma) @ Vt[:, index]
+        index = importance(W, W_comp, select, generator).topk(k).indices.sort().values
+        W_s = (W if sparse_init == "weight" else W_comp)[:, index]
     A, B, W_s = (part.to(weight).contiguous() for part in (A, B, W_s))
     if not all(part.isfinite().all() for part in (A, B, W_s)):
         raise ValueError(f"the decomposition overflows {weight.dtype}: use a wider dtype or a smaller weight")
@@ -249,17 +249,12 @@ def diagnose(model: nn.Module, run) -> dict[str, dict[str, float]]:
     cosine          of y_L and y_S over all elements: below 0 the paths cancel one another
     effective_rank  of B A: e to the entropy of its normalised singular values (Roy and Vetterli 2007)
     norm_A, norm_B  spectral norms;  gamma  as it is now"""
-    found, hooks = {}, []
-    for name, module in model.named_modules():
-        if isinstance(module, LOSTLinear):
-            def look(layer, args, name=name):
-                found[name] = layer.diagnose(args[0])
-            hooks.append(module.register_forward_pre_hook(look))
-    try:
+    names, found = {m: name for name, m in model.named_modules() if isinstance(m, LOSTLinear)}, {}
+    def look(module, args):
+        if module in names:
+            found[names[module]] = module.diagnose(args[0])
+    with register_module_forward_pre_hook(look):                           # until run() returns or raises
         run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found
 
 def _ends(name: str, key: str) -> bool:

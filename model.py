@@ -273,23 +273,20 @@ class Llama(nn.Module):
 
     @torch.inference_mode()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, eot=None,
-                 use_cache=True, step=None):
+                 step=None):
         """Continue idx (B, T ≥ 1) by up to max_new_tokens; returns (B, T + new). temperature 0 takes the
         likeliest token. step: what runs the model on one token and the cache, for example the compiled model.
 
         The context is never longer than the seq_len the model was trained on: when it is full, its older half
         is dropped and the rest read again from position 0, so a token costs the same however long the text.
-        use_cache=False runs the full forward over the same context at each token: the slow form of the same
-        function. With eot a row that produced it is filled up with it, until all rows have."""
+        With eot a row that produced it is filled up with it, until all rows have."""
         window, start = self.config.seq_len, max(0, idx.shape[1] - self.config.seq_len)
         cache, token, fresh = None, None, True
         done = torch.zeros(idx.shape[0], 1, dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
             if idx.shape[1] - start > window:
                 start, fresh = idx.shape[1] - max(1, window // 2), True
-            if not use_cache:
-                logits, _ = self(idx[:, start:])
-            elif fresh:                        # the same tensors again: what they held lies behind the mask
+            if fresh:                          # the same tensors again: what they held lies behind the mask
                 cache = cache or KVCache(self.config, len(idx), window, idx.device, self.lm_head.weight.dtype)
                 cache.length.zero_()
                 logits, fresh = self(idx[:, start:], cache=cache)[0], False

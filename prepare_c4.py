@@ -18,6 +18,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import threading
 import zlib
@@ -29,7 +30,17 @@ import numpy as np
 import rustbpe
 from tqdm import tqdm
 
-from data import GPT2_PATTERN, ShardWriter, Tokenizer, load_manifest, sha256_file, token_dtype, write_atomic
+from data import (
+    AGAIN,
+    GPT2_PATTERN,
+    ShardWriter,
+    Tokenizer,
+    load_manifest,
+    read_shard,
+    sha256_file,
+    token_dtype,
+    write_atomic,
+)
 from flags import command, flag, parse
 
 C4 = {"val": [f"hf://allenai/c4/en/c4-validation.{i:05d}-of-00008.json.gz" for i in range(8)],
@@ -49,7 +60,7 @@ class Config:
     tokenizer: str = flag("gpt2", "gpt2, byte, train:N (a BPE of N ids), a tokenizer.json or .tiktoken file")
     shard_tokens: int = flag(100_000_000, "most tokens of a shard")
     workers: int = flag(os.cpu_count(), "tokenizer processes; the output does not depend on it")
-    skip_bad: bool = flag(False, "count and skip lines that are no document, instead of stopping")
+    skip_bad: bool = flag(False, "skip lines that are not documents, and count them, instead of stopping")
     verify: bool = flag(False, "compare the files of --out_dir with their manifest, and exit")
 
 # --- documents ---
@@ -76,7 +87,7 @@ def fetch(source: str) -> str:
                          "continue, or give local files by --input") from None
 
 class Documents:
-    """All documents of some sources, in order. skip_bad: count lines that are none in `skipped`."""
+    """All documents of some sources, in order. skip_bad: count lines that are not documents in `skipped`."""
 
     def __init__(self, sources: list[str], skip_bad: bool = False):
         self.sources, self.skip_bad, self.skipped = sources, skip_bad, 0
@@ -170,6 +181,7 @@ def choose_tokenizer(config: Config, streams: dict[str, list[str]]) -> Tokenizer
 def _load(path: str):
     global _tokenizer                          # of this worker process, which ends when the command does
     _tokenizer = Tokenizer.load(path)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)       # Ctrl-C reaches the command itself too, which ends
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -269,6 +281,10 @@ def begin(config: Config, streams: dict[str, list[str]]) -> dict:
         if manifest["request"][name] != request[name]:
             raise ValueError(f"{config.out_dir} was begun with another --{name}: use the same as in its "
                              "manifest.json, another --out_dir, or delete it")
+    for shard in manifest["shards"]:
+        path = os.path.join(config.out_dir, shard["name"])
+        if len(read_shard(path)) != shard["tokens"]:
+            raise ValueError(f"{path} is not what its manifest says: {AGAIN}")
     return manifest
 
 def main(config: Config):

@@ -25,15 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from checkpoint import (
-    checkpoint_folder,
-    checkpoints,
-    load_folder,
-    load_optimizer,
-    newest_checkpoint,
-    save_checkpoint,
-    sweep,
-)
+import checkpoint
 from data import SampleOrder, TokenDataset, Tokenizer, write_atomic
 from flags import command, flag, parse
 from job import Report, Watch, on_first
@@ -296,7 +288,7 @@ def describe(config: Config, model: Llama, world: int, micro: int, accumulation:
 def check_space(config: Config):
     """Refuse a disk without room for `keep` checkpoints, and for the next while it is written."""
     weights, _, moments = count_bytes(build_model(config, "meta"), config.optimizer)
-    more = max(1, config.keep + 1 - len(checkpoints(config.out_dir)))
+    more = max(1, config.keep + 1 - len(checkpoint.checkpoints(config.out_dir)))
     free = shutil.disk_usage(config.out_dir).free
     if free < more * (weights + moments):
         raise ValueError(f"{config.out_dir} has {free:,} bytes free for {more} more checkpoints of "
@@ -305,9 +297,9 @@ def check_space(config: Config):
 def choose_checkpoint(config: Config) -> str | None:
     """Folder to continue from, or None for a new run, for which out_dir must be empty or is emptied."""
     if config.resume == "auto":
-        return newest_checkpoint(config.out_dir)
+        return checkpoint.newest_checkpoint(config.out_dir)
     if config.resume != "never":
-        return checkpoint_folder(config.resume)
+        return checkpoint.checkpoint_folder(config.resume)
     old = set(os.listdir(config.out_dir)) - {".lock"}
     if old and not config.overwrite:
         raise ValueError(f"{config.out_dir} is not empty: continue with --resume auto, delete its run with "
@@ -411,7 +403,7 @@ def run(config: Config, stack: contextlib.ExitStack):
     # the first process alone looks after out_dir, and reads every shard once
     def prepare():
         report.claim()
-        sweep(config.out_dir)
+        checkpoint.sweep(config.out_dir)
         check_space(config)
         for data in (train_data, val_data):
             data.check_ids(known)
@@ -424,7 +416,7 @@ def run(config: Config, stack: contextlib.ExitStack):
                 # of these the last bits of a sum depend: a change is allowed, and said
                 "processes": world, "threads": torch.get_num_threads(), "torch": torch.__version__}
     if folder:
-        model, found = load_folder(folder)
+        model, found = checkpoint.load_folder(folder)
         if "config" not in found:
             raise ValueError(f"{folder} has no training state to continue from: it is a model alone")
         on_first(rank, files, lambda: check_same_run(found["config"], identity))
@@ -438,7 +430,7 @@ def run(config: Config, stack: contextlib.ExitStack):
         share_weights(model, world)
     optimizers = build_optimizers(model, config)
     if folder:
-        load_optimizer(folder, model, optimizers)
+        checkpoint.load_optimizer(folder, model, optimizers)
     gradients, model.recompute = flat_gradients(model), config.recompute
     if config.compile == "true":
         model.compile()                        # in place: parameters keep their names
@@ -469,7 +461,7 @@ def run(config: Config, stack: contextlib.ExitStack):
         if state != saved and (done or stop or step % config.save_every == 0):
             if rank == 0:
                 os.fsync(report.metrics.fileno())      # its lines are on disk before the checkpoint is
-            on_first(rank, files, lambda: save_checkpoint(
+            on_first(rank, files, lambda: checkpoint.save_checkpoint(
                 config.out_dir, state["step"], model, optimizers, {**state, "config": identity}, tokenizer,
                 config.keep))
             saved = dict(state)

@@ -38,7 +38,8 @@ VALUES = [
     ("steps", "2K", 2000), ("steps", "10M", 10**7), ("steps", "1.5M", 1_500_000), ("steps", "2B", 2 * 10**9),
     ("steps", "-1", -1), ("steps", "9007199254740993", 2**53 + 1), ("limit", "5", 5),
     ("lr", "3e-4", 3e-4), ("lr", "-2", -2.0), ("lr", ".5", 0.5),
-    ("name", "with = and spaces", "with = and spaces"), ("name", "", ""), ("color", "green", "green"),
+    ("name", "with = and spaces", "with = and spaces"), ("name", "", ""),
+    ("color", "green", "green"), ("color", "Green", "green"),
     ("fast", "true", True), ("fast", "false", False), ("fast", "True", True), ("strict", "false", False),
     ("betas", "0.8,0.99", (0.8, 0.99)), ("files", "a/*.txt", ["a/*.txt"]),
     ("rank", "64", 64),
@@ -77,6 +78,7 @@ def test_a_command_suggests_its_own_flags(short, full):
 @pytest.mark.parametrize("name, text, expected", [
     ("steps", "ten", "INT"), ("steps", "1.5", "INT"), ("steps", "10X", "INT"), ("steps", "", "INT"),
     ("steps", "1e-3", "INT"), ("steps", "1e400", "INT"), ("steps", "inf", "INT"), ("limit", "none", "INT"),
+    ("steps", "9223372036854775808", "INT"),
     ("lr", "fast", "NUMBER"), ("fast", "yes", r"true\|false"), ("fast", "1", r"true\|false"),
     ("color", "blue", "green"),
     ("betas", "0.9", "X,Y"), ("betas", "0.9,0.95,1", "X,Y"), ("betas", "a,b", "X,Y"),

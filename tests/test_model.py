@@ -277,10 +277,9 @@ def greedy_literally(model, row, count):
 @pytest.mark.parametrize("seq_len", [1, 7, 12])
 @pytest.mark.parametrize("length", [1, 12, 31])
 @torch.no_grad()
-def test_greedy_text_with_and_without_cache_equals_the_literal_loop(seq_len, length):
+def test_greedy_text_equals_the_literal_loop(seq_len, length):
     model, idx = small(n_kv_head=2, seq_len=seq_len), tokens(2, length)
     cached = model.generate(idx, 40, temperature=0)                           # several windows
-    assert torch.equal(cached, model.generate(idx, 40, temperature=0, use_cache=False))
     assert cached.tolist() == [greedy_literally(model, row, 40) for row in idx.tolist()]
     assert len(set(cached[0, length:].tolist())) > 3 or seq_len == 1
 

@@ -291,6 +291,18 @@ def test_verify_passes_a_good_folder_and_names_what_was_damaged(tmp_path, damage
         prepare(out, verify=True)
     assert files_of(out) == before
 
+@pytest.mark.parametrize("complete", [True, False], ids=["finished", "unfinished"])
+@pytest.mark.parametrize("damage", ["val_00000.bin cut", "train_00000.bin missing"])
+def test_a_folder_that_has_lost_a_shard_is_never_called_complete(tmp_path, damage, complete, out):
+    values = {"input": [put(tmp_path / "a.jsonl", some_texts(300))], "shard_tokens": 4000}
+    manifest = prepare(out, **values)
+    (out / "manifest.json").write_text(json.dumps(manifest | {"complete": complete}))
+    DAMAGES[damage](out)
+    with pytest.raises(ValueError, match=f"{damage.split()[0]}.*delete its folder and run prep"):
+        prepare(out, **values)
+    shutil.rmtree(out)                         # what was said helps
+    assert prepare(out, **values) == manifest
+
 class Killed(BaseException):
     pass
 
@@ -376,6 +388,15 @@ def test_a_killed_process_leaves_what_the_same_command_continues(tmp_path, runni
     assert kept and kept.items() <= straight.items() and len(kept) < len(straight) - 2
     prepare(out, **values)
     assert files_of(out) == straight
+
+def test_ctrl_c_ends_with_one_line_and_the_same_command_continues(tmp_path, running, out):
+    process, values = running
+    os.killpg(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=20)[0].decode()
+    assert process.returncode == 1 and "error: interrupted" in output and "Traceback" not in output
+    prepare(tmp_path / "straight", **values)
+    prepare(out, **values)
+    assert files_of(out) == files_of(tmp_path / "straight")
 
 def test_the_workers_end_when_the_command_is_killed(running):
     process, _ = running

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, flags_of, launch, status
 
+import checkpoint
 import data
 import train
 from checkpoint import load_model
@@ -310,14 +311,14 @@ def test_two_processes_leave_out_the_updates_that_one_does(small, tmp_path):
     assert [loss for _, loss in losses(two)] == pytest.approx([loss for _, loss in losses(one)], rel=1e-5)
 
 def test_a_checkpoint_without_gradient_norms_continues(small, monkeypatch):
-    config, load_folder = small(steps=24), train.load_folder
+    config, load_folder = small(steps=24), checkpoint.load_folder
     train.main(config)
     expected = losses(config)
     shutil.rmtree(os.path.join(config.out_dir, "checkpoints", "step_00000024"))
     def load_old(folder):                      # of a time before there was a guard against spikes
         model, state = load_folder(folder)
         return model, {name: value for name, value in state.items() if name != "norms"}
-    monkeypatch.setattr(train, "load_folder", load_old)
+    monkeypatch.setattr(checkpoint, "load_folder", load_old)
     train.main(config)
     with open(os.path.join(config.out_dir, "checkpoints/step_00000024/state.json"), encoding="utf-8") as f:
         assert len(json.load(f)["norms"]) == 4
