@@ -44,7 +44,7 @@ def save_checkpoint(out_dir: str, step: int, model: Llama, optimizers: list, sta
         write(folder, model, optimizers, state, tokenizer)
         if os.path.exists(final) and verify(final):
             remove(final)
-        elif os.path.exists(final):            # stopped before its evaluation: counts until the new one does
+        elif os.path.exists(final):            # of before its evaluation: counts until the new one is there
             if os.path.exists(aside):
                 remove(aside)
             os.rename(final, aside)
@@ -60,8 +60,10 @@ def save_checkpoint(out_dir: str, step: int, model: Llama, optimizers: list, sta
         raise OSError(f"cannot save {final}: {e}. It takes {need:,} bytes, {free:,} are free. The earlier "
                       "checkpoints are whole: make room, or the folder writable, and the same command "
                       "continues") from None
-    for old in set(checkpoints(out_dir)) - set([c for c in checkpoints(out_dir) if c <= final][-keep:]):
-        remove(old)                            # later ones too: damaged, or of a future that was given up
+    kept = [folder for folder in checkpoints(out_dir) if folder <= final][-keep:]
+    for old in checkpoints(out_dir):           # later ones go too: damaged, or of a future that was given up
+        if old not in kept:
+            remove(old)
     return final
 
 def write(folder: str, model: Llama, optimizers: list, state: dict, tokenizer: Tokenizer):
@@ -69,7 +71,7 @@ def write(folder: str, model: Llama, optimizers: list, state: dict, tokenizer: T
     os.makedirs(folder)
     save_file(model_tensors(model), os.path.join(folder, "model.safetensors"), {"format": "pt"})
     save_file(optimizer_tensors(model, optimizers), os.path.join(folder, "optimizer.safetensors"))
-    write_json(folder, "config.json", config_json(model))
+    write_json(folder, "config.json", config_json(model, tokenizer.eot))
     write_json(folder, "state.json", state)
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
     digests = {file: sha256_file(os.path.join(folder, file)) for file in sorted(os.listdir(folder))}
@@ -124,12 +126,13 @@ def model_tensors(model: Llama) -> dict[str, torch.Tensor]:
         del tensors["lm_head.weight"]
     return tensors
 
-def config_json(model: Llama) -> dict:
+def config_json(model: Llama, eot: int) -> dict:
     """Content of config.json: Hugging Face's; with LOST layers also the settings of each, under a model type
     of our own, so that no other program takes the folder for a dense LLaMA."""
     layers = {name: m.settings() for name, m in model.named_modules() if isinstance(m, LOSTLinear)}
     ours, dense = {"model_type": "lost_llama", "lost": layers}, {"architectures": ["LlamaForCausalLM"]}
-    return {"dtype": "float32", "model_type": "llama", **model.config.to_hf(), **(ours if layers else dense)}
+    return {"dtype": "float32", "model_type": "llama", **model.config.to_hf(), "bos_token_id": eot,
+            "eos_token_id": eot, **(ours if layers else dense)}
 
 def optimizer_tensors(model: Llama, optimizers: list) -> dict[str, torch.Tensor]:
     """The optimizers' state as "parameter name.state name", for example model.norm.weight.exp_avg."""
@@ -184,7 +187,8 @@ def load_folder(folder: str) -> tuple[Llama, dict]:
     tensors = {}
     for file in sorted(glob.glob(os.path.join(glob.escape(folder), "model*.safetensors"))):
         tensors |= load_tensors(file)
-    tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()
+               if not name.endswith("rotary_emb.inv_freq")}                # in old folders of Hugging Face
     if model.config.tie_embeddings:
         tensors["lm_head.weight"] = tensors.get("model.embed_tokens.weight")
     try:

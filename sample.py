@@ -46,6 +46,8 @@ def main(config: Config):
     folder = checkpoint_folder(config.ckpt)
     tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
     model, _ = load_folder(folder)
+    head = model.lm_head.weight.detach()[:tokenizer.vocab_size]         # rows of --vocab_size beyond are none
+    model.lm_head.weight = torch.nn.Parameter(head)
     model.to(device, getattr(torch, config.dtype))
     start = [tokenizer.eot, *tokenizer.encode(prompt)]                  # as every document in training
     idx = torch.tensor([start] * config.num_samples, device=device)

@@ -130,10 +130,22 @@ def test_pickles_are_refused_and_never_run(tmp_path):
         checkpoint.load_model(str(tmp_path))
     shutil.copy(tmp_path / "model.pt", tmp_path / "model.safetensors")         # a pickle under a trusted name
     (tmp_path / "config.json").write_text(json.dumps(checkpoint.config_json(train.build_model(
-        train.resolve(dict(model="tiny", vocab_size=257)), "meta"))))
+        train.resolve(dict(model="tiny", vocab_size=257)), "meta"), 256)))
     with pytest.raises(ValueError, match="cannot read .*model.safetensors"):
         checkpoint.load_model(str(tmp_path))
     assert not os.path.exists(tmp_path / "ran")
+
+def test_a_folder_names_the_end_of_text_and_may_hold_the_rotary_buffers_of_old_ones(small):
+    config = small(linear="dense", steps=4)
+    train.main(config)
+    folder = checkpoint.checkpoints(config.out_dir)[-1]
+    hf = checkpoint.read_json(folder, "config.json")
+    assert hf["bos_token_id"] == hf["eos_token_id"] == 256
+    model, _ = checkpoint.load_folder(folder)
+    old = {**checkpoint.model_tensors(model), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    save_file(old, os.path.join(folder, "model.safetensors"))
+    again, _ = checkpoint.load_folder(folder)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 @pytest.mark.parametrize("path", ["nowhere", "empty"])
 def test_a_folder_without_a_model_is_refused(tmp_path, monkeypatch, path):

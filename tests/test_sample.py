@@ -20,9 +20,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TOKENIZER = Tokenizer.named("byte")
 SIZES = dict(vocab_size=TOKENIZER.vocab_size, seq_len=16, n_layer=1, n_head=2, n_embd=16, n_ffn=24)
 
-def save_step(out_dir, step):
+def save_step(out_dir, step, **sizes):
     torch.manual_seed(step)
-    model = Llama(LlamaConfig(**SIZES))
+    model = Llama(LlamaConfig(**{**SIZES, **sizes}))
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(10)                         # far from flat: greedy text varies
@@ -142,6 +142,11 @@ def test_text_ends_where_the_model_ends_the_document(trained, sample):
     lengths = [len(part) for part in text.split("<A>")[1:]]
     assert len(lengths) == 8 and min(lengths) < 200 and len(set(lengths)) > 4
     assert "endoftext" not in text
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_ids_beyond_the_tokenizer_are_never_drawn(sample, tmp_path, tied):
+    folder = save_step(tmp_path, 1, vocab_size=2 * TOKENIZER.vocab_size, tie_embeddings=tied)
+    assert len(sample(folder, prompt="A", temperature=100.0, max_new_tokens=100)) > 3
 
 def test_compiled_step_gives_the_same_text(trained, sample):
     greedy = dict(prompt="A", temperature=0.0)
