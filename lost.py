@@ -77,7 +77,7 @@ def check(out_features: int, in_features: int, rank: int, k: int, **switches):
         raise ValueError(f"rank {rank} of a {out_features}×{in_features} weight must lie in [1, {full}]")
     if not 0 <= k <= in_features:
         raise ValueError(f"k = {k} channels of {in_features} must lie in [0, {in_features}]")
-    if k and rank == full and switches["select"].startswith("residual"):
+    if k and rank == full and switches.get("select", "").startswith("residual"):
         raise ValueError(f"rank {rank} of a {out_features}×{in_features} weight leaves no residual to choose "
                          "channels by: lower the rank, set the sparsity to 0, or select by weight or random")
 
@@ -146,7 +146,7 @@ class LOSTLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, rank: int, k: int, gamma: float = 0.7,
                  activation: str = "silu", learn_gamma: bool = False, bias: bool = False, **kwargs):
         super().__init__()
-        check(out_features, in_features, rank, k, activation=activation, select="weight")
+        check(out_features, in_features, rank, k, activation=activation)
         if not 0 <= gamma <= 1:
             raise ValueError(f"gamma = {gamma}: must lie in [0, 1]")
         self.in_features, self.out_features, self.rank, self.k = in_features, out_features, rank, k
@@ -241,15 +241,16 @@ class LOSTLinear(nn.Module):
                    "gamma": self.gamma}
         return {name: float(f"{float(number):.5g}") for name, number in numbers.items()}
 
-def diagnose(model: nn.Module, run) -> dict[str, dict[str, float]]:
+def diagnose(model: nn.Module, run, part: tuple[int, int] = (0, 1)) -> dict[str, dict[str, float]]:
     """Name of each LOSTLinear of `model` → what its `diagnose` says of the inputs that it gets while run()
-    runs the model once, not compiled:
+    runs the model once, not compiled. part: as of `apply_lost`, (i, n) looks at the i-th of every n layers.
 
     low_rank_share  ‖y_L‖² / (‖y_L‖² + ‖y_S‖²) of the two terms y_L and y_S of eq. 7
     cosine          of y_L and y_S over all elements: below 0 the paths cancel one another
     effective_rank  of B A: e to the entropy of its normalised singular values (Roy and Vetterli 2007)
     norm_A, norm_B  spectral norms;  gamma  as it is now"""
-    names, found = {m: name for name, m in model.named_modules() if isinstance(m, LOSTLinear)}, {}
+    layers = [(m, name) for name, m in model.named_modules() if isinstance(m, LOSTLinear)]
+    names, found = dict(layers[part[0]::part[1]]), {}
     def look(module, args):
         if module in names:
             found[names[module]] = module.diagnose(args[0])
@@ -295,5 +296,7 @@ def apply_lost(model: nn.Module, rank: int | dict, sparsity: float | dict, gamma
                 layer.to_empty(device=device)
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from None
-        model.set_submodule(name, layer)
+        for alias, module in list(model.named_modules(remove_duplicate=False)):
+            if module is linear:               # also where the model uses it a second time
+                model.set_submodule(alias, layer)
     return model

@@ -341,6 +341,12 @@ def test_parts_of_a_model_decomposed_apart_make_the_whole():
             assert torch.equal(parts[i % 2][i].state_dict()[name], value)
             assert parts[1 - i % 2][i].state_dict()[name].shape == value.shape
 
+def test_a_layer_that_a_model_uses_twice_is_replaced_in_both_places():
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 6)})
+    model["c"] = model["a"]
+    apply_lost(model, 2, 0.25)
+    assert isinstance(model["a"], LOSTLinear) and model["c"] is model["a"] is not model["b"]
+
 def test_apply_holds_one_decomposition_at_a_time(monkeypatch):
     model, counts, real = Network(), [], lost.decompose
     def count_first(*given):
