@@ -42,12 +42,13 @@ class LlamaConfig:
     @classmethod
     def from_hf(cls, hf: dict) -> "LlamaConfig":
         """From the content of a config.json. Raises ValueError for what this model does not compute."""
-        hf = {**hf, **{k: v for k, v in (hf.get("rope_parameters") or {}).items() if k == "rope_theta"}}
+        rope = hf.get("rope_parameters") or {}             # of transformers 5
+        hf = {**hf, "rope_theta": rope["rope_theta"]} if "rope_theta" in rope else hf
         missing = [HF_NAMES[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd", "n_ffn")
                    if HF_NAMES[name] not in hf]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}: is it a LLaMA?")
-        scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+        scaling = hf.get("rope_scaling") or rope
         head_dim = hf["hidden_size"] // hf["num_attention_heads"]
         for name, value, only in [
             ("rope_scaling", scaling.get("rope_type", scaling.get("type", "default")), "default"),
@@ -81,8 +82,8 @@ MODELS = {
 @torch.library.custom_op("nanolost::rope_table", mutates_args=())
 def rope_table(positions: torch.Tensor, dim: int, theta: float) -> torch.Tensor:
     """cos and sin of the rotary angles, (2, T, D/2) float32: dimensions d and d + D/2 turn by the same angle.
-    An operation of its own, into which the compiler does not look: else it makes power, cosine and sine again
-    for each head of each layer, 0.6 ms of the 11 of a token with LOST 350m in bfloat16 on two cores."""
+    An operation of its own, into which the compiler does not look: otherwise it computes power, cosine and
+    sine again for each head of each layer, 0.6 ms of the 11 of a token of LOST 350m in bf16, two cores."""
     frequency = theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / -dim)
     angle = positions[:, None] * frequency
     return torch.stack((angle.cos(), angle.sin()))
@@ -116,15 +117,15 @@ class KVCache:
         return self.positions
 
     def append(self, layer: int, *kv: torch.Tensor) -> list[torch.Tensor]:
-        """Store k, v (B, n_kv_head, T, D) of one layer; returns all of its keys and values, also the ones to
-        come, which the mask hides."""
+        """Store k, v (B, n_kv_head, T, D) of one layer; returns its whole
+        buffers: the mask hides the places that are not written yet."""
         return [old.index_copy_(2, self.positions, new) for old, new in zip(self.kv[layer], kv, strict=True)]
 
     def tensors(self) -> list[torch.Tensor]:
         return [self.length, *(one for layer in self.kv for one in layer)]
 
     def stay(self) -> "KVCache":
-        """Promise that the tensors stay where they are: else no CUDA graph is made that changes them."""
+        """Tell the compiler that the tensors never move: else no CUDA graph is made that writes to them."""
         for tensor in self.tensors():
             torch._dynamo.mark_static_address(tensor, guard=False)
         return self
@@ -176,8 +177,8 @@ class Block(nn.Module):
 
 class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of x Wᵀ for x (N, C), W (V, C) and targets (N,) without the logits of more than a
-    slice of rows, which would be the largest tensor of a training step. Where `train`, the gradients are made
-    beside the loss, of the same products that a backward pass would need."""
+    slice of rows, which would be the largest tensor of a training step. With `train` the gradients are
+    computed together with the loss, from logits that a backward pass would have to make again."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, train):
@@ -190,7 +191,7 @@ class HeadLoss(torch.autograd.Function):
             logits, t = F.linear(one, w).float(), t.clamp(min=0)[:, None]                  # (rows, V)
             norm = logits.logsumexp(-1, keepdim=True)
             own = logits.gather(-1, t) - norm                                              # log p of t
-            loss = loss - (own * s).sum()                                          # torch 2.11 loses a -=
+            loss = loss - (own * s).sum()                                          # torch 2.11 drops a -=
             if train:
                 p = ((logits - norm).exp() * s).to(x.dtype)                        # softmax - one-hot
                 p.scatter_(-1, t, ((own.exp() - 1) * s).to(x.dtype))
@@ -297,7 +298,7 @@ class Llama(nn.Module):
                 token = torch.where(done, eot, token)
                 done |= token == eot
             idx = torch.cat((idx, token), dim=1)
-            if done.all():
+            if eot is not None and done.all():             # only then does a GPU wait for the answer
                 break
         return idx
 
@@ -331,7 +332,9 @@ def compile_step(model: Llama):
     """The step of one token compiled, for `generate(step=…)`; the model must not change any more. On a CPU
     its weights become constants; of several texts at once they are laid out anew, in as much memory again."""
     if next(model.parameters()).device.type != "cpu":
-        graphs = torch.compile(model, fullgraph=True, dynamic=False, mode="reduce-overhead")
+        # coordinate descent: a product with one row becomes a sum that is tuned, as gpt-fast has it
+        options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+        graphs = torch.compile(model, fullgraph=True, dynamic=False, options=options)
         return lambda token, cache: graphs(token, cache=cache.stay())
     made = {}                                  # by the number of texts and the window
     def step(token, cache):
@@ -348,7 +351,7 @@ def pick_token(logits, temperature, top_k=None, top_p=None, generator=None):
     or from all. Returns (B, 1)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature               # a small one overflows else
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature       # else a small temperature overflows
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))

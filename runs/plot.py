@@ -41,7 +41,7 @@ def main(argv: list[str]):
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for linear, color in zip(dict.fromkeys(r["linear"] for r in runs), plt.cm.tab10.colors, strict=False):
         own = [r for r in runs if r["linear"] == linear]
-        best = min((r for r in own if r["seed"] == 0), key=lambda r: r["evals"][-1]["val_loss"])
+        best = min([r for r in own if r["seed"] == 0] or own, key=lambda r: r["evals"][-1]["val_loss"])
         axes.plot(best["train_tokens"], [t["loss"] for t in best["trains"]], color=color, alpha=0.25, lw=0.8)
         for r in own:
             drawn = {"label": f"{linear}, lr {r['lr']:g}", "lw": 2} if r is best else {"alpha": 0.35, "lw": 1}
