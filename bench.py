@@ -41,15 +41,16 @@ class Config:
 
 def race(contestants: dict, rounds: int, device: torch.device) -> dict[str, float]:
     """Median seconds of each function; two turns to warm up, then `rounds` turns one after the other. Each is
-    run once more before its turn, as in training a step follows one of the same model."""
+    run once more before its turn, as in training a step follows one of the same model. On a GPU a turn is
+    five runs, of which only the first waits for the host."""
+    runs, wait = (5, torch.cuda.synchronize) if device.type == "cuda" else (1, lambda: None)
     def turn(work):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
         started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
+        for _ in range(runs):
+            work()
+        wait()
+        return (time.perf_counter() - started) / runs
     for work in [*contestants.values()] * 2:
         work()
     times = {name: [] for name in contestants}
@@ -123,8 +124,7 @@ def race_of_steps(config: Config, device, autocast, data: TokenDataset) -> list[
     micro, order, count = config.tokens // config.seq_len, SampleOrder(len(data), 0), itertools.count()
     x = torch.randint(config.vocab_size, (micro, config.seq_len), device=device)
     def read():
-        x, y = data.batch(order[np.arange(micro) + micro * next(count)])
-        return x.to(device), y.to(device)
+        return data.batch(order[np.arange(micro) + micro * next(count)], device)
     contestants, rows, kept = {}, [], {}
     for name in ("dense", "lost", "lost, recompute", "transformers"):
         model, run = build(config, "lost" if name.startswith("lost") else "dense", device)
@@ -181,8 +181,10 @@ def build(config: Config, linear: str, device):
 
 def as_transformers(model):
     """transformers' LLaMA with the weights of a dense model."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        raise ValueError("no transformers to compare with: pip install -c constraints.txt .[test]") from None
     other = LlamaForCausalLM(LlamaConfig(**model.config.to_hf(), attn_implementation="sdpa"))
     other.load_state_dict(model.state_dict())
     return other.to(model.lm_head.weight.device)
@@ -239,6 +241,9 @@ BENCHES = {"init": bench_init, "layer": bench_layer, "step": bench_step, "decode
 
 def main(config: Config):
     what = config.what.split(",")
+    for name in ("tokens", "seq_len", "new_tokens", "rounds", "vocab_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name} {getattr(config, name)}: must be positive")
     if wrong := set(what) - set(BENCHES):
         raise ValueError(f"--what {', '.join(wrong)}: use {', '.join(BENCHES)}")
     if config.tokens % config.seq_len:

@@ -54,7 +54,7 @@ class Report:
         reason = f"{kind.__name__}: {error}" if error and self.running else ""
         if self.watch:
             reason = reason and self.watch.first_fault(reason)
-            self.watch.over.set()              # its thread writes no more, or is at it now
+            self.watch.over.set()              # its thread starts no further write
         if reason:
             self.failed(reason)
         for file in (self.metrics, self.lock):
@@ -62,7 +62,7 @@ class Report:
                 file.close()
 
     def claim(self):
-        """Make out_dir and lock it until the context is left, or this process ends, however. Raises
+        """Make out_dir and lock it until the context is left or this process ends, in whatever way. Raises
         ValueError where another run has it or it cannot be written."""
         out_dir, instead = self.out_dir, "use another --out_dir"
         try:
@@ -81,7 +81,8 @@ class Report:
 
     def say(self, text: str):
         try:
-            print(text, flush=True) if self.rank == 0 else None
+            if self.rank == 0:
+                print(text, flush=True)
         except OSError:                        # a closed pipe or terminal must not end the run
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -127,7 +128,7 @@ class Watch:
 
     def __init__(self, rank: int, world: int, timeout: int, give_up):
         self.rank, self.patience, self.give_up, self.over = rank, timeout / 2, give_up, threading.Event()
-        # the launcher has it before its processes start; where it died since, nobody will answer
+        # the launcher has it before its processes start; if it has died since, nobody answers
         self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
                                    timeout=datetime.timedelta(seconds=min(timeout, 60)))
         self.store.set_timeout(datetime.timedelta(seconds=timeout))

@@ -9,6 +9,8 @@ a step are the same for any number of processes: the state is weights, moments a
 import contextlib
 import dataclasses
 import datetime
+import hashlib
+import itertools
 import json
 import math
 import os
@@ -41,8 +43,8 @@ RECIPES = {
     "130m": dict(rank=256,  steps=20_000,  lr=3e-3),
     "350m": dict(rank=256,  steps=60_000,  lr=3e-3),
     "1b":   dict(rank=512,  steps=100_000, lr=2e-3),
-    "7b":   dict(rank=1024, steps=150_000, lr=1e-3),
-    "13b":  dict(rank=1280, steps=150_000, lr=1e-3),
+    "7b":   dict(rank=1024, steps=150_000, lr=1e-3, recompute=True),         # else 97 GB of activations
+    "13b":  dict(rank=1280, steps=150_000, lr=1e-3, recompute=True),         # a micro-batch; here 152 GB
 }
 LINEARS = {                                    # the same layer with other switches; dense: no such layer
     "lost": {}, "dense": {},
@@ -55,12 +57,13 @@ DEVICES = {                                    # what "auto" means; micro_tokens
     "cpu": dict(backend="gloo", dtype="float32", compile="false", micro_tokens=4_096),
 }
 PEAK_FLOPS = {                                 # a second, dense bf16, from the makers' data sheets
-    "A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12,
+    "A100": 312e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "L40S": 362e12,
+    "4090": 165e12,
 }
 
 @dataclass
 class Config:
-    """Every value of a run; None is filled in by `resolve` and `run`."""
+    """Every setting of a run. None: chosen later, by `resolve` or `run`."""
     # files
     data_dir: str = flag("data/c4", "folder of token shards")
     out_dir: str = flag("out", "where checkpoints, metrics.jsonl, config.json and status.json go")
@@ -98,14 +101,14 @@ class Config:
     weight_decay: float = flag(0.01, "decoupled, on matrices and embeddings")
     betas: tuple[float, float] = flag((0.9, 0.95), "of AdamW")
     grad_clip: float = flag(0.5, "largest norm of the whole gradient, 0 for no clipping")
-    spike: float = flag(5.0, "a norm this many times the median of the last 100 is logged; 0: none is")
-    skip_spikes: bool = flag(False, "leave out the update of such a gradient, from the 21st on")
+    spike: float = flag(5.0, "log a gradient norm above this many times the median of the last 100; 0: never")
+    skip_spikes: bool = flag(False, "leave out the update of such a step, from step 21 on")
     seed: int = flag(0, "of the first weights and of the order of samples")
     # running
     device: str = flag("auto", "the best there is", ["auto", *DEVICES])
     dtype: str = flag("auto", "of autocast; bfloat16 on CUDA, else float32", ["auto", "float32", "bfloat16"])
     compile: str = flag("auto", "torch.compile; auto is true on CUDA", ["auto", "true", "false"])
-    recompute: bool = flag(False, "less memory: wide activations are computed again in the backward pass")
+    recompute: bool = flag(False, "save memory: compute wide activations again, backward (7b, 13b: true)")
     eval_every: int = flag(1000, "updates between evaluations; one more at the end")
     eval_tokens: int = flag(10_000_000, "validation tokens of an evaluation, always the same ones")
     save_every: int = flag(1000, "updates between checkpoints; one more at the end")
@@ -120,11 +123,11 @@ class Config:
 METHOD = ("rank", "sparsity", "gamma", "learn_gamma", "init", "select", "sparse_init", "activation")
 # A resumed run must agree in these; any other value that changed is printed
 FIXED = {*METHOD, "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn", "tie_embeddings", "vocab_size",
-         "linear", "seq_len", "optimizer", "init_std", "data"}
+         "linear", "seq_len", "optimizer", "init_std", "data", "tokenizer_sha256"}
 
 POSITIVE = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn", "seq_len", "batch_tokens", "micro_batch",
             "steps", "eval_every", "eval_tokens", "save_every", "keep", "log_every", "timeout")
-LIMITS = {                                     # what a value must do beside its type, and the test of it
+LIMITS = {                                     # name → (what its value must do, the test of it)
     **dict.fromkeys(POSITIVE, ("be positive", lambda n: n >= 1)),
     **dict.fromkeys(("lr", "init_std"), ("be positive and finite", lambda x: 0 < x < math.inf)),
     **dict.fromkeys(("weight_decay", "grad_clip"), ("not be negative", lambda x: x >= 0)),
@@ -135,12 +138,12 @@ LIMITS = {                                     # what a value must do beside its
 
 def resolve(given: dict) -> Config:
     """A whole Config from the values given, the recipe of the size and the switches of the kind of layer."""
-    base = Config(**given)
+    base = Config(**given)                     # for the two names that bring the rest
     config = Config(**{**MODELS[base.model], **RECIPES[base.model], **LINEARS[base.linear], **given})
     config.n_kv_head = config.n_head if config.n_kv_head is None else config.n_kv_head
     config.warmup = config.steps // 10 if config.warmup is None else config.warmup
-    for name in METHOD if config.linear == "dense" else ():
-        if name in given:
+    for name in METHOD:
+        if name in given and config.linear == "dense":
             raise ValueError(f"--{name} means nothing with --linear dense: drop one of them")
     for name, (what, fits) in LIMITS.items():
         if (value := getattr(config, name)) is not None and not fits(value):
@@ -249,12 +252,20 @@ def evaluate(model, data: TokenDataset, samples, micro, token_bytes, autocast, d
             "val_bpb": nats / math.log(2) / max(text_bytes, 1), "val_tokens": int(tokens)}
 
 @torch.no_grad()
-def look_inside(model, data: TokenDataset, autocast, device) -> dict:
-    """`diagnose` of the LOST layers on the first windows of the validation split, nothing without any."""
-    idx = data.batch(np.arange(min(4, len(data))))[0].to(device)
-    layers = {}
-    with autocast, contextlib.suppress(torch.linalg.LinAlgError):          # no reason to end a run
-        layers = diagnose(model, lambda: model.forward(idx))               # as it stands, compiled or not
+def look_inside(model, data: TokenDataset, autocast, device, rank=0, world=1, group=None) -> dict:
+    """`diagnose` of the LOST layers on the first windows of the validation split, each process its share of
+    them; nothing without any."""
+    (idx, _), layers = data.batch(np.arange(min(4, len(data))), device), {}
+    try:
+        with autocast:
+            layers = diagnose(model, lambda: model.forward(idx), (rank, world))    # never the compiled one
+    except RuntimeError as e:                  # of a solver or of too little memory: no reason to end a run
+        print(f"WARNING: no look inside the layers: {e}", file=sys.stderr, flush=True)
+    if group:
+        shares = [None] * world
+        dist.all_gather_object(shares, layers, group=group)
+        found = dict(itertools.chain(*(share.items() for share in shares)))
+        layers = {name: found[name] for name, _ in model.named_modules() if name in found}
     return {"layers": layers} if layers else {}
 
 def median_norm(norms: list[float]) -> float:
@@ -276,6 +287,7 @@ def describe(config: Config, model: Llama, world: int, micro: int, accumulation:
     weights, gradients, moments = count_bytes(model, config.optimizer)
     return (f"parameters  {total:,} = low-rank {low_rank:,} + sparse {sparse:,} + dense "
             f"{total - low_rank - sparse:,}\n"
+            f"device      {config.device}, {config.dtype}, compile {config.compile}\n"
             f"compute     {count_multiplies(model):,} multiplications a token forward, "
             f"{count_flops(model):,} FLOPs a token of training\n"
             f"memory      weights {weights:,} + gradients {gradients:,} + optimizer {moments:,} bytes, and "
@@ -295,32 +307,35 @@ def check_space(config: Config):
                          f"{weights + moments:,}: make room, lower --keep or use another --out_dir")
 
 def choose_checkpoint(config: Config) -> str | None:
-    """Folder to continue from, or None for a new run, for which out_dir must be empty or is emptied."""
+    """Folder to continue from, or None for a new run, for which out_dir must be empty or is emptied; so must
+    the checkpoints in it be for one that is continued from elsewhere."""
     if config.resume == "auto":
         return checkpoint.newest_checkpoint(config.out_dir)
+    folder, old = None, set(os.listdir(config.out_dir)) - {".lock"}
     if config.resume != "never":
-        return checkpoint.checkpoint_folder(config.resume)
-    old = set(os.listdir(config.out_dir)) - {".lock"}
+        folder, own = checkpoint.checkpoint_folder(config.resume), checkpoint.checkpoints(config.out_dir)
+        if not own or os.path.realpath(folder) in map(os.path.realpath, own):
+            return folder
     if old and not config.overwrite:
         raise ValueError(f"{config.out_dir} is not empty: continue with --resume auto, delete its run with "
                          "--overwrite, or use another --out_dir")
     shutil.rmtree(os.path.join(config.out_dir, "checkpoints"), ignore_errors=True)
     for name in old & {"metrics.jsonl", "config.json", "status.json"}:
         os.remove(os.path.join(config.out_dir, name))
-    return None
+    return folder
 
-def check_same_run(saved: dict, now: dict):
+def check_same_run(saved: dict, now: dict, say):
     """Refuse a changed architecture or data set, print any other change."""
     for name in [n for n in now if n in saved and saved[n] != now[n] and n not in ("resume", "overwrite")]:
         if name in FIXED:
             raise ValueError(f"{name} was {saved[name]} when this run began and is {now[name]} now: go back, "
                              "or use another --out_dir")
-        print(f"changed: {name} {saved[name]} → {now[name]}", flush=True)
+        say(f"changed: {name} {saved[name]} → {now[name]}")
 
 def peak_flops(device: torch.device) -> float | None:
     """FLOPs a second of one device at the most, None where unknown."""
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((PEAK_FLOPS[name] for name in PEAK_FLOPS if name in chip), None)
+    words = torch.cuda.get_device_name(device).replace("-", " ").split() if device.type == "cuda" else []
+    return next((PEAK_FLOPS[word] for word in words if word in PEAK_FLOPS), None)
 
 def peak_memory(device: torch.device) -> int:
     """Bytes at the most so far: of the GPU's allocator, else resident in this process."""
@@ -344,7 +359,7 @@ def run(config: Config, stack: contextlib.ExitStack):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     kind = pick_device(config.device)
     auto, cuda = DEVICES[kind], kind == "cuda"
-    config = dataclasses.replace(config, device=kind)      # from here on every value is what it comes to
+    config = dataclasses.replace(config, device=kind)      # from here on no value is "auto"
     for name in ("dtype", "compile"):
         setattr(config, name, auto[name] if getattr(config, name) == "auto" else getattr(config, name))
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if cuda else None)
@@ -363,10 +378,12 @@ def run(config: Config, stack: contextlib.ExitStack):
     known = tokenizer.vocab_size if tokenizer else LlamaConfig.vocab_size
     config.vocab_size = config.vocab_size or known
     if config.dry_run:                         # on the meta device: for 7b no 27 GB either
-        text = describe(config, build_model(config, "meta"), world, micro, accumulation)
-        return print(text, flush=True) if rank == 0 else None
+        if rank == 0:
+            print(describe(config, build_model(config, "meta"), world, micro, accumulation), flush=True)
+        return
     if config.vocab_size < known:
         raise ValueError(f"--vocab_size {config.vocab_size} is below the tokenizer's {known}")
+    digest = hashlib.sha256(tokenizer.to_json()).hexdigest()
     token_bytes = F.pad(torch.from_numpy(tokenizer.token_bytes()), (0, config.vocab_size - known))
     train_data = TokenDataset(config.data_dir, "train", config.seq_len)
     val_data = TokenDataset(config.data_dir, "val", config.seq_len)
@@ -406,6 +423,9 @@ def run(config: Config, stack: contextlib.ExitStack):
         checkpoint.sweep(config.out_dir)
         check_space(config)
         for data in (train_data, val_data):
+            if data.tokenizer not in (None, digest):
+                raise ValueError(f"{file} is not the tokenizer that {config.data_dir} was made with: use its "
+                                 "tokenizer.json as it was, or prepare the text again")
             data.check_ids(known)
         return choose_checkpoint(config)
     folder = on_first(rank, files, prepare)
@@ -413,13 +433,14 @@ def run(config: Config, stack: contextlib.ExitStack):
     # model and optimizer: of step 0, or as they were
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     identity = {**values, "data": [train_data.fingerprint, val_data.fingerprint],
+                "tokenizer_sha256": digest,
                 # of these the last bits of a sum depend: a change is allowed, and said
                 "processes": world, "threads": torch.get_num_threads(), "torch": torch.__version__}
     if folder:
         model, found = checkpoint.load_folder(folder)
         if "config" not in found:
             raise ValueError(f"{folder} has no training state to continue from: it is a model alone")
-        on_first(rank, files, lambda: check_same_run(found["config"], identity))
+        on_first(rank, files, lambda: check_same_run(found["config"], identity, report.say))
         state.update({name: found[name] for name in state if name in found})
         report.say(f"continuing from {folder}")
     else:
@@ -442,7 +463,7 @@ def run(config: Config, stack: contextlib.ExitStack):
         write_atomic(os.path.join(config.out_dir, "config.json"), json.dumps(values, indent=1).encode())
     report.status("running")
 
-    saved, stop, timed, started = dict(state), "", 0, time.perf_counter()
+    saved, begun, stop, timed, started = dict(state), state["step"], "", 0, time.perf_counter()
     while True:
         # evaluate and save where this step asks for it; a resumed run may have an evaluation to make up
         step, paused = state["step"], time.perf_counter()
@@ -452,7 +473,7 @@ def run(config: Config, stack: contextlib.ExitStack):
                            asked)
             stop = "" if val else asker()
             if val:
-                inside = look_inside(model, val_data, autocast, device) if rank == 0 else {}
+                inside = look_inside(model, val_data, autocast, device, rank, world, files)
                 report.record("eval", **val, **inside)
                 report.say(f"{where()} | val loss {val['val_loss']:.4f} | perplexity {val['val_ppl']:.2f} | "
                            f"{val['val_bpb']:.4f} bits per byte | {val['val_tokens']:,} tokens")
@@ -481,9 +502,9 @@ def run(config: Config, stack: contextlib.ExitStack):
         loss = torch.zeros((), device=device)
         samples = order[np.arange(batch) + state["samples"]]
         for mine in samples.reshape(accumulation, world, micro)[:, rank]:
-            x, y = train_data.batch(mine)
+            x, y = train_data.batch(mine, device)
             with autocast:
-                part = model(x.to(device), y.to(device), loss_only=True)[1]
+                part = model(x, y, loss_only=True)[1]
             part = part / (accumulation * world)
             part.backward()
             loss += part.detach()
@@ -505,8 +526,9 @@ def run(config: Config, stack: contextlib.ExitStack):
         skipped = spike and config.skip_spikes
         if config.grad_clip and norm > config.grad_clip:
             gradients.mul_(config.grad_clip / norm)
-        for optimizer in optimizers if not skipped else ():
-            optimizer.step()
+        if not skipped:
+            for optimizer in optimizers:
+                optimizer.step()
         stop = asker() if stops else ""
         state.update(step=step, samples=state["samples"] + batch, norms=[*state["norms"][-99:], norm],
                      tokens=state["tokens"] + config.batch_tokens)
@@ -525,6 +547,8 @@ def run(config: Config, stack: contextlib.ExitStack):
             left = datetime.timedelta(seconds=round(seconds * (config.steps - step)))
             report.say(f"{where()} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {speed:,.0f} tok/s | "
                        f"mfu {f'{mfu:.1%}' if mfu else 'n/a'} | {memory / 1e9:.2f} GB | {left} left")
+            timed, started = 0, time.perf_counter()
+        elif step == begun + 1:                # the first step compiles: it says nothing of the speed
             timed, started = 0, time.perf_counter()
     if world > 1:
         report.watch.over.set()

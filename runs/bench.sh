@@ -9,9 +9,15 @@ part() {                                       # name, flags of bench.py
     tail -n 1 "$out/last" > "$out/$device-$1.json"; rm "$out/last"
 }
 part init --what init --model 1b
-part layer --what layer --model 1b
-if [ "$device" = cuda ]; then part step-1b --what step --model 1b --tokens 16384; fi
-part step-130m --what step --model 130m --tokens "$([ "$device" = cuda ] && echo 16384 || echo 2048)"
+if [ "$device" = cuda ]; then                  # with fewer tokens a GPU waits for the host to launch kernels
+    part layer --what layer --model 1b --tokens 65536
+    part step-1b --what step --model 1b --tokens 16384
+    part step-130m --what step --model 130m --tokens 16384
+    part step-130m-65536 --what step --model 130m --tokens 65536
+else
+    part layer --what layer --model 1b
+    part step-130m --what step --model 130m
+fi
 part decode-350m --what decode --model 350m
 part decode-350m-float32 --what decode --model 350m --dtype float32
 part decode-130m --what decode --model 130m

@@ -1,5 +1,6 @@
 """The benchmark runs and says what it promises; how fast anything is, no test decides."""
 import json
+import sys
 
 import pytest
 
@@ -33,6 +34,16 @@ def test_contestants_take_turns_each_after_a_run_that_warms_memory_up():
     names = {name: lambda name=name: order.append(name) for name in "abc"}
     assert set(bench.race(names, 3, bench.torch.device("cpu"))) == set("abc")
     assert order == list("abc") * 2 + list("aabbcc") * 3
+
+@pytest.mark.parametrize("name", ["tokens", "seq_len", "new_tokens", "rounds", "vocab_size"])
+def test_a_number_below_one_is_refused(name):
+    with pytest.raises(ValueError, match=f"--{name} 0: must be positive"):
+        bench.main(bench.Config(**{name: 0}))
+
+def test_without_transformers_the_repair_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match="pip install"):
+        bench.as_transformers(None)
 
 def test_an_unknown_part_is_refused():
     with pytest.raises(ValueError, match="--what speed: use init, layer, step, decode, data"):

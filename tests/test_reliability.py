@@ -470,6 +470,7 @@ def test_a_run_that_goes_from_two_processes_to_one_and_back_sees_the_same_sample
     for one, other in zip(lines(elastic), lines(straight), strict=True):
         layers, others = one.pop("layers", {}), other.pop("layers", {})    # rounded to five digits
         assert one.pop("kind") == other.pop("kind") and one == pytest.approx(other, rel=1e-5)
+        assert list(layers) == list(others)
         assert all(layers[name] == pytest.approx(others[name], rel=1e-3, abs=1e-3) for name in others)
     states = [checkpoint.load_model(config.out_dir)[1] for config in (elastic, straight)]
     assert states[0]["samples"] == states[1]["samples"] == 12 * 8

@@ -6,6 +6,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -78,10 +79,10 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(small):
 def test_a_process_reads_only_its_share_and_all_together_read_the_order_once(small, monkeypatch):
     read = []
     batch = data.TokenDataset.batch
-    def spy(self, samples):
+    def spy(self, samples, *device):
         if isinstance(samples, np.ndarray) and "train" in self.paths[0]:
             read.extend(samples.tolist())
-        return batch(self, samples)
+        return batch(self, samples, *device)
     monkeypatch.setattr(data.TokenDataset, "batch", spy)
     config = small(micro_batch=2)
     train.main(config)
@@ -276,6 +277,31 @@ def test_an_evaluation_says_what_each_layer_does(small, tmp_path):
     train.main(dense)
     assert "layers" not in lines(dense, "eval")[-1]
 
+def test_a_solver_that_fails_in_a_look_inside_does_not_end_the_run(small, monkeypatch, capsys):
+    def fail(*args):
+        raise torch.linalg.LinAlgError("it did not converge")
+    monkeypatch.setattr(torch.linalg, "eigvalsh", fail)
+    train.main(small(steps=4))
+    assert "layers" not in lines(small(), "eval")[-1]
+    assert "WARNING: no look inside the layers: it did not converge" in capsys.readouterr().err
+
+def test_the_speed_leaves_out_the_first_step_which_compiles(small, monkeypatch):
+    lr_at = train.lr_at
+    def slow(step, config):
+        time.sleep(3 if step == 1 else 0)
+        return lr_at(step, config)
+    monkeypatch.setattr(train, "lr_at", slow)
+    config = small(log_every=4)
+    train.main(config)
+    assert all(entry["step_ms"] < 700 for entry in lines(config, "train"))
+
+@pytest.mark.parametrize("chip, peak", [
+    ("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA GeForce RTX 4090", 165e12),
+    ("NVIDIA RTX A1000", None), ("NVIDIA GH200 480GB", 989e12)])
+def test_a_gpu_has_the_peak_of_its_whole_name(monkeypatch, chip, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: chip)
+    assert train.peak_flops(torch.device("cuda")) == peak
+
 def test_a_gradient_far_above_the_median_of_the_last_is_logged(small, capsys, tmp_path):
     config = small(steps=32, spike=1.05, save_every=24)
     train.main(config)
@@ -375,6 +401,26 @@ def test_resuming_from_a_path_takes_that_checkpoint(small, tmp_path, path):
     other = small(resume=os.path.join(source, path), out_dir=str(tmp_path / "other"))
     train.main(other)
     assert losses(other) == losses(small())[4:] and files_of(other, 8) == files_of(small(), 8)
+    before = checkpoint.checkpoints(small().out_dir)       # of a run of its own: not to be lost for another
+    with pytest.raises(ValueError, match="not empty: continue with --resume auto"):
+        train.main(small(resume=other.resume))
+    assert checkpoint.checkpoints(small().out_dir) == before and len(losses(small())) == 8
+    train.main(small(resume=other.resume, overwrite=True, steps=6))
+    assert [step for step, _ in losses(small())] == [5, 6]
+
+def test_another_tokenizer_is_refused_for_a_new_run_and_for_an_old_one(small, tmp_path):
+    train.main(small(steps=4))
+    other = str(tmp_path / "other")
+    shutil.copytree(small().data_dir, other)
+    mine = data.Tokenizer.load(os.path.join(other, "tokenizer.json"))
+    data.Tokenizer(mine.tokens[::-1], mine.pattern, mine.name).save(os.path.join(other, "tokenizer.json"))
+    with pytest.raises(ValueError, match="tokenizer.json is not the tokenizer that .*other was made with"):
+        train.main(small(data_dir=other, out_dir=str(tmp_path / "new")))
+    os.remove(os.path.join(other, "manifest.json"))        # that could tell
+    train.main(small(data_dir=other, out_dir=str(tmp_path / "new"), steps=4))
+    mine.save(os.path.join(other, "tokenizer.json"))
+    with pytest.raises(ValueError, match="tokenizer_sha256 was .* when this run began"):
+        train.main(small(data_dir=other, out_dir=str(tmp_path / "new")))
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_the_update(small):
     config = small(steps=8, save_every=1, lr=1e30, grad_clip=0, warmup=0)
