@@ -264,7 +264,7 @@ class TokenDataset:
         known = json.dumps([[s["name"], s["tokens"], s.get("sha256")] for s in shards])
         self.fingerprint = hashlib.sha256(known.encode()).hexdigest()
         self.maps = {}
-        self.tokenizer = manifest.get("tokenizer", {}).get("sha256") if manifest else None     # that made it
+        self.tokenizer_sha256 = manifest.get("tokenizer", {}).get("sha256") if manifest else None
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -292,7 +292,7 @@ class TokenDataset:
         for shard in set(shards.tolist()):
             release(self.maps[shard])
         window = torch.from_numpy(window)
+        pair = window[:, :-1], window[:, 1:]
         if torch.device(device).type == "cuda":
-            window = window.pin_memory().to(device, non_blocking=True)
-        window = window.to(device)
-        return window[:, :-1], window[:, 1:]
+            return tuple(t.contiguous().pin_memory().to(device, non_blocking=True) for t in pair)
+        return tuple(t.to(device) for t in pair)

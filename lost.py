@@ -52,13 +52,16 @@ def top_svd(W: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, tor
         return vector, sigma, inverse[:, None] * (vector.T @ W)
     return (W @ vector) * inverse, sigma, vector.T
 
-def importance(W, W_comp, select: str, generator=None) -> torch.Tensor:
+def importance(W, U, sigma, Vt, select: str, generator=None) -> torch.Tensor:
     """CI_j of each input channel, (in,): eq. 4 and its alternatives."""
     if select == "weight":
         return W.norm(dim=0)
     if select == "random":
         return torch.rand(W.shape[1], generator=generator, dtype=torch.float64).to(W.device)
-    return W_comp.norm(p=1 if select == "residual_l1" else 2, dim=0)
+    if select == "residual_l1":
+        return (W - (U * sigma) @ Vt).abs().sum(0)
+    # columns of W_r and W_comp are orthogonal: ‖W_comp[:, j]‖² = ‖W[:, j]‖² − ‖W_r[:, j]‖²
+    return (W.square().sum(0) - (sigma[:, None] * Vt).square().sum(0)).clamp(min=0).sqrt()
 
 def random_factors(out_features: int, in_features: int, rank: int, generator=None):
     """A and B of independent normal elements; those of B A have the standard deviation (in + out)^-½: the
@@ -96,19 +99,17 @@ def decompose(weight: torch.Tensor, rank: int, k: int, init: str = "svd", select
     if not weight.isfinite().all():
         raise ValueError("the weight has NaN or infinite elements: decompose before anything diverges")
     W = (weight.cpu() if weight.device.type == "mps" else weight.detach()).double()      # MPS has no float64
-    W_comp, residual = None, k and (select.startswith("residual") or sparse_init == "residual")
-    if init == "svd" or residual:
+    U = sigma = Vt = None
+    if init == "svd" or k and (select.startswith("residual") or sparse_init == "residual"):
         U, sigma, Vt = top_svd(W, rank)
-    if residual:
-        W_comp = W - (U * sigma) @ Vt                                      # eq. 3
     if init == "svd":
         A, B = sigma.sqrt()[:, None] * Vt, U * sigma.sqrt()
     else:
         A, B = random_factors(*weight.shape, rank, generator)
     index, W_s = torch.empty(0, dtype=torch.int64), W[:, :0]
     if k:
-        index = importance(W, W_comp, select, generator).topk(k).indices.sort().values
-        W_s = (W if sparse_init == "weight" else W_comp)[:, index]
+        index = importance(W, U, sigma, Vt, select, generator).topk(k).indices.sort().values
+        W_s = W[:, index] if sparse_init == "weight" else W[:, index] - (U * sigma) @ Vt[:, index]
     A, B, W_s = (part.to(weight).contiguous() for part in (A, B, W_s))
     if not all(part.isfinite().all() for part in (A, B, W_s)):
         raise ValueError(f"the decomposition overflows {weight.dtype}: use a wider dtype or a smaller weight")

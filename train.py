@@ -307,14 +307,15 @@ def check_space(config: Config):
                          f"{weights + moments:,}: make room, lower --keep or use another --out_dir")
 
 def choose_checkpoint(config: Config) -> str | None:
-    """Folder to continue from, or None for a new run, for which out_dir must be empty or is emptied; so must
-    the checkpoints in it be for one that is continued from elsewhere."""
+    """Folder to continue from, or None for a new run. For that out_dir must be empty, and to continue from
+    elsewhere it must have no checkpoints, or it is emptied."""
     if config.resume == "auto":
         return checkpoint.newest_checkpoint(config.out_dir)
     folder, old = None, set(os.listdir(config.out_dir)) - {".lock"}
     if config.resume != "never":
-        folder, own = checkpoint.checkpoint_folder(config.resume), checkpoint.checkpoints(config.out_dir)
-        if not own or os.path.realpath(folder) in map(os.path.realpath, own):
+        folder = checkpoint.checkpoint_folder(config.resume)
+        inside = os.path.realpath(folder).startswith(os.path.realpath(config.out_dir) + os.sep)
+        if inside or not checkpoint.checkpoints(config.out_dir):
             return folder
     if old and not config.overwrite:
         raise ValueError(f"{config.out_dir} is not empty: continue with --resume auto, delete its run with "
@@ -423,7 +424,7 @@ def run(config: Config, stack: contextlib.ExitStack):
         checkpoint.sweep(config.out_dir)
         check_space(config)
         for data in (train_data, val_data):
-            if data.tokenizer not in (None, digest):
+            if data.tokenizer_sha256 not in (None, digest):
                 raise ValueError(f"{file} is not the tokenizer that {config.data_dir} was made with: use its "
                                  "tokenizer.json as it was, or prepare the text again")
             data.check_ids(known)

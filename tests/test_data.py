@@ -417,6 +417,14 @@ def test_a_batch_holds_the_samples_asked_for_in_their_order(draw):
     assert y.tolist() == [a[1][0].tolist() for a in alone]
     assert (y == x + 1).all(), "a window crosses the end of a shard or skips a token"
 
+def test_a_gpu_gets_its_batch_from_pinned_memory_without_waiting(tmp_path, monkeypatch):
+    put_shards(tmp_path, [33])
+    windows, seen = TokenDataset(tmp_path, "train", 8), []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: seen.append(t.is_contiguous()) or t)
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *where, **how: seen.append((*where, how)) or t)
+    windows.batch([0, 1], "cuda:1")
+    assert seen == [True, ("cuda:1", {"non_blocking": True})] * 2
+
 @pytest.mark.parametrize("with_manifest", [False, True])
 def test_the_splits_do_not_mix(tmp_path, with_manifest):
     put_shards(tmp_path, [11, 11], "train")
