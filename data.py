@@ -106,6 +106,14 @@ def read_shard(path: str) -> np.ndarray:
     with open(path, "rb") as f:
         return np.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), dtype, count, HEADER_BYTES)
 
+def shard_length(data_dir: str, shard: dict) -> int:
+    """Tokens of a shard by its file. ValueError where its entry in the manifest says something else."""
+    tokens = len(read_shard(os.path.join(data_dir, shard["name"])))
+    if shard.get("tokens", tokens) != tokens:
+        raise ValueError(f"{shard['name']} of {data_dir} has {tokens} tokens, its manifest says "
+                         f"{shard['tokens']}: {AGAIN}")
+    return tokens
+
 def release(tokens: np.ndarray):
     """Unmap the pages of a `read_shard` that were touched: they would count as resident for ever."""
     tokens.base.obj.madvise(mmap.MADV_DONTNEED)
@@ -251,17 +259,13 @@ class TokenDataset:
         if not shards:
             raise ValueError(f"no {split} shards in {data_dir}: run prepare_c4.py --out_dir {data_dir} first")
         self.paths = [os.path.join(data_dir, s["name"]) for s in shards]
-        lengths = [len(read_shard(path)) for path in self.paths]
-        for shard, tokens in zip(shards, lengths, strict=True):
-            if shard.setdefault("tokens", tokens) != tokens:
-                raise ValueError(f"{shard['name']} of {data_dir} has {tokens} tokens, its manifest says "
-                                 f"{shard['tokens']}: delete the folder and run prepare_c4.py again")
+        lengths = [shard_length(data_dir, shard) for shard in shards]
         self.ends = np.cumsum([max(0, (n - 1) // seq_len) for n in lengths])   # windows up to a shard's end
         if not len(self):
             raise ValueError(f"the {split} shards of {data_dir} hold fewer than {seq_len + 1} tokens each: "
                              "prepare more text or lower --seq_len")
         # identity of the split: what a resumed run must find again
-        known = json.dumps([[s["name"], s["tokens"], s.get("sha256")] for s in shards])
+        known = json.dumps([[s["name"], n, s.get("sha256")] for s, n in zip(shards, lengths, strict=True)])
         self.fingerprint = hashlib.sha256(known.encode()).hexdigest()
         self.maps = {}
         self.tokenizer_sha256 = manifest.get("tokenizer", {}).get("sha256") if manifest else None

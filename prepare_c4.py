@@ -31,13 +31,12 @@ import rustbpe
 from tqdm import tqdm
 
 from data import (
-    AGAIN,
     GPT2_PATTERN,
     ShardWriter,
     Tokenizer,
     load_manifest,
-    read_shard,
     sha256_file,
+    shard_length,
     token_dtype,
     write_atomic,
 )
@@ -282,9 +281,7 @@ def begin(config: Config, streams: dict[str, list[str]]) -> dict:
             raise ValueError(f"{config.out_dir} was begun with another --{name}: use the same as in its "
                              "manifest.json, another --out_dir, or delete it")
     for shard in manifest["shards"]:
-        path = os.path.join(config.out_dir, shard["name"])
-        if len(read_shard(path)) != shard["tokens"]:
-            raise ValueError(f"{path} is not what its manifest says: {AGAIN}")
+        shard_length(config.out_dir, shard)
     return manifest
 
 def main(config: Config):

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -264,7 +263,7 @@ def look_inside(model, data: TokenDataset, autocast, device, rank=0, world=1, gr
     if group:
         shares = [None] * world
         dist.all_gather_object(shares, layers, group=group)
-        found = dict(itertools.chain(*(share.items() for share in shares)))
+        found = {name: numbers for share in shares for name, numbers in share.items()}
         layers = {name: found[name] for name, _ in model.named_modules() if name in found}
     return {"layers": layers} if layers else {}
 
@@ -539,7 +538,8 @@ def run(config: Config, stack: contextlib.ExitStack):
                        f"{', update skipped' if skipped else ''}")
 
         timed += 1
-        if step % config.log_every == 0 or step == config.steps:
+        logs = step % config.log_every == 0 or step == config.steps
+        if logs:
             seconds = (time.perf_counter() - started) / timed
             speed, memory = config.batch_tokens / seconds, peak_memory(device)
             mfu = speed * flops / (peak * world) if peak else None
@@ -548,8 +548,7 @@ def run(config: Config, stack: contextlib.ExitStack):
             left = datetime.timedelta(seconds=round(seconds * (config.steps - step)))
             report.say(f"{where()} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {speed:,.0f} tok/s | "
                        f"mfu {f'{mfu:.1%}' if mfu else 'n/a'} | {memory / 1e9:.2f} GB | {left} left")
-            timed, started = 0, time.perf_counter()
-        elif step == begun + 1:                # the first step compiles: it says nothing of the speed
+        if logs or step == begun + 1:          # the first step compiles: it says nothing of the speed
             timed, started = 0, time.perf_counter()
     if world > 1:
         report.watch.over.set()

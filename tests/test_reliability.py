@@ -307,6 +307,12 @@ def test_a_closed_pipe_does_not_end_the_run(small):
     process.stdout.close()
     assert process.wait() == 0 and status(config)["state"] == "finished" and len(lines(config)) == 60 + 15
 
+def test_a_closed_pipe_does_not_end_a_run_that_continues_with_another_flag(small):
+    train.main(small(steps=4))
+    process = launch(small(lr=2e-2))
+    process.stdout.close()
+    assert process.wait() == 0 and status(small())["state"] == "finished"
+
 @linux
 def test_the_slurm_script_queues_a_stopped_job_again_and_no_other(small, tmp_path):
     config = small(steps=40, save_every=40, eval_every=40)
