@@ -144,6 +144,8 @@ class LOSTLinear(nn.Module):
     parameter where `learn_gamma`. With k = 0 there is no sparse path, no W_s and no index. The constructor
     leaves all empty, to be filled by `from_linear` or from a checkpoint."""
 
+    few_rows = False                           # a second form of eq. 7 for decoding, asked for explicitly
+
     def __init__(self, in_features: int, out_features: int, rank: int, k: int, gamma: float = 0.7,
                  activation: str = "silu", learn_gamma: bool = False, bias: bool = False, **kwargs):
         super().__init__()
@@ -185,11 +187,12 @@ class LOSTLinear(nn.Module):
         z, x_I = self.inner(x)
         if not self.k:
             return F.linear(z, self.B, self.bias)                                          # (..., out)
-        if torch.is_grad_enabled():            # the sum below as one product: two wide outputs less to add up
-            pad = 0, -(self.rank + self.k) % 8                 # to rows of whole 16 bytes in bf16, for GPUs
-            z, B = F.pad(torch.cat((z, x_I), -1), pad), F.pad(torch.cat((self.B, self.W_s), -1), pad)
-            return F.linear(z, B, self.bias)
-        return F.linear(z, self.B, self.bias) + F.linear(x_I, self.W_s)    # no copy of B for a single token
+        if self.few_rows:                      # no copy of B and W_s: `generate` asks for it, a token at a time
+            return F.linear(z, self.B, self.bias) + F.linear(x_I, self.W_s)
+        # the sum as one product: two wide outputs less to add up. In rows of whole 16 bytes in bf16, for GPUs
+        pad = 0, -(self.rank + self.k) % 8
+        z, B = F.pad(torch.cat((z, x_I), -1), pad), F.pad(torch.cat((self.B, self.W_s), -1), pad)
+        return F.linear(z, B, self.bias)
 
     def inner(self, x):
         """γ · SiLU(x Aᵀ) (..., rank) and (1 − γ) · x_I (..., k): γ scales what is narrow."""

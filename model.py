@@ -281,6 +281,9 @@ class Llama(nn.Module):
         The context is never longer than the seq_len the model was trained on: when it is full, its older half
         is dropped and the rest read again from position 0, so a token costs the same however long the text.
         With eot a row that produced it is filled up with it, until all rows have."""
+        for layer in self.modules():
+            if hasattr(layer, "few_rows"):     # the layer's form for a token at a time
+                layer.few_rows = True
         window, start = self.config.seq_len, max(0, idx.shape[1] - self.config.seq_len)
         cache, token, fresh = None, None, True
         done = torch.zeros(idx.shape[0], 1, dtype=torch.bool, device=idx.device)

@@ -492,7 +492,6 @@ def run(config: Config, stack: contextlib.ExitStack):
 
         # one update
         step += 1
-        torch.manual_seed(hash((config.seed, step, rank)))                 # for dropout, should one add it
         lr = lr_at(step, config)
         for group in (g for optimizer in optimizers for g in optimizer.param_groups):
             group["lr"] = lr

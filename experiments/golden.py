@@ -1,0 +1,56 @@
+"""The losses of four reference runs to the last digit: LOST and dense `tiny`, AdamW and Muon, seed 0.
+
+    python experiments/golden.py > before.json
+    python experiments/golden.py --compare before.json
+
+Two revisions of the code that compute the same print the same, on one machine: other processors and other
+versions of torch round differently. `tests/golden.json` is what one machine printed; a test compares with it
+to a tolerance."""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+RUNS = [(linear, optimizer) for linear in ("lost", "dense") for optimizer in ("adamw", "muon")]
+
+def losses(linear: str, optimizer: str, data_dir: str, steps: int) -> list[float]:
+    """The loss of each update, and last the validation loss."""
+    with tempfile.TemporaryDirectory() as out_dir:
+        command = [
+            sys.executable, os.path.join(ROOT, "train.py"), "--model=tiny", f"--linear={linear}",
+            f"--optimizer={optimizer}", "--lr=6e-3", "--seed=0", f"--steps={steps}", "--warmup=5",
+            "--log_every=1", f"--eval_every={steps}", f"--save_every={steps}", "--eval_tokens=20000",
+            "--device=cpu", "--dtype=float32", "--compile=false",
+            f"--data_dir={data_dir}", f"--out_dir={out_dir}",
+        ]
+        # one thread: the order of a sum depends on their number
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+        with open(os.path.join(out_dir, "metrics.jsonl"), encoding="utf-8") as f:
+            entries = [json.loads(line) for line in f]
+    train = [entry["loss"] for entry in entries if entry["kind"] == "train"]
+    return train + [entry["val_loss"] for entry in entries if entry["kind"] == "eval"]
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compare", help="a file that this program printed: exit code 1 where it differs")
+    parser.add_argument("--steps", type=int, default=50)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as data_dir:
+        prepare = [sys.executable, os.path.join(ROOT, "prepare_c4.py"), "--input", "builtin"]
+        prepare += ["--tokenizer", "train:1024", "--out_dir", data_dir]
+        subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)
+        found = {" ".join(run): losses(*run, data_dir, given.steps) for run in RUNS}
+    print(json.dumps(found, indent=1))
+    if given.compare:
+        with open(given.compare, encoding="utf-8") as f:
+            before = json.load(f)
+        for name, series in found.items():
+            print(name, "same" if before[name] == series else "DIFFERS", file=sys.stderr)
+        sys.exit(found != before)
+
+if __name__ == "__main__":
+    main()
