@@ -21,10 +21,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train
-from data import SampleOrder, TokenDataset, token_dtype, write_shard
-from flags import command, flag, parse
 from lost import LOSTLinear, apply_lost
-from model import MODELS, compile_step, count_flops, count_multiplies, pick_device
+from model import MODELS
+from nanolost.counts import count_flops, count_multiplies
+from nanolost.data import SampleOrder, TokenDataset, token_dtype, write_shard
+from nanolost.decode import compile_step, generate
+from nanolost.flags import command, flag, parse
+from nanolost.job import pick_device
 
 @dataclass
 class Config:
@@ -194,14 +197,14 @@ def bench_decode(config: Config, device, autocast) -> list[dict]:
     idx, n, contestants = torch.randint(config.vocab_size, (1, 32), device=device), config.new_tokens, {}
     for linear in ("dense", "lost"):
         model = build(config, linear, device)[0].to(getattr(torch, config.dtype))
-        contestants[linear] = lambda model=model: model.generate(idx, n, temperature=0)
+        contestants[linear] = lambda model=model: generate(model, idx, n, temperature=0)
         if linear == "dense":
             other = as_transformers(model).to(model.lm_head.weight.dtype)
             contestants["transformers"] = lambda other=other: other.generate(
                 idx, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
         if config.compile:
             step = compile_step(model)
-            contestants[f"{linear}, compiled"] = lambda model=model, step=step: model.generate(
+            contestants[f"{linear}, compiled"] = lambda model=model, step=step: generate(model,
                 idx, n, temperature=0, step=step)
     seconds = race(contestants, config.rounds, device)
     return [{"decode": name, "tokens/s": n / s, "over dense": seconds["dense"] / s,

@@ -187,9 +187,9 @@ class LOSTLinear(nn.Module):
         z, x_I = self.inner(x)
         if not self.k:
             return F.linear(z, self.B, self.bias)                                          # (..., out)
-        if self.few_rows:                      # no copy of B and W_s: `generate` asks for it, a token at a time
+        if self.few_rows:                      # no copy of B and W_s: decoding asks for it
             return F.linear(z, self.B, self.bias) + F.linear(x_I, self.W_s)
-        # the sum as one product: two wide outputs less to add up. In rows of whole 16 bytes in bf16, for GPUs
+        # the sum as one product: two wide outputs less to add up. In rows of 16 bytes in bf16, for GPUs
         pad = 0, -(self.rank + self.k) % 8
         z, B = F.pad(torch.cat((z, x_I), -1), pad), F.pad(torch.cat((self.B, self.W_s), -1), pad)
         return F.linear(z, B, self.bias)

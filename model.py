@@ -3,7 +3,6 @@ LlamaForCausalLM, so that a state dict of one loads into the other. RMSNorm, rot
 SwiGLU, no bias.
 
 In shapes: B sequences, T tokens, S tokens attended to, C = n_embd, H heads of D = C / H, V words."""
-import copy
 import functools
 from dataclasses import dataclass
 
@@ -11,6 +10,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from nanolost.loss import HeadLoss
 
 @dataclass
 class LlamaConfig:
@@ -98,38 +99,6 @@ def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     turned = a * cos - b * sin, b * cos + a * sin                                          # in float32
     return torch.cat([half.to(x.dtype) for half in turned], dim=-1)
 
-class KVCache:
-    """Keys and values of the tokens seen so far, in tensors allocated once for `size` tokens. All shapes stay
-    and the length is a tensor, so that the step of one token compiles once."""
-
-    def __init__(self, config: LlamaConfig, batch: int, size: int, device=None, dtype=None):
-        kv = torch.zeros(config.n_layer, 2, batch, config.n_kv_head, size, config.n_embd // config.n_head,
-                         device=device, dtype=dtype)
-        self.kv = [list(layer) for layer in kv]
-        self.length = torch.zeros((), dtype=torch.int64, device=device)
-
-    def begin(self, T: int) -> torch.Tensor:
-        """Make room for T more tokens; returns their positions, (T,)."""
-        size, device = self.kv[0][0].shape[2], self.length.device
-        self.positions = self.length + torch.arange(T, device=device)
-        self.mask = self.positions[:, None] >= torch.arange(size, device=device)         # (T, size)
-        self.length += T
-        return self.positions
-
-    def append(self, layer: int, *kv: torch.Tensor) -> list[torch.Tensor]:
-        """Store k, v (B, n_kv_head, T, D) of one layer; returns its whole
-        buffers: the mask hides the places that are not written yet."""
-        return [old.index_copy_(2, self.positions, new) for old, new in zip(self.kv[layer], kv, strict=True)]
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [self.length, *(one for layer in self.kv for one in layer)]
-
-    def stay(self) -> "KVCache":
-        """Tell the compiler that the tensors never move: else no CUDA graph is made that writes to them."""
-        for tensor in self.tensors():
-            torch._dynamo.mark_static_address(tensor, guard=False)
-        return self
-
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
@@ -174,36 +143,6 @@ class Block(nn.Module):
     def forward(self, x, rope, cache=None):
         x = x + self.self_attn(self.input_layernorm(x), rope, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
-
-class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of x Wᵀ for x (N, C), W (V, C) and targets (N,) without the logits of more than a
-    slice of rows, which would be the largest tensor of a training step. With `train` the gradients are
-    computed together with the loss, from logits that a backward pass would have to make again."""
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, train):
-        w, loss = weight.to(x.dtype), x.new_zeros((), dtype=torch.float32)
-        grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight) if train else None
-        known = targets >= 0
-        share = (known / known.sum())[:, None]                                             # (N, 1)
-        rows = max(512, len(x) // 4)           # few: each costs a pass over grad_w
-        for one, t, s, out in zip(*(a.split(rows) for a in (x, targets, share, grad_x)), strict=True):
-            logits, t = F.linear(one, w).float(), t.clamp(min=0)[:, None]                  # (rows, V)
-            norm = logits.logsumexp(-1, keepdim=True)
-            own = logits.gather(-1, t) - norm                                              # log p of t
-            loss = loss - (own * s).sum()                                          # torch 2.11 drops a -=
-            if train:
-                p = ((logits - norm).exp() * s).to(x.dtype)                        # softmax - one-hot
-                p.scatter_(-1, t, ((own.exp() - 1) * s).to(x.dtype))
-                out.copy_(p @ w)
-                grad_w += p.T @ one
-        ctx.save_for_backward(grad_x, grad_w)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad, grad_w * grad, None, None
 
 def keep_narrow(width: int):
     """What `recompute` keeps of a block, as CoLA-M does (Liu et al. 2025, arXiv 2502.10940): products that
@@ -251,7 +190,7 @@ class Llama(nn.Module):
             else:
                 raise ValueError(f"no rule says how to initialise {name}: add one to Llama.init_weights")
 
-    def forward(self, idx, targets=None, cache: KVCache | None = None, loss_only: bool = False):
+    def forward(self, idx, targets=None, cache=None, loss_only: bool = False):
         positions = cache.begin(idx.shape[1]) if cache else torch.arange(idx.shape[1], device=idx.device)
         rope = rope_table(positions, self.config.n_embd // self.config.n_head, self.config.rope_theta)
         x = self.model["embed_tokens"](idx)                                                # (B, T, C)
@@ -271,120 +210,3 @@ class Llama(nn.Module):
                                         torch.is_grad_enabled())
         logits = self.lm_head(x)                                                           # (B, T, V)
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
-
-    @torch.inference_mode()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, eot=None,
-                 step=None):
-        """Continue idx (B, T ≥ 1) by up to max_new_tokens; returns (B, T + new). temperature 0 takes the
-        likeliest token. step: what runs the model on one token and the cache, for example the compiled model.
-
-        The context is never longer than the seq_len the model was trained on: when it is full, its older half
-        is dropped and the rest read again from position 0, so a token costs the same however long the text.
-        With eot a row that produced it is filled up with it, until all rows have."""
-        for layer in self.modules():
-            if hasattr(layer, "few_rows"):     # the layer's form for a token at a time
-                layer.few_rows = True
-        window, start = self.config.seq_len, max(0, idx.shape[1] - self.config.seq_len)
-        cache, token, fresh = None, None, True
-        done = torch.zeros(idx.shape[0], 1, dtype=torch.bool, device=idx.device)
-        for _ in range(max_new_tokens):
-            if idx.shape[1] - start > window:
-                start, fresh = idx.shape[1] - max(1, window // 2), True
-            if fresh:                          # the same tensors again: what they held lies behind the mask
-                cache = cache or KVCache(self.config, len(idx), window, idx.device, self.lm_head.weight.dtype)
-                cache.length.zero_()
-                logits, fresh = self(idx[:, start:], cache=cache)[0], False
-            else:
-                logits, _ = (self if step is None else step)(token, cache=cache)
-            token = pick_token(logits[:, -1].float(), temperature, top_k, top_p, generator)   # (B, 1)
-            if eot is not None:
-                token = torch.where(done, eot, token)
-                done |= token == eot
-            idx = torch.cat((idx, token), dim=1)
-            if eot is not None and done.all():             # only then does a GPU wait for the answer
-                break
-        return idx
-
-def one_row(x, W):
-    """x (1, K) times W (K, N) as a sum that inductor vectorises: at one row its time is that of reading W,
-    which the library's product exceeds for a narrow one by far (LOST 130m in bfloat16: 1.5 times in all)."""
-    if x.shape[0] > 1:
-        return NotImplemented                  # the library's product
-    W = W.contiguous() if W.shape[0] < 32 else W                       # a constant: once, not a token
-    return (x.mT * W).sum(0, keepdim=True)
-
-@torch.no_grad()
-def compile_for_cpu(model, cache, tensors):
-    """tensors (token, *cache.tensors()) → [logits], for these shapes. Traced as it runs: torch.compile would
-    look at each weight again before each token, 1 ms of 10 for LOST 350m in bfloat16."""
-    from torch._decomp import get_decompositions
-    from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.decomposition import select_decomp_table
-    from torch.fx.experimental.proxy_tensor import make_fx
-    def run(token, length, *kv):
-        seen = copy.copy(cache)
-        seen.length, seen.kv = length, list(zip(kv[::2], kv[1::2], strict=True))
-        return model(token, cache=seen)[:1]
-    graph = make_fx(run)(*(tensor.clone() for tensor in tensors))                  # it changes the clones
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu         # 3 times slower for a row
-    table = {**select_decomp_table(), **get_decompositions([attention]), torch.ops.aten.mm.default: one_row}
-    with torch._inductor.config.patch(freezing=True):
-        return compile_fx(graph, tensors, decompositions=table)
-
-def compile_step(model: Llama):
-    """The step of one token compiled, for `generate(step=…)`; the model must not change any more. On a CPU
-    its weights become constants; of several texts at once they are laid out anew, in as much memory again."""
-    if next(model.parameters()).device.type != "cpu":
-        # coordinate descent: a product with one row becomes a sum that is tuned, as gpt-fast has it
-        options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
-        graphs = torch.compile(model, fullgraph=True, dynamic=False, options=options)
-        return lambda token, cache: graphs(token, cache=cache.stay())
-    made = {}                                  # by the number of texts and the window
-    def step(token, cache):
-        tensors = [token, *cache.tensors()]
-        shapes = token.shape, tensors[-1].shape
-        if shapes not in made:
-            made[shapes] = compile_for_cpu(model, cache, tensors)
-        return made[shapes](*tensors)[0], None
-    return step
-
-def pick_token(logits, temperature, top_k=None, top_p=None, generator=None):
-    """One token a row from logits (B, V): the likeliest at temperature 0, else drawn from the top_k
-    likeliest, or from the fewest whose probabilities sum to top_p (Holtzman et al. 2020, arXiv 1904.09751),
-    or from all. Returns (B, 1)."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature       # else a small temperature overflows
-    if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    if top_p is not None:
-        probs, order = logits.softmax(-1).sort(descending=True)
-        drop = probs.cumsum(-1) - probs >= top_p                                  # the first one always stays
-        logits = logits.masked_fill(drop.scatter(1, order, drop), float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
-
-def pick_device(name: str) -> str:
-    """"auto" is the best of cuda, mps and cpu that is here. Raises ValueError for one that is not."""
-    here = [d for d in ("cuda", "mps") if getattr(torch, d).is_available()] + ["cpu"]
-    if name not in ("auto", *here):
-        raise ValueError(f"--device {name}: this machine or this torch has none; use {' or '.join(here)}")
-    return here[0] if name == "auto" else name
-
-# --- counts, from the modules present ---
-
-def count_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-def count_multiplies(model: nn.Module) -> int:
-    """Of the matrix products: each element of a matrix is used once a token, whatever layer it is in. The
-    embedding is a look-up, except where the head shares it."""
-    matrices = {id(p): p.numel() for m in model.modules() if not isinstance(m, nn.Embedding)
-                for p in m.parameters(recurse=False) if p.dim() == 2}
-    return sum(matrices.values())
-
-def count_flops(model: Llama) -> int:
-    """Of training on one token, forward and backward: 6 a multiplication and 12 n_layer n_embd seq_len for
-    attention without its causal half taken off (Chowdhery et al. 2022, arXiv 2204.02311, appendix B)."""
-    c = model.config
-    return 6 * count_multiplies(model) + 12 * c.n_layer * c.n_embd * c.seq_len

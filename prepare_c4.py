@@ -30,17 +30,10 @@ import numpy as np
 import rustbpe
 from tqdm import tqdm
 
-from data import (
-    GPT2_PATTERN,
-    ShardWriter,
-    Tokenizer,
-    load_manifest,
-    sha256_file,
-    shard_length,
-    token_dtype,
-    write_atomic,
-)
-from flags import command, flag, parse
+from nanolost.data import ShardWriter, load_manifest, shard_length, token_dtype
+from nanolost.files import sha256_file, write_atomic
+from nanolost.flags import command, flag, parse
+from nanolost.tokenizer import GPT2_PATTERN, Tokenizer
 
 C4 = {"val": [f"hf://allenai/c4/en/c4-validation.{i:05d}-of-00008.json.gz" for i in range(8)],
       "train": [f"hf://allenai/c4/en/c4-train.{i:05d}-of-01024.json.gz" for i in range(1024)]}

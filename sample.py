@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from checkpoint import checkpoint_folder, load_folder
-from data import Tokenizer
-from flags import command, flag, parse
-from model import compile_step, pick_device
+from nanolost.checkpoint import checkpoint_folder, load_folder
+from nanolost.decode import compile_step, generate
+from nanolost.flags import command, flag, parse
+from nanolost.job import pick_device
+from nanolost.tokenizer import Tokenizer
 
 @dataclass
 class Config:
@@ -52,7 +53,7 @@ def main(config: Config):
     start = [tokenizer.eot, *tokenizer.encode(prompt)]                  # as every document in training
     idx = torch.tensor([start] * config.num_samples, device=device)
     generator = torch.Generator(device).manual_seed(config.seed)
-    rows = model.generate(idx, config.max_new_tokens, config.temperature, top_k, top_p, generator,
+    rows = generate(model, idx, config.max_new_tokens, config.temperature, top_k, top_p, generator,
                           tokenizer.eot, step=compile_step(model) if config.compile else None).tolist()
     for i, row in enumerate(rows):
         new = row[len(start):]

@@ -26,12 +26,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import checkpoint
-from data import SampleOrder, TokenDataset, Tokenizer, write_atomic
-from flags import command, flag, parse
-from job import Report, Watch, on_first
 from lost import SWITCHES, LOSTLinear, apply_lost, diagnose
-from model import MODELS, Llama, LlamaConfig, count_flops, count_multiplies, count_parameters, pick_device
+from model import MODELS, Llama, LlamaConfig
+from nanolost import checkpoint
+from nanolost.counts import count_flops, count_multiplies, count_parameters
+from nanolost.data import SampleOrder, TokenDataset
+from nanolost.files import write_atomic
+from nanolost.flags import command, flag, parse
+from nanolost.job import Report, Watch, on_first, pick_device
+from nanolost.tokenizer import Tokenizer
 
 # Per size LOST's rank, and the steps and learning rates that CoLA published (LOST's own are unknown; 13b: as
 # 7b). tiny is ours, for a CPU: RESULTS.md says why Muon, and README.md how its learning rate was found.

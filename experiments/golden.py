@@ -35,7 +35,8 @@ def losses(linear: str, optimizer: str, data_dir: str, steps: int) -> list[float
     return train + [entry["val_loss"] for entry in entries if entry["kind"] == "eval"]
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--compare", help="a file that this program printed: exit code 1 where it differs")
     parser.add_argument("--steps", type=int, default=50)
     given = parser.parse_args()

@@ -20,8 +20,8 @@ RANK = int(os.environ.get("RANK", 0))
 
 import torch  # noqa: E402
 
-import checkpoint  # noqa: E402
 import model  # noqa: E402
+from nanolost import checkpoint  # noqa: E402
 
 points = []
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import checkpoint
-import data
 import train
+from nanolost import checkpoint, files
+from nanolost.tokenizer import Tokenizer
 
 FILES = ["model.safetensors", "optimizer.safetensors", "config.json", "state.json", "tokenizer.json",
          "manifest.json"]
-BYTE = data.Tokenizer.named("byte")
+BYTE = Tokenizer.named("byte")
 
 @pytest.fixture
 def run(small):
@@ -51,7 +51,7 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(run, monkeypatch):
     def failing(path):                         # as read() fails on a bad sector, without the name of the file
         if path == os.path.join(folder_of(run, 8), "model.safetensors"):
             raise OSError(errno.EIO, "Input/output error")
-        return data.sha256_file(path)
+        return files.sha256_file(path)
     monkeypatch.setattr(checkpoint, "sha256_file", failing)
     assert checkpoint.verify(folder_of(run, 8)) == "model.safetensors cannot be read: Input/output error"
     assert checkpoint.newest_checkpoint(run.out_dir) == folder_of(run, 4)

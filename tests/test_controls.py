@@ -1,4 +1,4 @@
-"""The driver of runs/controls.sh: rows of one budget, sweeps by one rule, ordinary runs that it reads."""
+"""experiments/controls.py: rows of one budget, sweeps by one rule, ordinary runs that it reads."""
 import json
 import math
 import os
@@ -15,7 +15,7 @@ from conftest import ROOT
 
 import train
 
-sys.path.insert(0, os.path.join(ROOT, "runs"))
+sys.path.insert(0, os.path.join(ROOT, "experiments"))
 import controls  # noqa: E402
 
 def config(data_dir, **given):
@@ -81,8 +81,8 @@ def finished(data_dir, tmp_path_factory):
     return flags, driver("run", flags), out
 
 def driver(what, flags):
-    done = subprocess.run([sys.executable, os.path.join(ROOT, "runs/controls.py"), what, *flags], text=True,
-                          capture_output=True, cwd="/")
+    script = os.path.join(ROOT, "experiments/controls.py")
+    done = subprocess.run([sys.executable, script, what, *flags], text=True, capture_output=True, cwd="/")
     assert done.returncode == 0, done.stderr
     return done.stdout
 

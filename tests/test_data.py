@@ -21,9 +21,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import data
 import prepare_c4
-from data import SampleOrder, ShardWriter, TokenDataset, Tokenizer, read_shard, write_shard
+from nanolost import files
+from nanolost.data import SampleOrder, ShardWriter, TokenDataset, read_shard, write_shard
+from nanolost.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 GPT2_FILE = ROOT.parent / "shared" / "data" / "gpt2.tiktoken"
@@ -114,7 +115,7 @@ def test_a_shard_that_was_not_closed_has_no_final_name(tmp_path):
     writer.file.close()
 
 @pytest.mark.parametrize("write", [
-    lambda path: write_shard(path, [9] * 50), lambda path: data.write_atomic(path, b"new")],
+    lambda path: write_shard(path, [9] * 50), lambda path: files.write_atomic(path, b"new")],
     ids=["shard", "small"])
 @pytest.mark.parametrize("point", ["fsync", "replace"])
 def test_a_writer_killed_at_any_point_leaves_the_old_file_whole(tmp_path, monkeypatch, write, point):
@@ -129,7 +130,7 @@ def test_a_writer_killed_at_any_point_leaves_the_old_file_whole(tmp_path, monkey
 
 @pytest.mark.parametrize("write, expected", [
     (lambda path: write_shard(path, [1, 2, 3]), llm_c_bytes([1, 2, 3])),
-    (lambda path: data.write_atomic(path, b"whole"), b"whole")], ids=["shard", "small"])
+    (lambda path: files.write_atomic(path, b"whole"), b"whole")], ids=["shard", "small"])
 def test_a_file_gets_its_name_when_it_is_whole_and_on_the_disk(tmp_path, monkeypatch, write, expected):
     synced, at_rename = [], []
     fsync, replace = os.fsync, os.replace
@@ -175,8 +176,8 @@ KINDS = pytest.mark.parametrize("kind", ["byte", "trained", "tiktoken file"])
 @settings(deadline=None, max_examples=150)
 @given(text=TEXTS)
 @example(text="")
-@example(text=data.END_OF_TEXT)
-@example(text=f"a{data.END_OF_TEXT}b")
+@example(text=END_OF_TEXT)
+@example(text=f"a{END_OF_TEXT}b")
 @example(text="x" * 200 + "\r\n" * 70 + "\0")
 def test_decoding_gives_every_text_back(kind, text):
     ids = tokenizer(kind).encode(text)
@@ -188,8 +189,8 @@ def test_decoding_gives_every_text_back(kind, text):
 @given(before=TEXTS, after=TEXTS)
 def test_end_of_text_inside_a_text_is_ordinary_text(kind, before, after):
     t = tokenizer(kind)
-    assert max(t.encode(before + data.END_OF_TEXT + after)) < t.eot
-    assert t.decode([t.eot]) == data.END_OF_TEXT
+    assert max(t.encode(before + END_OF_TEXT + after)) < t.eot
+    assert t.decode([t.eot]) == END_OF_TEXT
 
 @KINDS
 @settings(deadline=None, max_examples=100)
@@ -213,7 +214,7 @@ def test_a_saved_tokenizer_is_the_same_tokenizer(tmp_path, kind):
     first, path = tokenizer(kind), tmp_path / "tokenizer.json"
     first.save(path)
     second = Tokenizer.load(path)
-    text = f"The cats' 11 hats,\n\n  été 🙂 {data.END_OF_TEXT}"
+    text = f"The cats' 11 hats,\n\n  été 🙂 {END_OF_TEXT}"
     assert second.encode(text) == first.encode(text)
     assert second.decode(first.encode(text)) == text
     assert (second.name, second.pattern, second.eot) == (first.name, first.pattern, first.eot)
@@ -275,7 +276,7 @@ def test_a_tokenizer_is_named_by_kind_or_by_path(tmp_path):
 @given(text=TEXTS)
 @example(text="I'll  say: 'it''s 12.5 o'clock'\n\n \t x  ")
 def test_the_split_pattern_gives_the_published_pieces(text):
-    assert regex.findall(data.GPT2_PATTERN, text) == regex.findall(PUBLISHED_PATTERN, text)
+    assert regex.findall(GPT2_PATTERN, text) == regex.findall(PUBLISHED_PATTERN, text)
 
 @KINDS
 def test_a_very_long_run_of_one_character_is_encoded(kind):
@@ -545,7 +546,7 @@ def test_the_fingerprint_follows_the_data_and_not_the_folder(tmp_path, change):
 READER = """
 import os, sys
 import numpy as np
-from data import TokenDataset
+from nanolost.data import TokenDataset
 
 def resident():
     with open("/proc/self/statm") as f:

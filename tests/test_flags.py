@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-import flags
 import prepare_c4
 import sample
 import train
-from flags import flag, parse
+from nanolost import flags
+from nanolost.flags import flag, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {"train": train.Config, "prepare_c4": prepare_c4.Config, "sample": sample.Config}

@@ -18,21 +18,12 @@ from transformers import LlamaConfig as TheirConfig
 from transformers import LlamaForCausalLM
 
 import lost
-from checkpoint import load_model, save_checkpoint
-from data import Tokenizer
 from lost import LOSTLinear, apply_lost
-from model import (
-    MODELS,
-    KVCache,
-    Llama,
-    LlamaConfig,
-    compile_for_cpu,
-    compile_step,
-    count_flops,
-    count_multiplies,
-    count_parameters,
-    pick_token,
-)
+from model import MODELS, Llama, LlamaConfig
+from nanolost.checkpoint import load_model, save_checkpoint
+from nanolost.counts import count_flops, count_multiplies, count_parameters
+from nanolost.decode import KVCache, compile_for_cpu, compile_step, generate, pick_token
+from nanolost.tokenizer import Tokenizer
 
 SIZES = dict(vocab_size=257, seq_len=12, n_layer=2, n_head=4, n_embd=32, n_ffn=44,
              rope_theta=300.0, norm_eps=1e-3)
@@ -132,7 +123,7 @@ def test_their_half_precision_folder_loads_as_float32(tmp_path):
 
 def test_greedy_text_equals_that_of_hugging_face():
     model = small(seq_len=24)
-    ours = model.generate(tokens(2, 5), 19, temperature=0)
+    ours = generate(model, tokens(2, 5), 19, temperature=0)
     theirs = theirs_of(model).generate(tokens(2, 5), max_new_tokens=19, do_sample=False, eos_token_id=None,
                                        pad_token_id=0)
     assert torch.equal(ours, theirs)
@@ -279,7 +270,7 @@ def greedy_literally(model, row, count):
 @torch.no_grad()
 def test_greedy_text_equals_the_literal_loop(seq_len, length):
     model, idx = small(n_kv_head=2, seq_len=seq_len), tokens(2, length)
-    cached = model.generate(idx, 40, temperature=0)                           # several windows
+    cached = generate(model, idx, 40, temperature=0)                           # several windows
     assert cached.tolist() == [greedy_literally(model, row, 40) for row in idx.tolist()]
     assert len(set(cached[0, length:].tolist())) > 3 or seq_len == 1
 
@@ -290,12 +281,12 @@ def test_compiled_step_writes_the_same_text_and_is_compiled_once(make, rows, mon
     def compile_and_count(*args):
         made.append(compile_for_cpu(*args))
         return made[-1]
-    monkeypatch.setattr("model.compile_for_cpu", compile_and_count)
+    monkeypatch.setattr("nanolost.decode.compile_for_cpu", compile_and_count)
     models, idx = [make(), spread(make(), 1)], tokens(rows, 5)
     steps = [compile_step(model) for model in models]
     for model, step in [*zip(models, steps, strict=True)] * 2:                # several windows of each
-        text = model.generate(idx, 30, temperature=0, step=step)
-        assert torch.equal(text, model.generate(idx, 30, temperature=0))
+        text = generate(model, idx, 30, temperature=0, step=step)
+        assert torch.equal(text, generate(model, idx, 30, temperature=0))
     assert len(made) == 2
 
 @torch.inference_mode()
@@ -334,36 +325,36 @@ def test_step_changes_only_tensors_that_a_cuda_graph_may_change():
 def test_cached_generation_reads_each_token_once_a_window():
     model, read = small(), []
     model.model["embed_tokens"].register_forward_hook(lambda module, given, x: read.append(x.shape[1]))
-    model.generate(tokens(1, 5), 22, temperature=0)
+    generate(model, tokens(1, 5), 22, temperature=0)
     assert read == [5] + [1] * 7 + [6] + [1] * 6 + [6] + [1] * 6
 
 def test_generation_stops_at_end_of_text():
     model, idx = small(), tokens(3, 5)
-    free = model.generate(idx, 20, temperature=0).tolist()
+    free = generate(model, idx, 20, temperature=0).tolist()
     eot = free[0][9]
     rows = [row[:row.index(eot, 5) + 1] if eot in row[5:] else row for row in free]
     assert min(len(row) for row in rows) < max(len(row) for row in rows)
     longest = max(len(row) for row in rows)
     expected = [row + [eot] * (longest - len(row)) for row in rows]
-    assert model.generate(idx, 20, temperature=0, eot=eot).tolist() == expected
-    alone = model.generate(idx[:1], 20, temperature=0, eot=eot).tolist()
+    assert generate(model, idx, 20, temperature=0, eot=eot).tolist() == expected
+    alone = generate(model, idx[:1], 20, temperature=0, eot=eot).tolist()
     assert alone == [rows[0]] and len(rows[0]) < 25
 
 def test_end_of_text_in_the_prompt_does_not_stop():
     model, idx = small(), tokens(2, 5)
-    free = model.generate(idx, 6, temperature=0)
+    free = generate(model, idx, 6, temperature=0)
     eot = next(token for token in idx[0].tolist() if token not in free[:, 5:])
-    assert torch.equal(model.generate(idx, 6, temperature=0, eot=eot), free)
+    assert torch.equal(generate(model, idx, 6, temperature=0, eot=eot), free)
 
 def test_top_k_of_one_is_greedy():
     model, idx = small(), tokens(2, 5)
-    greedy = model.generate(idx, 20, temperature=0)
-    assert torch.equal(model.generate(idx, 20, temperature=1.7, top_k=1), greedy)
+    greedy = generate(model, idx, 20, temperature=0)
+    assert torch.equal(generate(model, idx, 20, temperature=1.7, top_k=1), greedy)
 
 def test_generator_decides_the_text():
     model, idx = small(), tokens(2, 5)
     def text(seed):
-        return model.generate(idx, 20, generator=torch.Generator().manual_seed(seed)).tolist()
+        return generate(model, idx, 20, generator=torch.Generator().manual_seed(seed)).tolist()
     assert text(3) == text(3) != text(4)
 
 # --- picking a token ---

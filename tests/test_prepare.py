@@ -21,7 +21,8 @@ import pytest
 import tiktoken
 
 import prepare_c4
-from data import Tokenizer, read_shard
+from nanolost.data import read_shard
+from nanolost.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 VALIDATION = ROOT.parent / "shared" / "data" / "corpus-validation.00000-of-00001.json.gz"

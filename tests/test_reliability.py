@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, flags_of, launch, status
 
-import checkpoint
-import data
 import train
-from job import Report
 from model import Llama
+from nanolost import checkpoint, data
+from nanolost.job import Report
+from nanolost.tokenizer import Tokenizer
 
 linux = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="looks processes up in /proc")
 
@@ -159,7 +159,7 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one(small, monke
         rename(source, target)
     monkeypatch.setattr(os, "rename", refuse_the_new_one)
     with pytest.raises(OSError, match="cannot save"):
-        checkpoint.save_checkpoint(config.out_dir, 4, model, [], state, data.Tokenizer.named("byte"), 1)
+        checkpoint.save_checkpoint(config.out_dir, 4, model, [], state, Tokenizer.named("byte"), 1)
     assert checkpoint.verify(checkpoint.newest_checkpoint(config.out_dir)) is None
 
 def test_lines_that_will_come_again_are_dropped(tmp_path):

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import load_model, save_checkpoint
-from data import Tokenizer
-from flags import command, parse
 from lost import apply_lost
 from model import Llama, LlamaConfig
+from nanolost.checkpoint import load_model, save_checkpoint
+from nanolost.decode import generate
+from nanolost.flags import command, parse
+from nanolost.tokenizer import Tokenizer
 from sample import Config, main
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -76,7 +77,7 @@ def literal_text(folder, prompt, seed, count, **how):
     model, _ = load_model(folder)
     ids = [TOKENIZER.eot, *prompt.encode()]
     generator = torch.Generator().manual_seed(seed)
-    new = model.generate(torch.tensor([ids]), count, generator=generator, **how)[0, len(ids):].tolist()
+    new = generate(model, torch.tensor([ids]), count, generator=generator, **how)[0, len(ids):].tolist()
     end = new.index(TOKENIZER.eot) if TOKENIZER.eot in new else count
     return prompt + bytes(new[:end]).decode(errors="replace") + "\n"
 

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, flags_of, launch, status
 
-import checkpoint
-import data
 import train
-from checkpoint import load_model
 from model import Llama, LlamaConfig
+from nanolost import checkpoint, data
+from nanolost.checkpoint import load_model
+from nanolost.tokenizer import Tokenizer
 
 def lines(config, kind="train"):
     with open(os.path.join(config.out_dir, "metrics.jsonl"), encoding="utf-8") as f:
@@ -412,8 +412,8 @@ def test_another_tokenizer_is_refused_for_a_new_run_and_for_an_old_one(small, tm
     train.main(small(steps=4))
     other = str(tmp_path / "other")
     shutil.copytree(small().data_dir, other)
-    mine = data.Tokenizer.load(os.path.join(other, "tokenizer.json"))
-    data.Tokenizer(mine.tokens[::-1], mine.pattern, mine.name).save(os.path.join(other, "tokenizer.json"))
+    mine = Tokenizer.load(os.path.join(other, "tokenizer.json"))
+    Tokenizer(mine.tokens[::-1], mine.pattern, mine.name).save(os.path.join(other, "tokenizer.json"))
     with pytest.raises(ValueError, match="tokenizer.json is not the tokenizer that .*other was made with"):
         train.main(small(data_dir=other, out_dir=str(tmp_path / "new")))
     os.remove(os.path.join(other, "manifest.json"))        # that could tell

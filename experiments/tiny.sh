@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The table of the README: LOST and dense, AdamW and Muon, the same tokens, a sweep of learning rates each, then more
 # seeds at the best one.
-#     bash runs/tiny.sh 'corpus-train*.json.gz' 'corpus-validation*.json.gz'
+#     bash experiments/tiny.sh 'corpus-train*.json.gz' 'corpus-validation*.json.gz'
 # Two runs at a time, a core each, about two hours. The same command continues; finished runs are not repeated.
 caller=$PWD
 EXTRAS=plot source "$(dirname "$0")/setup.sh"

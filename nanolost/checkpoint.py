@@ -15,9 +15,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from data import Tokenizer, sha256_file, sync_folder
 from lost import LOSTLinear
 from model import Llama, LlamaConfig
+from nanolost.files import sha256_file, sync_folder
+from nanolost.tokenizer import Tokenizer
 
 def checkpoints(out_dir: str) -> list[str]:
     """Folders of the finished checkpoints, oldest first."""

@@ -1,9 +1,9 @@
 """What each part of LOST is worth: every control at equal tokens and parameters, over seeds.
 
-    python runs/controls.py run    --data_dir data/controls --out_dir out/controls
-    python runs/controls.py table  --data_dir data/controls --out_dir out/controls
-    python runs/controls.py plot   --data_dir data/controls --out_dir out/controls
-    python runs/controls.py ladder --data_dir data/controls --out_dir out/controls --rows dense/LOST
+    python experiments/controls.py run    --data_dir data/controls --out_dir out/controls
+    python experiments/controls.py table  --data_dir data/controls --out_dir out/controls
+    python experiments/controls.py plot   --data_dir data/controls --out_dir out/controls
+    python experiments/controls.py ladder --data_dir data/controls --out_dir out/controls --rows dense/LOST
 
 `run` trains what is missing, --jobs runs at a time, each one `python train.py` on a core of its own: first
 seed 0 at each learning rate of a sweep, then all rows and seeds at the best one. Most rows have a sweep of
@@ -35,10 +35,11 @@ import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 import train  # noqa: E402
-from data import Tokenizer  # noqa: E402
-from flags import command, flag, parse  # noqa: E402
 from lost import apply_lost, by_module  # noqa: E402
-from model import Llama, count_flops, count_parameters  # noqa: E402
+from model import Llama
+from nanolost.counts import count_flops, count_parameters  # noqa: E402
+from nanolost.flags import command, flag, parse  # noqa: E402
+from nanolost.tokenizer import Tokenizer  # noqa: E402
 
 SCRIPT = os.path.abspath(__file__)
 ROOT = os.path.dirname(os.path.dirname(SCRIPT))

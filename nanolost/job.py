@@ -14,9 +14,10 @@ import signal
 import sys
 import threading
 
+import torch
 import torch.distributed as dist
 
-from data import write_atomic
+from nanolost.files import write_atomic
 
 HOST = platform.node()
 GONE = "the store of this job is gone, and so its launcher or its first process"
@@ -171,3 +172,10 @@ class Watch:
                     os._exit(1)
             if self.over.wait(1):
                 return
+
+def pick_device(name: str) -> str:
+    """"auto" is the best of cuda, mps and cpu that is here. Raises ValueError for one that is not."""
+    here = [d for d in ("cuda", "mps") if getattr(torch, d).is_available()] + ["cpu"]
+    if name not in ("auto", *here):
+        raise ValueError(f"--device {name}: this machine or this torch has none; use {' or '.join(here)}")
+    return here[0] if name == "auto" else name

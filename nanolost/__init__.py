@@ -1,0 +1,1 @@
+"""What the commands share, one thing a room."""
