@@ -31,6 +31,14 @@ class Tokenizer:
         # in pieces, as tiktoken's regular expressions overflow on a run of a million spaces
         return [i for a in range(0, len(text), PIECE) for i in self.bpe.encode_ordinary(text[a:a + PIECE])]
 
+    def encode_to_numpy(self, text: str) -> np.ndarray:
+        """`encode` as uint32 (n,), without a list on the way. Threads may run it side by side: tiktoken lets
+        go of the interpreter's lock."""
+        parts = [np.empty(0, np.uint32)]
+        for start in range(0, len(text), PIECE):
+            parts.append(self.bpe.encode_to_numpy(text[start:start + PIECE], disallowed_special=()))
+        return np.concatenate(parts)
+
     def decode(self, ids) -> str:
         """Text of some ids; bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
         return self.bpe.decode([int(i) for i in ids], errors="replace")
