@@ -24,6 +24,16 @@ def no_process_outlives_its_test():
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=10, help="random kills of a run, of each kind")
+    parser.addoption("--slow", action="store_true", help="run the long tests too")
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long; skipped without --slow")
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="a long test: add --slow"))
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
