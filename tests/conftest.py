@@ -35,6 +35,22 @@ def pytest_collection_modifyitems(config, items):
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="a long test: add --slow"))
 
+def folder_of(variable: str, meaning: str) -> str:
+    """The folder that an environment variable names; without it the test is skipped."""
+    folder = os.environ.get(variable, "")
+    if not folder:
+        pytest.skip(f"{variable} is not set: {meaning}")
+    assert os.path.isdir(folder), f"{variable}={folder} is not a folder"
+    return os.path.abspath(folder)
+
+@pytest.fixture(scope="session")
+def real_data() -> str:
+    return folder_of("NANOLOST_DATA", "a folder with corpus-*.json.gz in C4's format and gpt2.tiktoken")
+
+@pytest.fixture(scope="session")
+def real_model() -> str:
+    return folder_of("NANOLOST_MODEL", "a Hugging Face LLaMA folder, for instance SmolLM2's")
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     """The built-in text as bytes."""
