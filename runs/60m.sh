@@ -6,4 +6,5 @@ source "$(dirname "$0")/setup.sh"
 size=${1:-60m} data=data/c4-${1:-60m}
 python prepare_c4.py --out_dir "$data" "${@:2}"
 torchrun --standalone --nproc_per_node=gpu train.py --model "$size" --data_dir "$data" --out_dir "out/$size"
+require_finished "out/$size"
 python sample.py --ckpt "out/$size" --prompt "The meaning of life is"

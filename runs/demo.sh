@@ -4,4 +4,5 @@
 source "$(dirname "$0")/setup.sh"
 python prepare_c4.py --input builtin --tokenizer train:1024 --out_dir data/builtin
 python train.py --model tiny --data_dir data/builtin --out_dir out/demo --steps 150 --eval_every 50
+require_finished out/demo
 python sample.py --ckpt out/demo --prompt "The statement" --max_new_tokens 200 --temperature 0.6
