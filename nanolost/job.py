@@ -1,181 +1,273 @@
-"""One run, whatever its processes do: one writer, one first process, one end.
+"""Where this process is among those that train one model, and how they start, agree, stop and end together.
 
-A job is the processes that train one model. The first alone touches the files (`on_first`), under a lock that
-no second run passes, and says how it goes (`Report`). `Watch` ends all of them when one has failed, hangs or
-is left over."""
+Any launcher will do that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT: torchrun, srun, mpirun, a
+PyTorchJob, a shell. Without them one process trains alone.
+
+A process that is killed or fails closes its connections, which ends the others in their next exchange. One
+that hangs or is stopped lets their exchange time out. Nothing here watches or kills another process."""
 import contextlib
 import datetime
-import fcntl
-import itertools
-import json
 import os
-import platform
 import signal
-import sys
 import threading
+import time
 
 import torch
 import torch.distributed as dist
 
-from nanolost.files import write_atomic
+from nanolost.errors import UserError
+from nanolost.files import claim
 
-HOST = platform.node()
-GONE = "the store of this job is gone, and so its launcher or its first process"
+# seconds; machines and containers of one job come up minutes apart, whatever --timeout is
+START = 60
+# seconds for a word to the store, which a stopped process may hold: see Job.first_fault
+LAST_WORD = 5
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# torchrun, SLURM, Open MPI, MPICH and Intel MPI: the number of a process on its machine
+LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 
-def on_first(rank: int, group, work):
-    """Run work() on the first process alone, of several by their `group`. All return its result, or raise the
-    ValueError or OSError that it raised; after any other error `Watch` ends the others."""
-    answer = [None, None]
-    if rank == 0:
-        try:
-            answer[0] = work()
-        except (ValueError, OSError) as error:
-            answer[1] = error
-    if group:
-        dist.broadcast_object_list(answer, src=0, group=group)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
+# --- where this process is ---
 
-class Report:
-    """What a run says, by its first process alone: lines on stdout and, once that has a `claim` on out_dir,
-    status.json and metrics.jsonl there, all with the step of `state`. As a context it notes the error that
-    ends a run."""
+def place() -> tuple[int, int]:
+    """(rank, world size) as the launcher has set them, (0, 1) without one. UserError for half a setting,
+    which would make two runs that wait for, or write over, each other."""
+    if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
+        return 0, 1
+    world = _variable("WORLD_SIZE", 1, 10**6)
+    rank = _variable("RANK", 0, world - 1)
+    if world > 1:
+        _variable("MASTER_PORT", 1, 65_535)
+        if not os.environ.get("MASTER_ADDR"):
+            raise _half_set("MASTER_ADDR is missing")
+    return rank, world
 
-    def __init__(self, out_dir: str, rank: int, state: dict):
-        self.out_dir, self.rank, self.state = out_dir, rank, state
-        self.running = False                   # a refused command leaves status.json as it was
-        self.lock = self.metrics = self.watch = None
-        self.writing = threading.Lock()        # the thread of Watch writes too
+def _variable(name: str, low: int, high: int) -> int:
+    text = os.environ.get(name, "")
+    if not text:
+        raise _half_set(f"{name} is missing")
+    if not (text.isascii() and text.isdecimal() and low <= int(text) <= high):
+        raise _half_set(f"{name} is {text!r}, not a number from {low} to {high}")
+    return int(text)
 
-    def __enter__(self):
+def _half_set(what: str) -> UserError:
+    return UserError(f"environment: {what}: start several processes with torchrun, or set RANK, WORLD_SIZE, "
+                     "MASTER_ADDR and MASTER_PORT for each; for one process unset them")
+
+def pick_device(name: str) -> str:
+    """"auto" is the best of cuda, mps and cpu that is here. Raises UserError for one that is not."""
+    here = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()]
+    here.append("cpu")
+    if name == "auto":
+        return here[0]
+    if name not in here:
+        raise UserError(f"--device {name}: this machine or this torch has none; use {' or '.join(here)}")
+    return name
+
+def _local_rank(rank: int) -> int:
+    for name in LOCAL_RANKS:
+        if os.environ.get(name, "").isdecimal():
+            return int(os.environ[name])
+    # a launcher that says nothing fills one machine after the other
+    return rank
+
+def _device(kind: str, local_rank: int) -> torch.device:
+    if kind != "cuda":
+        return torch.device(kind)
+    count = torch.cuda.device_count()
+    # srun --gpus-per-task=1 shows each process its own GPU alone, as number 0
+    if count > 1 and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > count:
+        raise UserError(f"this machine has {count} GPUs: start torchrun with --nproc_per_node={count}")
+    return torch.device(kind, local_rank % count)
+
+# --- the job ---
+
+class Job:
+    """This process among the `world` that train one model: `rank`, `local_rank`, `device`, and `asked`, the
+    names of the signals that asked for a stop. A context, made by `Job.start`.
+
+    Every process must call `first`, `sum`, `gather`, `broadcast` and `stop_reason` in the same order. Where
+    another is gone or does not answer in time they raise ConnectionError, with what failed first."""
+
+    def __init__(self, kind: str):
+        self.rank, self.world = place()
+        self.local_rank = _local_rank(self.rank)
+        self.device = _device(kind, self.local_rank)
+        self.asked = []
+        self.store = self.patient = None
+        self.stack = contextlib.ExitStack()
+
+    @classmethod
+    def start(cls, config) -> "Job":
+        """The job as `config` (device, timeout in seconds, deterministic) wants it: signal handlers are
+        set, the other processes found. UserError where the launcher or the device is not as it must be."""
+        job = cls(pick_device(config.device))
+        # undone where the start fails, else when the context is left
+        with contextlib.ExitStack() as stack:
+            _catch_signals(stack, job.asked)
+            _set_up_device(stack, job.device, config.deterministic)
+            if job.world > 1:
+                job._meet(config.timeout)
+            job.stack = stack.pop_all()
+        return job
+
+    def __enter__(self) -> "Job":
         return self
 
     def __exit__(self, kind, error, trace):
-        reason = f"{kind.__name__}: {error}" if error and self.running else ""
-        if self.watch:
-            reason = reason and self.watch.first_fault(reason)
-            self.watch.over.set()              # its thread starts no further write
-        if reason:
-            self.failed(reason)
-        for file in (self.metrics, self.lock):
-            if file:
-                file.close()
+        if self.world > 1:
+            if error is None:
+                self._part()
+            else:
+                self.first_fault(f"{kind.__name__}: {error}")
+        self.stack.close()
 
-    def claim(self):
-        """Make out_dir and lock it until the context is left or this process ends, in whatever way. Raises
-        ValueError where another run has it or it cannot be written."""
-        out_dir, instead = self.out_dir, "use another --out_dir"
+    def _meet(self, timeout: int):
+        """Find the others: through a store that torchrun holds, or else rank 0."""
+        _end_with_launcher()
+        wait = datetime.timedelta(seconds=max(timeout, START))
+        # torchrun has its store before its processes start: one that is not there will never be
+        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        connect = datetime.timedelta(seconds=START) if under_torchrun else wait
         try:
-            os.makedirs(out_dir, exist_ok=True)
-            file = open(os.path.join(out_dir, ".lock"), "a+")
-        except OSError as e:
-            raise ValueError(f"cannot write to {out_dir} ({e.strerror}): {instead}") from None
+            store, _, _ = next(dist.rendezvous("env://", self.rank, self.world, timeout=connect))
+            # what a process that was left over, or an attempt before a restart, says is not meant for us
+            run = os.environ.get("TORCHELASTIC_RUN_ID", "")
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self.store = dist.PrefixStore(f"nanolost/{run}/{attempt}", store)
+            self._wait_for_all(wait)
+        except RuntimeError as e:
+            raise ConnectionError(f"the processes of this job did not find each other: {e}") from e
+        seconds = datetime.timedelta(seconds=timeout)
+        # by the device of the tensor: NCCL takes none of the CPU's
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        with self._together():
+            dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world,
+                                    timeout=seconds)
+            # waits while rank 0 saves
+            self.patient = dist.new_group(backend="gloo", timeout=10 * seconds)
+
+    def _wait_for_all(self, wait: datetime.timedelta):
+        """ConnectionError names those who have not come."""
+        # they come minutes apart, and the exchange that follows allows no more than --timeout
+        keys = [f"here/{rank}" for rank in range(self.world)]
+        self.store.set(keys[self.rank], "")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise ValueError(f"process {file.read()} trains in {out_dir}: stop it or {instead}") from None
-        file.truncate(0)
-        print(f"{os.getpid()} on {HOST}", end="", file=file, flush=True)
-        self.lock = file
+            self.store.wait(keys, wait)
+        except RuntimeError:
+            missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+            raise ConnectionError(f"process {', '.join(map(str, missing))} of this job has not come within "
+                                  f"{wait.seconds} s") from None
 
-    def say(self, text: str):
+    def _part(self):
+        """End together: one that left at once would look lost to those that are an exchange behind."""
+        with self._together():
+            dist.barrier(group=self.patient)
+        dist.destroy_process_group()
+
+    # --- what the processes say to each other ---
+
+    @contextlib.contextmanager
+    def _together(self):
         try:
-            if self.rank == 0:
-                print(text, flush=True)
-        except OSError:                        # a closed pipe or terminal must not end the run
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            yield
+        except RuntimeError as e:
+            raise ConnectionError(self.first_fault(f"lost another process ({e})")) from e
 
-    def status(self, word: str, reason: str = ""):
-        self.running |= word == "running"
-        if self.lock:
-            content = {"state": word, "step": self.state["step"], "reason": reason}
-            with self.writing:
-                write_atomic(os.path.join(self.out_dir, "status.json"), json.dumps(content).encode())
+    def first(self, work):
+        """Run work() on rank 0 alone, for up to ten times --timeout. All return its result, or raise the
+        UserError or OSError that it raised."""
+        answer = [None, None]
+        if self.rank == 0:
+            try:
+                answer[0] = work()
+            except (UserError, OSError) as error:
+                answer[1] = error
+        if self.world > 1:
+            with self._together():
+                dist.broadcast_object_list(answer, src=0, group=self.patient)
+        result, error = answer
+        if error is not None:
+            raise error
+        return result
 
-    def failed(self, reason: str):
-        with contextlib.suppress(OSError):     # that may be what went wrong
-            self.status("failed", reason)
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes, in place."""
+        if self.world > 1:
+            with self._together():
+                dist.all_reduce(tensor)
+        return tensor
 
-    def give_up(self, reason: str):
-        self.failed(reason)
-        print(f"[rank {self.rank}] error: {reason}; the same command continues", file=sys.stderr, flush=True)
+    def gather(self, value) -> list:
+        """The values of all processes, by rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            with self._together():
+                dist.all_gather_object(values, value)
+        return values
 
-    def open_metrics(self):
-        """Append to metrics.jsonl from here on, without lines that `state` does not know: they come again."""
-        known = {kind: self.state["step"] for kind in ("train", "spike")} | {"eval": self.state["evaluated"]}
-        path, kept = os.path.join(self.out_dir, "metrics.jsonl"), []
-        with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as f:
-            for line in f:
-                with contextlib.suppress(ValueError, KeyError, TypeError):         # one that a kill cut short
-                    entry = json.loads(line)
-                    kept += [line] if entry["step"] <= known[entry["kind"]] else []
-        write_atomic(path, "".join(kept).encode())
-        self.metrics = open(path, "a", encoding="utf-8")
+    def broadcast(self, tensor: torch.Tensor, src: int):
+        """Fill `tensor` with that of process `src`, in place."""
+        if self.world > 1:
+            with self._together():
+                dist.broadcast(tensor, src)
 
-    def record(self, kind: str, **fields):
-        if self.metrics:
-            line = {"kind": kind, "step": self.state["step"], **fields}
-            print(json.dumps(line), file=self.metrics, flush=True)
-
-class Watch:
-    """What the processes of a job know of one another, through a key-value store that all can reach.
-
-    A thread shows a sign of life a second. It calls give_up(reason) and ends this process when another has
-    failed or was silent for half of `timeout` seconds (stopped, or its machine gone), or when the launcher
-    has died, whose orphans would train on unseen. A silent process of this machine is killed: the launcher
-    would wait long for one that is stopped."""
-
-    def __init__(self, rank: int, world: int, timeout: int, give_up):
-        self.rank, self.patience, self.give_up, self.over = rank, timeout / 2, give_up, threading.Event()
-        # the launcher has it before its processes start; if it has died since, nobody answers
-        self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
-                                   timeout=datetime.timedelta(seconds=min(timeout, 60)))
-        self.store.set_timeout(datetime.timedelta(seconds=timeout))
-        attempt = f"nanolost/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
-        self.keys, self.fault = [f"{attempt}/{other}" for other in range(world)], f"{attempt}/fault"
-        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        threading.Thread(target=self.work, daemon=True).start()
+    def stop_reason(self) -> str:
+        """The signal that asks for a stop, "" without one; the same answer, or silence, on all processes."""
+        # torchrun sends SIGTERM when a process has failed: this sum then fails too, and no stop is noted
+        stops = self.sum(torch.tensor(len(self.asked)))
+        if not stops:
+            return ""
+        return self.asked[0] if self.asked else "a signal to another process"
 
     def first_fault(self, reason: str) -> str:
-        """What went wrong first: `reason` here, unless another process has told the store before."""
-        try:
-            return self.store.compare_set(self.fault, "", f"process {self.rank}: {reason}").decode()
-        except RuntimeError:                   # a lost connection here is then only what followed
-            return f"{GONE} ({reason})"
+        """What failed first in this job: `reason` here, unless another process has told its own before."""
+        answer = [f"process {self.rank}: {reason}"]
+        def ask():
+            with contextlib.suppress(RuntimeError):
+                answer[0] = self.store.compare_set("fault", "", answer[0]).decode()
+        if self.store is not None:
+            # a thread, because the store knows no time-out here: rank 0 may hold it and be stopped
+            thread = threading.Thread(target=ask, daemon=True)
+            thread.start()
+            thread.join(LAST_WORD)
+        return answer[0]
 
-    def work(self):
-        signs, silent, gone, reason = [b""] * len(self.keys), [0] * len(self.keys), [], ""
-        for count in itertools.count():
-            try:
-                self.store.set(self.keys[self.rank], f"{os.getpid()} {count} {HOST}")
-                news = self.store.multi_get(self.keys)                     # the first time waits for all
-                silent = [(s + 1) * (new == old) for s, new, old in zip(silent, news, signs, strict=True)]
-                signs = news
-                if self.launcher not in (None, os.getppid()):
-                    reason = "the launcher of this job has died"
-                elif gone := [i for i, s in enumerate(silent) if s >= self.patience + (self.rank > 0)]:
-                    reason = self.first_fault(f"no sign of life from process {', '.join(map(str, gone))} "
-                                              f"for {max(silent)} s: stopped, or its machine is gone")
-                elif self.store.check([self.fault]):
-                    reason = self.first_fault("")
-            except RuntimeError:               # it was in the launcher, or in the first process
-                reason = GONE if count else "a process of this job has not come, or its launcher has died"
-            if reason and not self.over.is_set():
-                try:
-                    self.give_up(reason)
-                    for pid, _, host in (signs[i].decode().split(" ", 2) for i in gone):
-                        if host == HOST:
-                            os.kill(int(pid), signal.SIGKILL)
-                finally:                       # also where stderr went down with the launcher
-                    os._exit(1)
-            if self.over.wait(1):
-                return
+    def claim(self, out_dir: str):
+        """Lock out_dir until the job ends, by rank 0. UserError where another run has it."""
+        if self.rank == 0:
+            self.stack.enter_context(claim(out_dir, "trains"))
 
-def pick_device(name: str) -> str:
-    """"auto" is the best of cuda, mps and cpu that is here. Raises ValueError for one that is not."""
-    here = [d for d in ("cuda", "mps") if getattr(torch, d).is_available()] + ["cpu"]
-    if name not in ("auto", *here):
-        raise ValueError(f"--device {name}: this machine or this torch has none; use {' or '.join(here)}")
-    return here[0] if name == "auto" else name
+def _catch_signals(stack: contextlib.ExitStack, asked: list[str]):
+    """A signal asks for a stop, on which all agree at the end of a step; a second Ctrl-C ends at once."""
+    # Python allows handlers in the main thread alone; a notebook's own thread is stopped by the notebook
+    if threading.current_thread() is not threading.main_thread():
+        return
+    def ask(number, frame):
+        asked.append(signal.Signals(number).name)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in SIGNALS:
+        before = signal.signal(number, ask)
+        # None: one that was not set by Python, and cannot be put back
+        stack.callback(signal.signal, number, before or signal.SIG_DFL)
+
+def _set_up_device(stack: contextlib.ExitStack, device: torch.device, deterministic: bool):
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if deterministic:
+        # cuBLAS is deterministic only with a fixed workspace (its manual, "Results reproducibility")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+        torch.use_deterministic_algorithms(True)
+
+def _end_with_launcher():
+    """Where `kill -9` of torchrun leaves its processes behind, end this one: it would train on unseen, and
+    hold the lock that the same command needs."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        # srun and mpirun end theirs themselves; a shell may leave on purpose
+        return
+    launcher = os.getppid()
+    def watch():
+        while os.getppid() == launcher:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
