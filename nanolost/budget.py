@@ -1,0 +1,83 @@
+"""What a run costs, counted from the modules present: parameters, memory, compute, tokens."""
+import resource
+import sys
+
+import torch
+
+from model import Llama
+from nanolost.counts import count_flops, count_multiplies, count_parameters
+from nanolost.methods import build_model, count_by_path
+
+# FLOPs a second, dense bf16, from the makers' data sheets
+PEAK_FLOPS = {
+    "A100": 312e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "L40S": 362e12,
+    "4090": 165e12,
+}
+
+def count_bytes(model: Llama, optimizer: str) -> tuple[int, int, int]:
+    """Bytes of weights (buffers included), of gradients, and of the optimizer's moments."""
+    total = count_parameters(model)
+    inner = sum(p.numel() for p in model.model["layers"].parameters() if p.dim() == 2)
+    # AdamW keeps two moments, Muon one
+    moments = 2 * total - (inner if optimizer == "muon" else 0)
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    return 4 * total + buffers, 4 * total, 4 * moments
+
+def checkpoint_bytes(config) -> int:
+    """Size of one checkpoint, without drawing a weight."""
+    weights, _, moments = count_bytes(build_model(config, "meta"), config.optimizer)
+    return weights + moments
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOPs a second that one device has at the most, None where unknown."""
+    if device.type != "cuda":
+        return None
+    words = torch.cuda.get_device_name(device).replace("-", " ").split()
+    return next((PEAK_FLOPS[word] for word in words if word in PEAK_FLOPS), None)
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the most so far: of the GPU's allocator, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # kilobytes on Linux, bytes on macOS
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+# --- in words ---
+
+def size(count: int) -> str:
+    """Bytes in the unit that a person reads: 0.74 GB, 3.1 MB."""
+    unit, name = (1e9, "GB") if count >= 1e8 else (1e6, "MB")
+    return f"{count / unit:.3g} {name}"
+
+def describe_sizes(model: Llama, config) -> list[str]:
+    low_rank, sparse, dense = count_by_path(model)
+    weights, gradients, moments = count_bytes(model, config.optimizer)
+    total = low_rank + sparse + dense
+    return [
+        f"parameters  {total:,} = low-rank {low_rank:,} + sparse {sparse:,} + dense {dense:,}",
+        f"compute     {count_multiplies(model):,} multiplications a token forward, "
+        f"{count_flops(model):,} FLOPs a token of training",
+        f"memory      {size(weights + gradients + moments)} a process = weights {size(weights)} + gradients "
+        f"{size(gradients)} + moments {size(moments)}; activations come on top",
+        f"checkpoint  {size(weights + moments)}, the newest {config.keep} are kept",
+    ]
+
+def describe_batch(config, world: int, accumulation: int) -> list[str]:
+    total = config.steps * config.batch_tokens
+    return [
+        f"device      {config.device}, {config.dtype}, compile {config.compile}",
+        f"tokens      {total:,} = {config.steps:,} updates × {world} processes × {accumulation} micro-batches "
+        f"× {config.micro_batch} samples × {config.seq_len}",
+    ]
+
+def describe_dense(model: Llama, config) -> list[str]:
+    """The dense model of the same shape beside it, so that the reader sees what the method saves."""
+    # on the meta device: no memory, also for 13b
+    with torch.device("meta"):
+        dense = Llama(model.config)
+    total = sum(count_bytes(dense, config.optimizer))
+    share = count_parameters(model) / count_parameters(dense)
+    compute = count_flops(model) / count_flops(dense)
+    return [f"dense       {count_parameters(dense):,} parameters, {size(total)}: this model has {share:.2f} of "
+            f"the parameters and {compute:.2f} of the FLOPs"]

@@ -1,0 +1,332 @@
+"""The loop that all training shares: a state, one update, one evaluation, and what is said of them.
+
+`update` is what bench.py times and what a test takes one step of; `evaluate` is the only place that averages
+losses over a text. To add a metric, write a function like `look_inside` and add a line to `METRICS`."""
+import contextlib
+import dataclasses
+import datetime
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from model import Llama
+from nanolost import methods
+from nanolost.budget import peak_flops, peak_memory
+from nanolost.counts import count_flops
+from nanolost.data import TokenDataset
+from nanolost.files import write_atomic
+from nanolost.optim import build_optimizers, clip, flat_gradients, set_rates
+from nanolost.settings import autocast
+
+# --- the state of a run ---
+
+COUNTERS = ("step", "samples", "tokens", "evaluated", "norms")
+
+@dataclass
+class State:
+    """All that an update changes. gradients: the flat vector of which every p.grad is a view. samples,
+    tokens: read so far. evaluated: step of the last evaluation. norms: the last 100 gradient norms."""
+
+    model: Llama
+    optimizers: list[torch.optim.Optimizer]
+    gradients: torch.Tensor
+    autocast: torch.autocast
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    evaluated: int = 0
+    norms: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: Llama, config) -> "State":
+        """Step 0 of a model that is on its device already."""
+        model.recompute = config.recompute
+        return cls(model, build_optimizers(model, config), flat_gradients(model), autocast(config))
+
+    def counters(self) -> dict:
+        """What state.json keeps beside the tensors."""
+        return {name: getattr(self, name) for name in COUNTERS}
+
+    def restore(self, saved: dict):
+        """Take the counters of a state.json; those that an old one lacks stay at zero."""
+        for name in COUNTERS:
+            if name in saved:
+                setattr(self, name, saved[name])
+
+# --- one update ---
+
+@dataclass
+class Figures:
+    """What an update says. norm: of the gradient before clipping. median: of the norms before it, infinite
+    while they are few. asked: whether a process was asked to stop. seconds: wall-clock time."""
+
+    loss: float
+    norm: float
+    lr: float
+    median: float
+    spike: bool
+    skipped: bool
+    asked: bool
+    seconds: float
+
+@contextlib.contextmanager
+def every_parameter_gets_a_gradient(model: torch.nn.Module):
+    """AssertionError if a backward pass inside does not reach some trained parameter: a mistake in the model.
+    A gradient of zeros is none: projections that start at zero send nothing back in the first step."""
+    trained = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    missing = dict(trained)
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: missing.pop(p, None)) for p in trained]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert not missing, f"no gradient reaches {', '.join(missing.values())}"
+
+def accumulate(state: State, data: TokenDataset, mine: np.ndarray, world: int, device) -> torch.Tensor:
+    """Add up the gradients of the mean loss over `mine`, (micro-batches, samples); returns its value, ()."""
+    loss = torch.zeros((), device=device)
+    for samples in mine:
+        x, y = data.batch(samples, device)
+        with state.autocast:
+            part = state.model(x, y, loss_only=True)[1]
+        # micro-batches add up here, processes in one reduction after them
+        part = part / (len(mine) * world)
+        part.backward()
+        loss += part.detach()
+    return loss
+
+def median_norm(norms: list[float]) -> float:
+    """Of the last gradient norms; infinite while they are too few to tell a spike."""
+    return statistics.median(norms) if len(norms) >= 20 else math.inf
+
+def check_finite(state: State, loss: float, norm: float, count: int):
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    raise FloatingPointError(
+        f"step {state.step + 1}: loss {loss}, gradient norm {norm}, in samples {state.samples} to "
+        f"{state.samples + count - 1} of the order. Nothing was updated, the last checkpoint is "
+        "good: lower --lr, or look at the data")
+
+def update(state: State, data: TokenDataset, samples: np.ndarray, config, job) -> Figures:
+    """One optimizer step on `samples`, (micro-batches, processes, samples): those of the whole job. Raises
+    FloatingPointError before anything is updated, on all processes alike, where loss or norm is not finite."""
+    started = time.perf_counter()
+    state.gradients.zero_()
+    first = every_parameter_gets_a_gradient(state.model) if state.step == 0 else contextlib.nullcontext()
+    with first:
+        loss = accumulate(state, data, samples[:, job.rank], job.world, job.device)
+    asked = torch.tensor(float(bool(job.asked)), device=job.device)
+    sums = torch.stack((loss, asked))
+    job.sum(state.gradients)
+    job.sum(sums)
+    # all three in one copy: a GPU is waited for once a step
+    loss, asked, norm = torch.cat((sums, state.gradients.norm()[None])).tolist()
+    check_finite(state, loss, norm, samples.size)
+
+    median = median_norm(state.norms)
+    # alike on all processes, as the gradient is
+    spike = config.spike > 0 and norm > config.spike * median
+    skipped = spike and config.skip_spikes
+    clip(state.gradients, norm, config.grad_clip)
+    set_rates(state.optimizers, state.step + 1, config)
+    if not skipped:
+        for optimizer in state.optimizers:
+            optimizer.step()
+    state.step += 1
+    state.samples += samples.size
+    state.tokens += config.batch_tokens
+    state.norms = [*state.norms[-99:], norm]
+    rate = state.optimizers[-1].param_groups[0]["lr"]
+    return Figures(loss, norm, rate, median, spike, skipped, bool(asked), time.perf_counter() - started)
+
+# --- one evaluation ---
+
+@dataclass
+class Validation:
+    """The text of an evaluation: the first `samples` windows of `data`, `micro` at a time. token_bytes:
+    UTF-8 bytes behind each id, (vocab_size,)."""
+
+    data: TokenDataset
+    samples: int
+    micro: int
+    token_bytes: torch.Tensor
+
+@torch.no_grad()
+def evaluate(model: Llama, text: Validation, context, job) -> dict | None:
+    """Mean loss over a text: every token weighs the same for any micro-batch and number of processes. Bits
+    per byte: the bits of all tokens, end-of-text too, over the bytes of text. context: the autocast of the
+    run. None if a process was asked to stop meanwhile."""
+    nats, tokens, text_bytes = 0.0, 0, 0
+    for first in range(job.rank * text.micro, text.samples, job.world * text.micro):
+        if job.asked:
+            break
+        x, y = text.data.batch(np.arange(first, min(first + text.micro, text.samples)))
+        tokens += y.numel()
+        text_bytes += text.token_bytes[y].sum().item()
+        count = y.numel()
+        # filled up to a whole micro-batch, as another shape would compile again
+        fill = (0, 0, 0, text.micro - len(y))
+        x, y = F.pad(x, fill).to(job.device), F.pad(y, fill, value=-1).to(job.device)
+        with context:
+            loss = model(x, y, loss_only=True)[1]
+        nats += loss.item() * count
+    sums = torch.tensor([nats, tokens, text_bytes, len(job.asked)], dtype=torch.float64)
+    # nccl reduces nothing on the CPU, MPS has no float64
+    if job.device.type == "cuda":
+        sums = sums.to(job.device)
+    nats, tokens, text_bytes, stops = job.sum(sums).tolist()
+    if stops:
+        return None
+    mean = nats / tokens
+    return {"val_loss": mean, "val_ppl": math.exp(min(mean, 700)),
+            "val_bpb": nats / math.log(2) / max(text_bytes, 1), "val_tokens": int(tokens)}
+
+@torch.no_grad()
+def look_inside(model: Llama, text: Validation, context, job) -> dict:
+    """{"layers": what each special layer does with the first windows of the text}, each process its share
+    of the layers; nothing without any."""
+    idx, _ = text.data.batch(np.arange(min(4, len(text.data))), job.device)
+    layers = {}
+    try:
+        with context:
+            # never the compiled forward: it has no modules to look into
+            layers = methods.look_inside(model, lambda: model.forward(idx), (job.rank, job.world))
+    except RuntimeError as e:
+        # of a solver or of too little memory: no reason to end a run
+        print(f"WARNING: no look inside the layers: {e}", file=sys.stderr, flush=True)
+    found = {}
+    for share in job.gather(layers):
+        found |= share
+    layers = {name: found[name] for name, _ in model.named_modules() if name in found}
+    return {"layers": layers} if layers else {}
+
+# what an evaluation records beside the loss: (model, text, autocast, job) → entries of its JSON line
+METRICS = [look_inside]
+
+# --- what is said ---
+
+def kept_lines(path: str, state: State) -> list[str]:
+    """The lines of a metrics.jsonl that a run which goes on from `state` will not write again. A half line
+    that a kill left is dropped; what is not ours stays."""
+    known = {"train": state.step, "spike": state.step, "eval": state.evaluated}
+    kept = []
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                entry = json.loads(line)
+                if entry.get("kind") not in known or entry["step"] <= known[entry["kind"]]:
+                    kept.append(line if line.endswith("\n") else line + "\n")
+    return kept
+
+class Report:
+    """What a run says, by rank 0 alone: lines on stdout and, from `begin` on, status.json and metrics.jsonl
+    in out_dir. As a context it notes the error that ends a run."""
+
+    def __init__(self, config, job):
+        self.config, self.job = config, job
+        self.state = self.metrics = None
+        # of updates since the last line of the log: their number, and their seconds
+        self.timed, self.seconds, self.skip_first = 0, 0.0, True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        # a refused command leaves status.json as it was
+        if error is not None and self.state is not None:
+            reason = self.job.first_fault(f"{kind.__name__}: {error}")
+            with contextlib.suppress(OSError):
+                self.status("failed", reason)
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def say(self, text: str):
+        self.job.say(text)
+
+    def status(self, word: str, reason: str = ""):
+        if self.job.rank == 0:
+            content = {"state": word, "step": self.state.step, "reason": reason}
+            path = os.path.join(self.config.out_dir, "status.json")
+            write_atomic(path, json.dumps(content).encode())
+
+    def begin(self, state: State):
+        """Continue metrics.jsonl where `state` is: lines after it come again and are dropped."""
+        self.state = state
+        self.flops = count_flops(state.model, self.config.seq_len)
+        self.peak = peak_flops(self.job.device)
+        if self.job.rank == 0:
+            path = os.path.join(self.config.out_dir, "metrics.jsonl")
+            write_atomic(path, "".join(kept_lines(path, state)).encode())
+            self.metrics = open(path, "a", encoding="utf-8")
+        self.status("running")
+
+    def record(self, kind: str, **fields):
+        """One line of metrics.jsonl. time: seconds since 1970."""
+        if self.metrics is not None:
+            line = {"kind": kind, "step": self.state.step, "time": round(time.time(), 3), **fields}
+            print(json.dumps(line), file=self.metrics, flush=True)
+
+    def sync(self):
+        """The lines so far are on the disk for certain when it returns."""
+        if self.metrics is not None:
+            os.fsync(self.metrics.fileno())
+
+    def where(self) -> str:
+        return f"step {self.state.step:>6}/{self.config.steps}"
+
+    def update(self, figures: Figures):
+        """Log an update, every log_every of them and the last one."""
+        if figures.spike:
+            self.record("spike", grad_norm=figures.norm, median=figures.median, skipped=figures.skipped)
+            self.say(f"{self.where()} | spike: gradient norm {figures.norm:.2f}, the median of the last is "
+                     f"{figures.median:.2f}{', update skipped' if figures.skipped else ''}")
+        self.timed += 1
+        self.seconds += figures.seconds
+        step = self.state.step
+        logs = step % self.config.log_every == 0 or step == self.config.steps
+        if logs:
+            self.line(figures)
+        # the first update compiles: it says nothing of the speed
+        if logs or self.skip_first:
+            self.timed, self.seconds, self.skip_first = 0, 0.0, False
+
+    def line(self, figures: Figures):
+        config, seconds = self.config, self.seconds / self.timed
+        speed, memory = config.batch_tokens / seconds, peak_memory(self.job.device)
+        mfu = speed * self.flops / (self.peak * self.job.world) if self.peak else None
+        self.record("train", loss=figures.loss, lr=figures.lr, grad_norm=figures.norm, mfu=mfu,
+                    tokens=self.state.tokens, tokens_per_second=speed, step_ms=1000 * seconds,
+                    peak_memory_bytes=memory)
+        left = datetime.timedelta(seconds=round(seconds * (config.steps - self.state.step)))
+        share = "n/a" if mfu is None else f"{mfu:.1%}"
+        self.say(f"{self.where()} | loss {figures.loss:.4f} | lr {figures.lr:.2e} | norm {figures.norm:.2f} | "
+                 f"{speed:,.0f} tok/s | mfu {share} | {memory / 1e9:.2f} GB | {left} left")
+
+    def evaluation(self, val: dict, more: dict):
+        self.record("eval", **val, **more)
+        self.say(f"{self.where()} | val loss {val['val_loss']:.4f} | perplexity {val['val_ppl']:.2f} | "
+                 f"{val['val_bpb']:.4f} bits per byte | {val['val_tokens']:,} tokens")
+
+    def end(self, stopped: str):
+        """stopped: by which signal, "" where the run is finished."""
+        self.status("stopped" if stopped else "finished", stopped)
+        if stopped:
+            self.say(f"stopped at step {self.state.step} by {stopped}: the same command continues")
+        else:
+            self.say(f"finished: python sample.py --ckpt {self.config.out_dir}")
+
+def identity(config, data: list[TokenDataset], tokenizer_sha256: str, world: int) -> dict:
+    """What a resumed run is compared with: every setting, the data, and what the last bits of a sum depend
+    on (a change of those is allowed, and said)."""
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {**settings, "data": [split.fingerprint for split in data], "tokenizer_sha256": tokenizer_sha256,
+            "processes": world, "torch": torch.__version__}

@@ -1,0 +1,151 @@
+"""Kinds of layers: the one place that knows them.
+
+A *kind* is a class of module that stands where an nn.Linear stood. Its `settings()` are its constructor's
+arguments; config.json keeps them by the layer's name, so that a checkpoint rebuilds any registered layer
+without a decomposition. A *method* is what `--linear NAME` makes of a fresh model.
+
+To add one, write the layer in a file of its own, import it here and add a line at the end:
+
+    register("mine", MyLinear, convert_mine, uses=("rank",))"""
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn as nn
+
+import lost
+from lost import LOSTError, LOSTLinear, apply_lost
+from model import ConfigError, Llama, LlamaConfig
+from nanolost.errors import UserError, as_user_error
+
+@dataclass(frozen=True)
+class Kind:
+    """layer: the class of its modules. low_rank, sparse: names of its parameters on either path."""
+
+    layer: type[nn.Module]
+    low_rank: tuple[str, ...] = ()
+    sparse: tuple[str, ...] = ()
+
+@dataclass(frozen=True)
+class Method:
+    """convert(model, config, part) replaces the linear layers of a fresh model in place; None: dense.
+    switches: defaults that it brings for other flags. uses: the flags of a method that mean something here.
+    part: (i, n) fills the i-th of every n layers only, the other processes fill theirs."""
+
+    convert: Callable | None = None
+    switches: dict = field(default_factory=dict)
+    uses: tuple[str, ...] = ()
+
+KINDS: dict[str, Kind] = {}
+METHODS: dict[str, Method] = {"dense": Method()}
+
+def register(
+    name: str,
+    layer: type[nn.Module],
+    convert: Callable,
+    *,
+    switches: dict | None = None,
+    uses: tuple[str, ...] = (),
+    low_rank: tuple[str, ...] = (),
+    sparse: tuple[str, ...] = (),
+):
+    """Make a kind of layer, and the method `--linear name`, known to every command."""
+    KINDS[name] = Kind(layer, low_rank, sparse)
+    METHODS[name] = Method(convert, switches or {}, uses)
+
+# --- what is in a model ---
+
+def kind_of(module: nn.Module) -> str | None:
+    """The name of a registered kind, None for any other module."""
+    for name, kind in KINDS.items():
+        # a subclass may compute something else: it registers itself
+        if type(module) is kind.layer:
+            return name
+    return None
+
+def special_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every layer of a registered kind by its name, in the order of the model."""
+    return {name: module for name, module in model.named_modules() if kind_of(module)}
+
+def settings_of(model: nn.Module) -> dict[str, dict]:
+    """By layer name the kind and what rebuilds the layer, as JSON."""
+    found = {}
+    for name, layer in special_layers(model).items():
+        found[name] = {"kind": kind_of(layer), **layer.settings()}
+    return found
+
+def count_by_path(model: nn.Module) -> tuple[int, int, int]:
+    """Parameters on low-rank paths, on sparse paths, and all others."""
+    low_rank = 0
+    sparse = 0
+    for layer in special_layers(model).values():
+        kind = KINDS[kind_of(layer)]
+        for name, p in layer.named_parameters(recurse=False):
+            if name in kind.low_rank:
+                low_rank += p.numel()
+            elif name in kind.sparse:
+                sparse += p.numel()
+    total = sum(p.numel() for p in model.parameters())
+    return low_rank, sparse, total - low_rank - sparse
+
+def look_inside(model: nn.Module, run: Callable, part: tuple[int, int] = (0, 1)) -> dict[str, dict]:
+    """What each layer does with the inputs that run() gives it: numbers by the layer's name."""
+    return lost.diagnose(model, run, part)
+
+# --- making one ---
+
+def rebuild(model: nn.Module, settings: dict[str, dict]):
+    """Put empty layers in place, as `settings_of` described them; their tensors come from a file."""
+    for name, given in settings.items():
+        with as_user_error(AttributeError, TypeError, ValueError, prefix=f"layer {name}: "):
+            # folders from before there were other kinds do not say which
+            given = {"kind": "lost", **given}
+            kind = given.pop("kind")
+            if kind not in KINDS:
+                raise UserError(f"unknown kind {kind!r}; this program has {', '.join(KINDS)}")
+            model.get_submodule(name)
+            model.set_submodule(name, KINDS[kind].layer(**given))
+
+def model_config(config) -> LlamaConfig:
+    """The model's sizes. Trained from scratch, it is made for the training window."""
+    names = {f.name for f in dataclasses.fields(LlamaConfig)}
+    sizes = {name: value for name, value in vars(config).items() if name in names}
+    with as_user_error(ConfigError):
+        return LlamaConfig(**sizes, max_seq_len=config.seq_len)
+
+def build_model(config, device, part: tuple[int, int] = (0, 1)) -> Llama:
+    """The model of step 0, converted on `device`; on the meta device shapes only."""
+    # drawn on the CPU: a seed means the same model on every device
+    torch.manual_seed(config.seed)
+    first = "meta" if str(device) == "meta" else "cpu"
+    with torch.device(first):
+        model = Llama(model_config(config))
+    model.to(device)
+    convert = METHODS[config.linear].convert
+    if convert is not None:
+        convert(model, config, part)
+    return model
+
+def owners(model: nn.Module, world: int) -> dict[str, int]:
+    """The process that fills a layer, by the layer's name: the i-th of every `world` is process i's."""
+    return {name: i % world for i, name in enumerate(special_layers(model))}
+
+# --- LOST and its relatives: one layer with other switches ---
+
+LOST_FLAGS = (
+    "rank", "sparsity", "gamma", "learn_gamma",
+    "init", "select", "sparse_init", "activation",
+)
+
+def convert_to_lost(model: nn.Module, config, part: tuple[int, int]):
+    switches = {name: getattr(config, name) for name in LOST_FLAGS}
+    with as_user_error(LOSTError):
+        apply_lost(model, part=part, **switches)
+
+# no sparse path and a random start; CoLA (arXiv 2502.10940) differs from plain low rank by its SiLU alone
+PLAIN = {"sparsity": 0.0, "gamma": 1.0, "init": "random"}
+
+register("lost", LOSTLinear, convert_to_lost, uses=LOST_FLAGS, low_rank=("A", "B"), sparse=("W_s",))
+METHODS["lowrank"] = Method(convert_to_lost, {**PLAIN, "activation": "none"}, LOST_FLAGS)
+METHODS["cola"] = Method(convert_to_lost, {**PLAIN, "activation": "silu"}, LOST_FLAGS)

@@ -1,0 +1,229 @@
+"""Every setting of a training run: its flag, its default, its limits, and the recipe of each size."""
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+
+from lost import SWITCHES
+from model import MODELS
+from nanolost.errors import UserError
+from nanolost.flags import flag
+from nanolost.job import pick_device
+from nanolost.methods import METHODS
+from nanolost.optim import OPTIMIZERS
+
+# Per size LOST's rank, and the steps and learning rates that CoLA published (arXiv 2502.10940): LOST's own are
+# unknown, and 13b's are those of 7b. `tiny` is ours, for a CPU.
+RECIPES = {
+    "tiny": dict(rank=32,   steps=700,     lr=1.2e-2, optimizer="muon", batch_tokens=8192,
+                 eval_tokens=200_000, eval_every=100, save_every=100),
+    "60m":  dict(rank=128,  steps=10_000,  lr=6e-3),
+    "130m": dict(rank=256,  steps=20_000,  lr=3e-3),
+    "350m": dict(rank=256,  steps=60_000,  lr=3e-3),
+    "1b":   dict(rank=512,  steps=100_000, lr=2e-3),
+    # without recompute a micro-batch keeps 97 GB of activations at 7b and 152 GB at 13b
+    "7b":   dict(rank=1024, steps=150_000, lr=1e-3, recompute=True),
+    "13b":  dict(rank=1280, steps=150_000, lr=1e-3, recompute=True),
+}
+
+# What "auto" means on each device. micro_tokens: the most tokens of a micro-batch unless --micro_batch says more
+DEVICES = {
+    "cuda": dict(dtype="bfloat16", compile="true", micro_tokens=16_384),
+    "mps": dict(dtype="float32", compile="false", micro_tokens=4_096),
+    "cpu": dict(dtype="float32", compile="false", micro_tokens=4_096),
+}
+
+# --- flags: a class is a section of --help; None is chosen later ---
+
+@dataclass
+class Files:
+    """files"""
+
+    data_dir: str = flag("data/c4", "folder of token shards, made by prepare_c4.py")
+    out_dir: str = flag("out", "folder for checkpoints, metrics.jsonl, config.json and status.json")
+    tokenizer: str | None = flag(None, "gpt2, byte or a file, for shards that came without a tokenizer.json")
+
+@dataclass
+class Model:
+    """model"""
+
+    model: str = flag("60m", "size; brings its recipe, any value of which can be overridden", list(MODELS))
+    n_layer: int | None = flag(None, "blocks (by --model)")
+    n_head: int | None = flag(None, "attention heads (by --model)")
+    n_kv_head: int | None = flag(None, "heads of keys and values; fewer is grouped-query attention (n_head)")
+    n_embd: int | None = flag(None, "width (by --model)")
+    n_ffn: int | None = flag(None, "inner width of the MLP (by --model)")
+    tie_embeddings: bool = flag(False, "share one weight between embedding and head")
+    vocab_size: int | None = flag(None, "rows of embedding and head (the tokenizer's)")
+    init_std: float = flag(0.02, "standard deviation of the blocks' first dense weights, before decomposition")
+
+@dataclass
+class Method:
+    """linear layers"""
+
+    linear: str = flag("lost", "kind: LOST, dense, plain low-rank or CoLA", list(METHODS))
+    rank: int | dict | None = flag(None, "r; by module too: q_proj=64,default=128 (by --model)")
+    sparsity: float | dict = flag(0.01, "ρ, share of input channels kept in the sparse path; by module too")
+    gamma: float = flag(0.7, "γ, weight of the low-rank path; the sparse path has 1 - γ")
+    learn_gamma: bool = flag(False, "train γ, one for each layer, in [0, 1]")
+    init: str = flag("svd", "first factors: from the weight's SVD, or random as CoLA's", SWITCHES["init"])
+    select: str = flag("residual", "channels by column norm (residual: L2), or random", SWITCHES["select"])
+    sparse_init: str = flag("weight", "columns that the sparse path starts from", SWITCHES["sparse_init"])
+    activation: str = flag("silu", "function between the factors", SWITCHES["activation"])
+
+@dataclass
+class Training:
+    """training"""
+
+    seq_len: int = flag(256, "tokens of a training window")
+    batch_tokens: int = flag(131_072, "tokens of an update, over all processes and micro-batches")
+    micro_batch: int | None = flag(None, "windows of one forward pass (what suits the device)")
+    steps: int | None = flag(None, "updates (by --model)")
+    lr: float | None = flag(None, "peak learning rate of the blocks' matrices (by --model)")
+    aux_lr: float | None = flag(None, "peak learning rate of embedding, head, vectors and γ (--lr)")
+    warmup: int | None = flag(None, "updates of linear warm-up (a tenth of --steps)")
+    min_lr_ratio: float = flag(0.1, "end of the cosine, as a share of the peak")
+    optimizer: str = flag("adamw", "adamw, or muon for the blocks' matrices and AdamW elsewhere",
+                          list(OPTIMIZERS))
+    weight_decay: float = flag(0.01, "decoupled weight decay, on matrices and embeddings")
+    betas: tuple[float, float] = flag((0.9, 0.95), "AdamW's β₁, β₂")
+    momentum: float = flag(0.95, "Muon's momentum")
+    grad_clip: float = flag(0.5, "largest norm of the whole gradient; 0 for no clipping")
+    spike: float = flag(5.0, "log a gradient norm above this many times the median of the last 100; 0: never")
+    skip_spikes: bool = flag(False, "leave out the update of such a step, from step 21 on")
+    seed: int = flag(0, "seed of the first weights and of the order of samples")
+
+@dataclass
+class Running:
+    """running"""
+
+    device: str = flag("auto", "cuda, mps or cpu; auto is the best there is", ["auto", *DEVICES])
+    dtype: str = flag("auto", "autocast; auto is bfloat16 on CUDA, else float32",
+                      ["auto", "float32", "bfloat16"])
+    compile: str = flag("auto", "torch.compile; auto is true on CUDA", ["auto", "true", "false"])
+    threads: int | None = flag(None, "CPU threads of a process (the cores that are free; a resume keeps them)")
+    recompute: bool = flag(False, "save memory: compute wide activations again in backward (7b, 13b: true)")
+    eval_every: int = flag(1000, "updates between evaluations; one more at the end")
+    eval_tokens: int = flag(10_000_000, "validation tokens of an evaluation, always the same ones")
+    save_every: int = flag(1000, "updates between checkpoints; one more at the end")
+    keep: int = flag(3, "newest checkpoints that are kept")
+    log_every: int = flag(10, "updates between lines of the log")
+    resume: str = flag("auto", "auto: from the newest good checkpoint of out_dir; never; or a PATH")
+    overwrite: bool = flag(False, "with --resume never or PATH: delete the run that is in out_dir")
+    deterministic: bool = flag(False, "refuse operations whose result varies from run to run")
+    timeout: int = flag(600, "seconds within which a job ends when a process hangs; ten times that in a save")
+    dry_run: bool = flag(False, "print parameters, memory and tokens, and exit")
+
+@dataclass
+class Config(Running, Training, Method, Model, Files):
+    """Every setting of a run, in the order of its base classes from the last."""
+
+# Architecture and data of a run: a resume must agree in these. Any other value that changed is printed
+FIXED = {
+    *(f.name for f in dataclasses.fields(Model)), *(f.name for f in dataclasses.fields(Method)),
+    "seq_len", "optimizer", "data", "tokenizer_sha256",
+} - {"model"}
+
+# --- limits ---
+
+POSITIVE = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn", "seq_len", "batch_tokens", "micro_batch",
+            "steps", "threads", "eval_every", "eval_tokens", "save_every", "keep", "log_every", "timeout")
+
+# name → (what its value must do, the test of it)
+LIMITS = {
+    **dict.fromkeys(POSITIVE, ("be positive", lambda n: n >= 1)),
+    **dict.fromkeys(("lr", "aux_lr", "init_std"), ("be positive and finite", lambda x: 0 < x < math.inf)),
+    **dict.fromkeys(("weight_decay", "grad_clip"), ("not be negative", lambda x: x >= 0)),
+    "warmup": ("not be negative", lambda n: n >= 0),
+    "min_lr_ratio": ("lie in [0, 1]", lambda x: 0 <= x <= 1),
+    "momentum": ("lie in [0, 1)", lambda x: 0 <= x < 1),
+    "betas": ("lie in [0, 1)", lambda pair: all(0 <= x < 1 for x in pair)),
+    "spike": ("be above 1, or 0 for none", lambda x: x == 0 or x > 1),
+}
+
+def check_limits(config):
+    """UserError for the first value of a dataclass of flags that is out of its range."""
+    for name, (must, fits) in LIMITS.items():
+        value = getattr(config, name, None)
+        if value is not None and not fits(value):
+            raise UserError(f"--{name} {value}: must {must}")
+
+def check_method(config: Config, given: dict):
+    """UserError for switches that mean nothing, or that leave a path which never learns."""
+    method = METHODS[config.linear]
+    for field in dataclasses.fields(Method):
+        if field.name in given and field.name not in (*method.uses, "linear"):
+            raise UserError(f"--{field.name} means nothing with --linear {config.linear}: drop one of them")
+    if "gamma" not in method.uses:
+        return
+    sparse = config.sparsity
+    if isinstance(sparse, dict):
+        sparse = any(sparse.values())
+    if config.gamma == 0 or (config.gamma == 1 and sparse):
+        raise UserError(f"--gamma {config.gamma}: one of the two paths would never learn; use one "
+                        "between 0 and 1, or 1 with --sparsity 0")
+
+# --- from what was typed to what is meant ---
+
+def resolve(given: dict) -> Config:
+    """A whole Config from the values given, the recipe of the size and the switches of the kind of layer."""
+    # for the two names that bring the rest
+    base = Config(**given)
+    config = Config(**{**MODELS[base.model], **RECIPES[base.model], **METHODS[base.linear].switches, **given})
+    check_limits(config)
+    check_method(config, given)
+    if config.n_kv_head is None:
+        config.n_kv_head = config.n_head
+    check_warmup(config)
+    return config
+
+def check_warmup(config: Config):
+    if config.warmup is not None and config.warmup > config.steps:
+        raise UserError(f"--warmup {config.warmup}: must lie between 0 and --steps {config.steps}")
+
+def settle_device(config: Config) -> Config:
+    """A copy in which no value is "auto" any more."""
+    kind = pick_device(config.device)
+    auto = DEVICES[kind]
+    config = dataclasses.replace(config, device=kind)
+    if config.dtype == "auto":
+        config.dtype = auto["dtype"]
+    if config.compile == "auto":
+        config.compile = auto["compile"]
+    return config
+
+def settle_schedule(config: Config, saved: dict):
+    """Choose what is chosen once for a run: a resume keeps the warm-up that `saved`, the settings of its
+    checkpoint, began with, so that a longer --steps does not put the rate back onto the ramp."""
+    if config.warmup is None:
+        config.warmup = saved.get("warmup", config.steps // 10)
+    check_warmup(config)
+
+def autocast(config) -> torch.autocast:
+    """The one autocast context of a run, for training and evaluation alike."""
+    return torch.autocast(config.device, getattr(torch, config.dtype), enabled=config.dtype != "float32")
+
+# --- batches ---
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+def split_batch(config, world: int) -> tuple[int, int]:
+    """(samples of a micro-batch, micro-batches of a process for an update); UserError names valid values."""
+    samples, rest = divmod(config.batch_tokens, config.seq_len)
+    if rest:
+        near = [n * config.seq_len for n in (samples, samples + 1) if n]
+        raise UserError(f"--batch_tokens {config.batch_tokens} is no multiple of --seq_len: use {near}")
+    share, rest = divmod(samples, world)
+    if rest:
+        raise UserError(f"{samples} samples an update do not divide among {world} processes: start one of "
+                        f"{divisors(samples)}, or use --batch_tokens {(share + 1) * world * config.seq_len}")
+    micro = config.micro_batch
+    if micro is None:
+        most = DEVICES[config.device]["micro_tokens"] // config.seq_len
+        micro = max((d for d in divisors(share) if d <= most), default=1)
+    if share % micro:
+        raise UserError(f"--micro_batch {micro} does not divide a process's {share} samples: use one of "
+                        f"{divisors(share)}")
+    return micro, share // micro
