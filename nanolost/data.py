@@ -1,96 +1,270 @@
-"""Tokens on disk and the order in which they are read: shards, tokenizers, samples.
+"""Tokens on disk and the order in which they are read: shards, their manifest, samples.
 
 A shard is llm.c's file (dev/data/data_common.py): 256 little-endian int32 (magic, version, number of tokens,
 zeros), then the tokens: uint16 under magic 20240520 version 1, uint32 under 20240801 version 7. A sample is a
 window of seq_len + 1 tokens of one shard; neighbours share a token, so that each token but a shard's first is
 a target once an epoch. Which window is read when is a pure function, `SampleOrder`."""
-import glob
 import hashlib
 import json
 import mmap
 import os
+import re
 
 import numpy as np
 import torch
 
-from nanolost.files import publish
+from nanolost.errors import UserError
+from nanolost.files import open_regular, plain_name, publish, read_json, sha256_of
 
 HEADER_BYTES = 256 * 4
-FORMATS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}     # (magic, version) → token type
-AGAIN = "delete its folder and run prepare_c4.py again"
+UINT16 = np.dtype("<u2")
+UINT32 = np.dtype("<u4")
+FORMATS = {(20240520, 1): UINT16, (20240801, 7): UINT32}       # (magic, version) → token type
+PIECE = 1 << 24                                # tokens that check_ids looks at at once
+MOST_TOKENS = 2**31 - 1                        # of a shard: the header counts them in an int32
+SPLITS = ("train", "val")
+SPLIT_WORDS = {"train": "train", "val": "val", "validation": "val"}    # word in a file's name → split
+AGAIN = "if prepare_c4.py made it, delete its folder and run prepare_c4.py again"
 
 # --- shards ---
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    return FORMATS[20240520, 1] if vocab_size <= 2**16 else FORMATS[20240801, 7]
+    """The smaller of the two types that holds the ids 0 … vocab_size - 1."""
+    if vocab_size <= 2**16:
+        return UINT16
+    return UINT32
+
+def shard_header(dtype: np.dtype, tokens: int) -> bytes:
+    """The first HEADER_BYTES of a shard."""
+    assert tokens <= MOST_TOKENS, f"{tokens} tokens are too many for an int32"
+    header = np.zeros(HEADER_BYTES // 4, "<i4")
+    for (magic, version), kind in FORMATS.items():
+        if kind == dtype:
+            header[:3] = magic, version, tokens
+    assert header.any(), f"no shard holds tokens of type {dtype}"
+    return header.tobytes()
 
 class ShardWriter:
-    """Appends tokens to a temporary file, which gets the name `path` in `close()`."""
+    """Appends tokens to a temporary file, which gets the name `path` in `close()`. After it `sha256` is the
+    digest of the file."""
 
     def __init__(self, path: str, dtype: np.dtype):
-        self.path, self.dtype, self.tokens = path, np.dtype(dtype), 0
-        self.file = open(f"{path}.tmp", "wb")
+        self.path = path
+        self.dtype = np.dtype(dtype)
+        self.tokens = 0
+        self.sha256 = None
+        self.file = open(f"{path}.tmp", "wb+")
+        # room for the header, which is known last
         self.file.write(bytes(HEADER_BYTES))
 
     def append(self, tokens: np.ndarray):
-        self.file.write(tokens.astype(self.dtype, copy=False).tobytes())
+        tokens = tokens.astype(self.dtype, copy=False)
+        self.file.write(tokens.tobytes())
         self.tokens += len(tokens)
 
     def close(self):
-        assert self.tokens < 2**31, f"{self.tokens} tokens: the header counts them in an int32"
-        magic, version = next(key for key, dtype in FORMATS.items() if dtype == self.dtype)
         self.file.seek(0)
-        self.file.write(np.array([magic, version, self.tokens], "<i4").tobytes())
+        self.file.write(shard_header(self.dtype, self.tokens))
+        self.file.flush()
+        # the count at the front is known only now, so the digest cannot grow with the file; it is taken of
+        # the open file, from memory as a rule, before anybody else can reach it by its name
+        self.sha256 = sha256_of(self.file)
         publish(self.file, self.path)
 
 def write_shard(path: str, tokens, vocab_size: int | None = None):
     """Write one shard atomically. tokens: (n,) integers, stored as uint16 where `vocab_size` (by default one
-    more than the largest token) fits, else as uint32. Raises ValueError for tokens outside the vocabulary."""
+    more than the largest token) fits, else as uint32. UserError for tokens outside the vocabulary."""
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(f"tokens of shape {tokens.shape} and type {tokens.dtype}: give one row of integers")
-    low, high = int(tokens.min(initial=0)), int(tokens.max(initial=0))
-    vocab_size = vocab_size or high + 1
+        raise UserError(f"tokens of shape {tokens.shape} and type {tokens.dtype}: give one row of integers")
+    if len(tokens) > MOST_TOKENS:
+        raise UserError(f"{len(tokens)} tokens: a shard holds at most {MOST_TOKENS}, write several")
+    low = int(tokens.min(initial=0))
+    high = int(tokens.max(initial=0))
+    if vocab_size is None:
+        vocab_size = high + 1
     if low < 0 or high >= min(vocab_size, 2**32):
-        raise ValueError(f"tokens {low} to {high} do not fit a vocabulary of {vocab_size}")
+        raise UserError(f"tokens {low} to {high} do not fit a vocabulary of {vocab_size}")
     writer = ShardWriter(os.fspath(path), token_dtype(vocab_size))
     writer.append(tokens)
     writer.close()
 
 def read_shard(path: str) -> np.ndarray:
-    """The tokens of a shard as a memory map, (n,) uint16 or uint32. ValueError if it is not a whole one."""
+    """The tokens of a shard as a memory map, (n,) uint16 or uint32. UserError if it is not a whole one."""
     try:
-        size, header = os.path.getsize(path), np.fromfile(path, "<i4", 256)
+        with open_regular(path) as file:
+            return _mapped(file, path)
     except OSError as e:
-        raise ValueError(f"cannot read the shard {path}: {e.strerror}; {AGAIN}") from None
-    dtype = FORMATS.get(tuple(header[:2].tolist()))
-    if dtype is None or len(header) < 256:
-        raise ValueError(f"{path} is not a token shard (wrong magic or version): make it with prepare_c4.py")
-    count = int(header[2])
-    if size != HEADER_BYTES + count * dtype.itemsize:
-        raise ValueError(f"{path} has {size} bytes but promises {count} tokens of {dtype.itemsize}: it is "
-                         f"cut or damaged; {AGAIN}")
-    if not count:
-        return np.empty(0, dtype)
-    with open(path, "rb") as f:
-        return np.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), dtype, count, HEADER_BYTES)
+        raise UserError(f"cannot read the shard {path}: {e.strerror}; {AGAIN}") from None
 
-def shard_length(data_dir: str, shard: dict) -> int:
-    """Tokens of a shard by its file. ValueError where its entry in the manifest says something else."""
-    tokens = len(read_shard(os.path.join(data_dir, shard["name"])))
-    if shard.get("tokens", tokens) != tokens:
-        raise ValueError(f"{shard['name']} of {data_dir} has {tokens} tokens, its manifest says "
-                         f"{shard['tokens']}: {AGAIN}")
-    return tokens
+def _mapped(file, path: str) -> np.ndarray:
+    header = np.fromfile(file, "<i4", HEADER_BYTES // 4)
+    magic, version, count = [*header.tolist(), 0, 0, 0][:3]
+    dtype = FORMATS.get((magic, version))
+    # each version has one layout: a later one would be read wrongly
+    if dtype is None or header.nbytes < HEADER_BYTES:
+        raise UserError(f"{path} is not a token shard (wrong magic or version): make it with prepare_c4.py")
+    size = os.fstat(file.fileno()).st_size
+    if size != HEADER_BYTES + count * dtype.itemsize:
+        raise UserError(f"{path} has {size} bytes but promises {count} tokens of {dtype.itemsize}: it is "
+                        f"cut or damaged; {AGAIN}")
+    # a memory map outlives its file's descriptor: thousands of shards need no open file each
+    content = mmap.mmap(file.fileno(), length=0, access=mmap.ACCESS_READ)
+    return np.frombuffer(content, dtype, count, HEADER_BYTES)
 
 def release(tokens: np.ndarray):
     """Unmap the pages of a `read_shard` that were touched: they would count as resident for ever."""
     tokens.base.obj.madvise(mmap.MADV_DONTNEED)
 
+# --- the manifest ---
+
+def is_flag(value) -> bool:
+    return isinstance(value, bool)
+
+def is_count(value) -> bool:
+    # True is an int to Python; what is larger than 63 bits fits no array
+    if isinstance(value, bool) or not isinstance(value, int):
+        return False
+    return 0 <= value < 2**63
+
+def is_digest(value) -> bool:
+    if not isinstance(value, str):
+        return False
+    return re.fullmatch("[0-9a-f]{64}", value) is not None
+
+def is_object(value) -> bool:
+    return isinstance(value, dict)
+
+def is_list_of_objects(value) -> bool:
+    if not isinstance(value, list):
+        return False
+    return all(map(is_object, value))
+
+# entry → its kind in words, and as a test; only what is read here, as prepare_c4.py keeps more in it
+MANIFEST = {
+    "complete": ("true or false", is_flag),
+    "shards": ("a list of objects", is_list_of_objects),
+    "version": ("1", lambda value: is_count(value) and value == 1),
+    "tokenizer": ("an object", is_object),
+}
+SHARD = {
+    "name": ("a name", lambda value: isinstance(value, str)),
+    "split": ("train or val", lambda value: isinstance(value, str) and value in SPLITS),
+    "tokens": ("a number of tokens", is_count),
+    "bytes": ("a number of bytes", is_count),
+    "documents": ("a number of documents", is_count),
+    "sha256": ("a SHA-256", is_digest),
+}
+TOKENIZER = {
+    "sha256": ("a SHA-256", is_digest),
+    "vocab_size": ("a number of ids", is_count),
+    "eot": ("an id", is_count),
+}
+
+def check_entries(entries: dict, kinds: dict, required: tuple[str, ...] = ()):
+    """UserError unless all that is required is there, and all that is there has its kind."""
+    for name in required:
+        if name not in entries:
+            raise UserError(f"it has no {name}")
+    for name in kinds.keys() & entries.keys():
+        kind, holds = kinds[name]
+        if not holds(entries[name]):
+            raise UserError(f"its {name} {entries[name]!r:.80} is not {kind}")
+
+def check_manifest(manifest: dict):
+    """UserError that names the first entry of a wrong type."""
+    check_entries(manifest, MANIFEST, required=("complete", "shards"))
+    # a run that was interrupted early has chosen none yet
+    check_entries(manifest.get("tokenizer", {}), TOKENIZER)
+    names = set()
+    for shard in manifest["shards"]:
+        check_entries(shard, SHARD, required=("name", "split", "tokens"))
+        # a path would lead out of the folder, to /dev/zero or a neighbour's text
+        name = plain_name(shard["name"], "it")
+        if name in names:
+            raise UserError(f"it names the shard {name} twice")
+        names.add(name)
+
+def load_manifest(data_dir: str, unfinished: bool = False) -> dict | None:
+    """The manifest.json of prepare_c4.py, or None where there is none. unfinished: also that of a run which
+    was interrupted. UserError for one that is damaged, by the name of the entry."""
+    path = os.path.join(data_dir, "manifest.json")
+    # a link to nowhere is a damaged manifest, not a folder without one
+    if not os.path.lexists(path):
+        return None
+    try:
+        manifest = read_json(path)
+        check_manifest(manifest)
+    except UserError as e:
+        raise UserError(f"{path} is damaged ({e}): {AGAIN}") from None
+    if not manifest["complete"] and not unfinished:
+        raise UserError(f"{data_dir} is not finished: run the same prepare_c4.py command again to continue")
+    return manifest
+
+def shard_length(data_dir: str, shard: dict) -> int:
+    """Tokens of a shard by its file. UserError where its entry in the manifest says something else."""
+    name = shard["name"]
+    path = os.path.join(data_dir, name)
+    tokens = len(read_shard(path))
+    # ready-made shards have no manifest, and so no entry
+    promised = shard.get("tokens", tokens)
+    if tokens != promised:
+        raise UserError(f"{name} of {data_dir} has {tokens} tokens, its manifest says {promised}: {AGAIN}")
+    return tokens
+
+# --- splits of a folder ---
+
+def split_of_name(name: str) -> str | None:
+    """The split that a file's name says in a word of its own, None where it says none. UserError where it
+    says both."""
+    # words end where letters do, of any script: the "val" of medieval_train.bin is no word, nor is that of
+    # festivälval.bin, and shard-7-val_002.bin has one
+    words = re.findall(r"[^\W\d_]+", name.lower())
+    said = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
+    if len(said) > 1:
+        raise UserError(f"the name {name} says both train and val: give the file a name of one split")
+    return said.pop() if said else None
+
+def named_shards(data_dir: str) -> list[dict]:
+    """Entries like a manifest's, name and split, for the *.bin files of a folder that has none."""
+    try:
+        names = sorted(os.listdir(data_dir))
+    # a folder that is not there has no shards, which is reported where they are missed
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as e:
+        raise UserError(f"cannot read the folder {data_dir}: {e.strerror}") from None
+    shards = []
+    for name in names:
+        # macOS puts ._train_0.bin beside train_0.bin on file systems of others
+        if name.startswith(".") or not name.endswith(".bin"):
+            continue
+        split = split_of_name(name.removesuffix(".bin"))
+        if split:
+            shards.append({"name": name, "split": split})
+    return shards
+
+def check_disjoint(data_dir: str, shards: list[dict]):
+    """UserError where one file is in both splits under two names: it would be trained on and judged by."""
+    seen = {}
+    for shard in shards:
+        path = os.path.join(data_dir, shard["name"])
+        # stat follows links; a file that is missing is reported where it is read
+        try:
+            status = os.stat(path)
+        except OSError:
+            continue
+        identity = status.st_dev, status.st_ino
+        other = seen.setdefault(identity, shard)
+        if other["split"] != shard["split"]:
+            both = f"{other['name']} and {shard['name']} of {data_dir}"
+            raise UserError(f"{both} are one file, which cannot be in both splits: remove one of the names")
+
 # --- samples ---
 
 def mix(z: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser: a bijection on uint64 in which each output bit depends on all input bits."""
+    """splitmix64's finaliser (Steele et al. 2014): a bijection on uint64 in which each output bit depends on
+    all input bits."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
@@ -105,92 +279,138 @@ class SampleOrder:
     def __init__(self, n: int, seed: int):
         if n < 1:
             raise ValueError(f"an order needs at least one sample, not {n}")
-        self.n, self.seed = n, seed
-        self.half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))         # bits in a half of the network
+        self.n = n
+        self.seed = seed
+        bits = (n - 1).bit_length()
+        # of the network, whose domain is the next power of four; a half of no bits would mix nothing
+        self.half = np.uint64(max(1, (bits + 1) // 2))
 
     def __getitem__(self, i):
         number = np.atleast_1d(np.asarray(i, dtype=np.int64))
         if (number < 0).any():
             raise IndexError(f"sample numbers start at 0, not {number.min()}")
-        epoch, x = (a.astype(np.uint64) for a in np.divmod(number, self.n))
-        key = mix(epoch + mix(np.array([self.seed % 2**64], np.uint64)))
-        x = self._feistel(x, key)
-        while (out := x >= self.n).any():      # the domain is < 4 n: seldom many rounds
-            x[out] = self._feistel(x[out], key[out])
-        return int(x[0]) if np.ndim(i) == 0 else x.astype(np.int64).reshape(np.shape(i))
+        epoch, place = np.divmod(number, self.n)
+        epoch = epoch.astype(np.uint64)
+        place = place.astype(np.uint64)
+        # arrays, as overflow of single numbers warns
+        seed = np.array([self.seed % 2**64], np.uint64)
+        key = mix(epoch + mix(seed))
+        sample = self._feistel(place, key)
+        outside = sample >= self.n
+        # the domain is < 4 n: seldom many rounds
+        while outside.any():
+            sample[outside] = self._feistel(sample[outside], key[outside])
+            outside = sample >= self.n
+        if np.ndim(i) == 0:
+            return int(sample[0])
+        sample = sample.astype(np.int64)
+        return sample.reshape(np.shape(i))
 
     def _feistel(self, x: np.ndarray, key: np.ndarray) -> np.ndarray:
-        mask = (np.uint64(1) << self.half) - np.uint64(1)
-        left, right = x >> self.half, x & mask
+        one = np.uint64(1)
+        mask = (one << self.half) - one
+        left = x >> self.half
+        right = x & mask
+        # 4 rounds of a good function make a random permutation (Luby & Rackoff 1988); 6 leave a margin
         for r in range(6):
-            left, right = right, left ^ (mix(right + key + np.uint64(r << 56)) & mask)
+            round_key = key + np.uint64(r << 56)
+            scrambled = mix(right + round_key)
+            left, right = right, left ^ (scrambled & mask)
         return left << self.half | right
 
-def load_manifest(data_dir: str, unfinished: bool = False) -> dict | None:
-    """The manifest.json of prepare_c4.py, or None. ValueError if it is damaged or unfinished."""
-    path = os.path.join(data_dir, "manifest.json")
-    if not os.path.exists(path):
-        return None
-    try:
-        with open(path, encoding="utf-8") as f:
-            manifest = json.load(f)
-        complete, _ = manifest["complete"], [(s["split"], s["name"], s["tokens"]) for s in manifest["shards"]]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is damaged: delete {data_dir} and run prepare_c4.py again") from None
-    if not complete and not unfinished:
-        raise ValueError(f"{data_dir} is not finished: run the same prepare_c4.py command again to continue")
-    return manifest
+def fingerprint(shards: list[dict], lengths: list[int]) -> str:
+    """Identity of a split, which a resumed run must find again; it does not depend on the folder's place."""
+    known = []
+    for shard, tokens in zip(shards, lengths, strict=True):
+        known.append([shard["name"], tokens, shard.get("sha256")])
+    text = json.dumps(known)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 class TokenDataset:
     """The windows of one split ("train" or "val") of a folder of shards, checked against its manifest.json.
-    Without one the names *train*.bin and *val*.bin count. ValueError for what is missing or damaged."""
+    Without one the words train, val and validation in the names of *.bin files count. UserError for what is
+    missing or damaged, and for shards shorter than a window."""
 
     def __init__(self, data_dir: str, split: str, seq_len: int):
-        manifest, self.seq_len = load_manifest(data_dir), seq_len
-        found = sorted(glob.glob(os.path.join(glob.escape(data_dir), f"*{split}*.bin")))
-        shards = [s for s in manifest["shards"] if s["split"] == split] if manifest else [
-            {"name": os.path.basename(path)} for path in found]
-        if not shards:
-            raise ValueError(f"no {split} shards in {data_dir}: run prepare_c4.py --out_dir {data_dir} first")
-        self.paths = [os.path.join(data_dir, s["name"]) for s in shards]
+        assert split in SPLITS and seq_len >= 1, (split, seq_len)
+        self.seq_len = seq_len
+        manifest = load_manifest(data_dir)
+        shards = self._choose(data_dir, split, manifest)
         lengths = [shard_length(data_dir, shard) for shard in shards]
-        self.ends = np.cumsum([max(0, (n - 1) // seq_len) for n in lengths])   # windows up to a shard's end
-        if not len(self):
-            raise ValueError(f"the {split} shards of {data_dir} hold fewer than {seq_len + 1} tokens each: "
-                             "prepare more text or lower --seq_len")
-        # identity of the split: what a resumed run must find again
-        known = json.dumps([[s["name"], n, s.get("sha256")] for s, n in zip(shards, lengths, strict=True)])
-        self.fingerprint = hashlib.sha256(known.encode()).hexdigest()
+        if max(lengths) <= seq_len:
+            raise self._too_short(data_dir, split, max(lengths))
+        self.paths = [os.path.join(data_dir, shard["name"]) for shard in shards]
+        # up to each shard's end; a shard's first token is no target
+        windows = [max(0, tokens - 1) // seq_len for tokens in lengths]
+        self.ends = np.cumsum(windows)
+        self.fingerprint = fingerprint(shards, lengths)
+        self.tokenizer_sha256 = None
+        if manifest:
+            tokenizer = manifest.get("tokenizer", {})
+            self.tokenizer_sha256 = tokenizer.get("sha256")
         self.maps = {}
-        self.tokenizer_sha256 = manifest.get("tokenizer", {}).get("sha256") if manifest else None
+
+    @staticmethod
+    def _choose(data_dir: str, split: str, manifest: dict | None) -> list[dict]:
+        shards = manifest["shards"] if manifest else named_shards(data_dir)
+        check_disjoint(data_dir, shards)
+        own = [shard for shard in shards if shard["split"] == split]
+        if not own:
+            raise UserError(f"no {split} shards in {data_dir}: run prepare_c4.py --out_dir {data_dir} first, "
+                            f"or give ready-made ones names like {split}_0.bin")
+        return own
+
+    def _too_short(self, data_dir: str, split: str, longest: int) -> UserError:
+        needed = self.seq_len + 1
+        found = f"the longest {split} shard of {data_dir} has {longest} tokens, a window needs {needed}"
+        # a token and its target are the smallest window
+        if longest < 2:
+            return UserError(f"{found} (--seq_len and one): prepare more text")
+        return UserError(f"{found}: use --seq_len {longest - 1} or less, or prepare more text")
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def check_ids(self, vocab_size: int):
-        """Read every token once, in pieces of 16 M: an id outside the vocabulary is a ValueError."""
+        """Read every token once: an id outside the vocabulary is a UserError."""
         for path in self.paths:
             tokens = read_shard(path)
-            for i in range(0, len(tokens), 1 << 24):
-                if (largest := int(tokens[i:i + (1 << 24)].max())) >= vocab_size:
-                    raise ValueError(f"{path} holds token {largest}, the last is {vocab_size - 1}: it was "
-                                     "made with another tokenizer; prepare it again")
+            # in pieces, so that a shard larger than the memory can be read
+            for start in range(0, len(tokens), PIECE):
+                piece = tokens[start:start + PIECE]
+                largest = int(piece.max())
                 release(tokens)
+                if largest >= vocab_size:
+                    raise UserError(f"{path} holds token {largest}, the last is {vocab_size - 1}: it was "
+                                    "made with another tokenizer; prepare it again")
 
     def batch(self, samples, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
         """Windows `samples` as inputs and targets, two int64 tensors of shape (len(samples), seq_len). To a
         GPU they go from pinned memory, for which neither side waits."""
-        window = np.empty((len(samples), self.seq_len + 1), np.int64)
-        shards = np.searchsorted(self.ends, samples, side="right")
-        for row, sample, shard in zip(window, samples, shards, strict=True):
-            if shard not in self.maps:
-                self.maps[shard] = read_shard(self.paths[shard])
-            start = (sample - (self.ends[shard - 1] if shard else 0)) * self.seq_len
-            row[:] = self.maps[shard][start:start + self.seq_len + 1]
-        for shard in set(shards.tolist()):
-            release(self.maps[shard])
-        window = torch.from_numpy(window)
-        pair = window[:, :-1], window[:, 1:]
+        samples = np.asarray(samples)
+        window = torch.from_numpy(self._windows(samples))
+        halves = window[:, :-1], window[:, 1:]
         if torch.device(device).type == "cuda":
-            return tuple(t.contiguous().pin_memory().to(device, non_blocking=True) for t in pair)
-        return tuple(t.to(device) for t in pair)
+            return tuple(half.contiguous().pin_memory().to(device, non_blocking=True) for half in halves)
+        return tuple(half.to(device) for half in halves)
+
+    def _windows(self, samples: np.ndarray) -> np.ndarray:
+        shape = len(samples), self.seq_len + 1
+        windows = np.empty(shape, np.int64)
+        shards = np.searchsorted(self.ends, samples, side="right")
+        # the number of each shard's first window
+        first = np.concatenate([[0], self.ends])
+        starts = (samples - first[shards]) * self.seq_len
+        for row, (shard, start) in enumerate(zip(shards, starts, strict=True)):
+            tokens = self._tokens(shard)
+            # (seq_len + 1,), the last only as a target
+            windows[row] = tokens[start:start + self.seq_len + 1]
+        for shard in np.unique(shards):
+            release(self._tokens(shard))
+        return windows
+
+    def _tokens(self, shard: int) -> np.ndarray:
+        # kept: opening and checking a shard costs more than reading a window of it
+        if shard not in self.maps:
+            self.maps[shard] = read_shard(self.paths[shard])
+        return self.maps[shard]
