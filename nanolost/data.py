@@ -58,6 +58,7 @@ class ShardWriter:
         self.file.write(bytes(HEADER_BYTES))
 
     def append(self, tokens: np.ndarray):
+        # the caller has seen to it that they fit
         tokens = tokens.astype(self.dtype, copy=False)
         self.file.write(tokens.tobytes())
         self.tokens += len(tokens)
@@ -85,6 +86,7 @@ def write_shard(path: str, tokens, vocab_size: int | None = None):
         vocab_size = high + 1
     if low < 0 or high >= min(vocab_size, 2**32):
         raise UserError(f"tokens {low} to {high} do not fit a vocabulary of {vocab_size}")
+    # nothing was made so far: an error leaves no file behind
     writer = ShardWriter(os.fspath(path), token_dtype(vocab_size))
     writer.append(tokens)
     writer.close()
@@ -114,6 +116,7 @@ def _mapped(file, path: str) -> np.ndarray:
 
 def release(tokens: np.ndarray):
     """Unmap the pages of a `read_shard` that were touched: they would count as resident for ever."""
+    # the memory map under the memoryview under the array
     tokens.base.obj.madvise(mmap.MADV_DONTNEED)
 
 # --- the manifest ---
@@ -140,6 +143,7 @@ def is_list_of_objects(value) -> bool:
         return False
     return all(map(is_object, value))
 
+MANIFEST_LIMIT = 256 << 20                     # bytes: a million input files are listed in it, too
 # entry → its kind in words, and as a test; only what is read here, as prepare_c4.py keeps more in it
 MANIFEST = {
     "complete": ("true or false", is_flag),
@@ -175,7 +179,8 @@ def check_manifest(manifest: dict):
     """UserError that names the first entry of a wrong type."""
     check_entries(manifest, MANIFEST, required=("complete", "shards"))
     # a run that was interrupted early has chosen none yet
-    check_entries(manifest.get("tokenizer", {}), TOKENIZER)
+    if "tokenizer" in manifest:
+        check_entries(manifest["tokenizer"], TOKENIZER, required=("sha256",))
     names = set()
     for shard in manifest["shards"]:
         check_entries(shard, SHARD, required=("name", "split", "tokens"))
@@ -193,7 +198,7 @@ def load_manifest(data_dir: str, unfinished: bool = False) -> dict | None:
     if not os.path.lexists(path):
         return None
     try:
-        manifest = read_json(path)
+        manifest = read_json(path, MANIFEST_LIMIT)
         check_manifest(manifest)
     except UserError as e:
         raise UserError(f"{path} is damaged ({e}): {AGAIN}") from None
@@ -265,6 +270,7 @@ def check_disjoint(data_dir: str, shards: list[dict]):
 def mix(z: np.ndarray) -> np.ndarray:
     """splitmix64's finaliser (Steele et al. 2014): a bijection on uint64 in which each output bit depends on
     all input bits."""
+    # the constants are David Stafford's variant 13, as in Java's SplittableRandom
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
@@ -277,6 +283,7 @@ class SampleOrder:
     walked again while the result is not below n. Nothing is stored or replayed: any i can come next."""
 
     def __init__(self, n: int, seed: int):
+        # no UserError: who builds one has counted the samples
         if n < 1:
             raise ValueError(f"an order needs at least one sample, not {n}")
         self.n = n
@@ -321,6 +328,7 @@ class SampleOrder:
 def fingerprint(shards: list[dict], lengths: list[int]) -> str:
     """Identity of a split, which a resumed run must find again; it does not depend on the folder's place."""
     known = []
+    # in the manifest's order, as this decides the numbers of the samples
     for shard, tokens in zip(shards, lengths, strict=True):
         known.append([shard["name"], tokens, shard.get("sha256")])
     text = json.dumps(known)
@@ -389,6 +397,7 @@ class TokenDataset:
         GPU they go from pinned memory, for which neither side waits."""
         samples = np.asarray(samples)
         window = torch.from_numpy(self._windows(samples))
+        # the targets are the inputs moved by one
         halves = window[:, :-1], window[:, 1:]
         if torch.device(device).type == "cuda":
             return tuple(half.contiguous().pin_memory().to(device, non_blocking=True) for half in halves)
@@ -405,6 +414,7 @@ class TokenDataset:
             tokens = self._tokens(shard)
             # (seq_len + 1,), the last only as a target
             windows[row] = tokens[start:start + self.seq_len + 1]
+        # resident memory would grow with the tokens read: a page stays until somebody asks for its room
         for shard in np.unique(shards):
             release(self._tokens(shard))
         return windows
