@@ -122,7 +122,7 @@ class Tokenizer:
         except ValueError as e:
             raise UserError(f"its split pattern is no regular expression ({e})") from None
 
-    def encode_to_numpy(self, text: str) -> np.ndarray:
+    def encode_array(self, text: str) -> np.ndarray:
         """The ids of a text, (n,) uint32. Other threads run meanwhile. UserError where the split pattern
         cannot cope with the text."""
         try:
@@ -144,7 +144,7 @@ class Tokenizer:
         return ids
 
     def encode(self, text: str) -> list[int]:
-        return self.encode_to_numpy(text).tolist()
+        return self.encode_array(text).tolist()
 
     def decode(self, ids) -> str:
         """Text of some ids; bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
@@ -181,7 +181,7 @@ class Tokenizer:
             with silent_stderr():
                 tokenizer = cls(*read(data, os.path.basename(path)))
                 # now, and not hours later at a rare text
-                tokenizer.encode_to_numpy(SAMPLE)
+                tokenizer.encode_array(SAMPLE)
         except UserError as e:
             raise UserError(f"{path} is no tokenizer: {e}; give a tokenizer.json of prepare_c4.py or a "
                             ".tiktoken file with ranks 0, 1, 2, …") from None
