@@ -4,6 +4,7 @@ SwiGLU, no bias.
 
 In shapes: B sequences, T tokens, S tokens attended to, C = n_embd, H heads of D = C / H, V words."""
 import functools
+import reprlib
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +12,125 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from nanolost.loss import HeadLoss
+from nanolost.loss import cross_entropy, head_loss
+
+# --- sizes ---
+
+class ConfigError(ValueError):
+    """Sizes that cannot be, or a config.json of a model that this file does not compute."""
+
+# of each size its kind, the least and the most that is believed: layers are built, if only as shapes, before
+# the weights of a file can contradict, and no product of the others reaches 2⁶³ bytes
+LIMITS = {
+    "vocab_size": (int, 1, 2**31),
+    "max_seq_len": (int, 1, 2**31),
+    "n_layer": (int, 1, 10_000),
+    "n_head": (int, 1, 2**20),
+    "n_kv_head": (int, 1, 2**20),
+    "n_embd": (int, 1, 2**24),
+    "n_ffn": (int, 1, 2**24),
+    "rope_theta": (float, 1.0, 1e30),
+    "norm_eps": (float, 0.0, 1.0),
+    "tie_embeddings": (bool, False, True),
+    "init_std": (float, 0.0, 1e30),
+}
+EXPECTED = {int: "a whole number from {} to {}", float: "a number from {} to {}", bool: "true or false"}
+
+HF_NAMES = {
+    "vocab_size": "vocab_size",
+    "max_seq_len": "max_position_embeddings",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "n_embd": "hidden_size",
+    "n_ffn": "intermediate_size",
+    "rope_theta": "rope_theta",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+# without these a config.json says nothing; the others have the same defaults in transformers as here
+HF_NEEDED = ("vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size")
+
+# what this file computes, by `model_type`: a type that is not here may need other formulas under the same
+# names of weights (Granite scales its logits, SmolLM3 leaves positions out of layers), so no guess is made.
+# Of each type: the fields that change what is computed, with the one value that is supported
+LLAMA = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
+MODEL_TYPES = {"llama": LLAMA, "lost_llama": LLAMA}
+
+def shown(value) -> str:
+    """A value from outside, for one line: short and without an exception, however large or deep it is."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return "a number of more than 64 bits"
+    return reprlib.repr(value)
+
+def check_sizes(sizes: dict, names: dict):
+    """Raises ConfigError for values that cannot be. names: what the reader calls them, where not as here."""
+    for name, value in sizes.items():
+        kind, least, most = LIMITS[name]
+        # the type itself, as True is an int as well; JSON writes 1.0 as 1
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if not fits or not least <= value <= most:
+            expected = EXPECTED[kind].format(least, most)
+            raise ConfigError(f"{names.get(name, name)} = {shown(value)} must be {expected}")
+    # rotary positions turn the dimensions of a head in pairs
+    check_multiple(sizes, "n_embd", "n_head", names, times=2)
+    check_multiple(sizes, "n_head", "n_kv_head", names)
+
+def check_multiple(sizes: dict, large: str, small: str, names: dict, times: int = 1):
+    """Raises ConfigError unless the one is a multiple of `times` the other."""
+    if sizes[large] % (times * sizes[small]):
+        multiple = "an even multiple" if times == 2 else "a multiple"
+        whole = f"{names.get(large, large)} {sizes[large]}"
+        part = f"{names.get(small, small)} {sizes[small]}"
+        raise ConfigError(f"{whole} must be {multiple} of {part}")
+
+def refuse(name: str, value, supported):
+    """Raises ConfigError for a field of config.json."""
+    raise ConfigError(f"config.json: {name} = {shown(value)} is not supported, only {supported}")
+
+def check_model_type(hf: dict):
+    """Raises ConfigError for a model that is no LLaMA, or one with what this file leaves out."""
+    model_type = hf.get("model_type")
+    if model_type is None:
+        # files from before the field name the class alone, or nothing
+        classes = hf.get("architectures")
+        if classes not in (None, [], ["LlamaForCausalLM"]):
+            refuse("architectures", classes, "LlamaForCausalLM")
+        model_type = "llama"
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
+        refuse("model_type", model_type, " and ".join(MODEL_TYPES))
+    for name, only in MODEL_TYPES[model_type].items():
+        value = hf.get(name)
+        if value is not None and value != only:
+            refuse(name, value, repr(only))
+
+def check_rope(name: str, rope):
+    """Raises ConfigError for a scaling of the rotary positions."""
+    if not isinstance(rope, dict):
+        refuse(name, rope, "an object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        refuse("rope_scaling", kind, "'default'")
+    for field, value in rope.items():
+        # an unknown field may change the angles too, as partial_rotary_factor does
+        if field not in ("rope_theta", "rope_type", "type") and value is not None:
+            refuse(f"{name}.{field}", value, "rope_theta")
+
+def read_rope(hf: dict) -> dict:
+    """rope_theta, if config.json has it. Raises ConfigError for a scaling of the rotary positions."""
+    found = hf.get("rope_theta")
+    # transformers 5 keeps the base and the scaling in one object, 4 has them apart
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = hf.get(name)
+        if rope is not None:
+            check_rope(name, rope)
+            found = rope.get("rope_theta", found)
+    return {} if found is None else {"rope_theta": found}
 
 @dataclass
 class LlamaConfig:
     vocab_size: int = 50257
-    seq_len: int = 256                         # tokens of a training window; longer inputs run, untrained
+    max_seq_len: int = 256                     # tokens that the model was made for; longer ones run
     n_layer: int = 8
     n_head: int = 8
     n_kv_head: int | None = None               # heads of K and V, shared by groups of heads; None: n_head
@@ -28,48 +142,44 @@ class LlamaConfig:
     init_std: float = 0.02                     # standard deviation of the blocks' first weights
 
     def __post_init__(self):
-        self.n_kv_head = self.n_kv_head or self.n_head
-        if self.n_embd % (2 * self.n_head):
-            raise ValueError(f"n_embd {self.n_embd} must be an even multiple of n_head {self.n_head}")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        check_sizes(vars(self), names={})
+        self.rope_theta = float(self.rope_theta)
 
     def to_hf(self) -> dict:
         """The same sizes under the names of Hugging Face's config.json."""
-        ours = {hf: getattr(self, name) for name, hf in HF_NAMES.items()}
-        rope = {"rope_theta": self.rope_theta, "rope_type": "default"}    # for transformers 5; 4 has it flat
-        return {**ours, "rope_parameters": rope, "hidden_act": "silu"}       # biases are off by default
+        sizes = {theirs: getattr(self, ours) for ours, theirs in HF_NAMES.items()}
+        # transformers 5 looks for the base here, 4 beside the sizes
+        rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
+        # biases are off by default
+        return {**sizes, "rope_parameters": rope, "hidden_act": "silu"}
 
     @classmethod
     def from_hf(cls, hf: dict) -> "LlamaConfig":
-        """From the content of a config.json. Raises ValueError for what this model does not compute."""
-        rope = hf.get("rope_parameters") or {}             # of transformers 5
-        hf = {**hf, "rope_theta": rope["rope_theta"]} if "rope_theta" in rope else hf
-        missing = [HF_NAMES[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd", "n_ffn")
-                   if HF_NAMES[name] not in hf]
+        """From the content of a config.json, of which nothing is trusted. Raises ConfigError for what this
+        model does not compute and for values that cannot be."""
+        if not isinstance(hf, dict):
+            raise ConfigError(f"config.json must be an object, not {shown(hf)}")
+        check_model_type(hf)
+        missing = [name for name in HF_NEEDED if name not in hf]
         if missing:
-            raise ValueError(f"config.json lacks {', '.join(missing)}: is it a LLaMA?")
-        scaling = hf.get("rope_scaling") or rope
-        head_dim = hf["hidden_size"] // hf["num_attention_heads"]
-        for name, value, only in [
-            ("rope_scaling", scaling.get("rope_type", scaling.get("type", "default")), "default"),
-            ("hidden_act", hf.get("hidden_act", "silu"), "silu"),
-            ("attention_bias", bool(hf.get("attention_bias")), False),
-            ("mlp_bias", bool(hf.get("mlp_bias")), False),
-            ("head_dim", hf.get("head_dim") or head_dim, head_dim),
-        ]:
-            if value != only:
-                raise ValueError(f"config.json: {name} = {value!r} is not supported, only {only!r}")
-        return cls(**{name: hf[key] for name, key in HF_NAMES.items() if key in hf})
+            raise ConfigError(f"config.json lacks {', '.join(missing)}: is it a LLaMA?")
+        # the default of transformers, where it is not ours
+        hf = {"max_position_embeddings": 2048, **hf, **read_rope(hf)}
+        sizes = {ours: hf[theirs] for ours, theirs in HF_NAMES.items() if theirs in hf}
+        if sizes.get("n_kv_head") is None:
+            sizes["n_kv_head"] = sizes["n_head"]
+        try:
+            check_sizes(sizes, HF_NAMES)
+        except ConfigError as e:
+            raise ConfigError(f"config.json: {e}") from None
+        width = sizes["n_embd"] // sizes["n_head"]
+        if hf.get("head_dim") not in (None, width):
+            refuse("head_dim", hf["head_dim"], width)
+        return cls(**sizes)
 
-HF_NAMES = {
-    "vocab_size": "vocab_size", "seq_len": "max_position_embeddings", "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
-    "n_ffn": "intermediate_size", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
-    "tie_embeddings": "tie_word_embeddings",
-}
-
-# The sizes of GaLore (Zhao et al. 2024, arXiv 2403.03507), a tiny one for CPUs, and LLaMA's 13b
+# the sizes of GaLore (Zhao et al. 2024, arXiv 2403.03507), a tiny one for CPUs, and LLaMA's 13b
 MODELS = {
     "tiny": dict(n_embd=128,  n_ffn=344,   n_layer=4,  n_head=4),
     "60m":  dict(n_embd=512,  n_ffn=1376,  n_layer=8,  n_head=8),
@@ -80,12 +190,15 @@ MODELS = {
     "13b":  dict(n_embd=5120, n_ffn=13824, n_layer=40, n_head=40),
 }
 
+# --- the model, from the inside out ---
+
+# an operation of its own, into which the compiler does not look: otherwise it computes power, cosine and
+# sine again for each head of each layer, 0.6 ms of the 11 of a decode step (LOST 350m, bfloat16, two cores)
 @torch.library.custom_op("nanolost::rope_table", mutates_args=())
 def rope_table(positions: torch.Tensor, dim: int, theta: float) -> torch.Tensor:
-    """cos and sin of the rotary angles, (2, T, D/2) float32: dimensions d and d + D/2 turn by the same angle.
-    An operation of its own, into which the compiler does not look: otherwise it computes power, cosine and
-    sine again for each head of each layer, 0.6 ms of the 11 of a token of LOST 350m in bf16, two cores."""
-    frequency = theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / -dim)
+    """cos and sin of the rotary angles, (2, T, D/2) float32: dimensions d and d + D/2 turn alike."""
+    steps = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device)
+    frequency = theta ** (steps / -dim)
     angle = positions[:, None] * frequency
     return torch.stack((angle.cos(), angle.sin()))
 
@@ -95,14 +208,21 @@ def _(positions, dim, theta):
 
 def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     """Su et al. 2021 (arXiv 2104.09864), eq. 34, in the rotate-half layout. x: (B, T, H, D)."""
-    (cos, sin), (a, b) = rope[:, :, None], x.chunk(2, dim=-1)                              # (T, 1, D/2)
-    turned = a * cos - b * sin, b * cos + a * sin                                          # in float32
-    return torch.cat([half.to(x.dtype) for half in turned], dim=-1)
+    cos, sin = rope[:, :, None]                                                            # (T, 1, D/2)
+    a, b = x.chunk(2, dim=-1)
+    # in float32, as the table is
+    left = a * cos - b * sin
+    right = b * cos + a * sin
+    return torch.cat((left.to(x.dtype), right.to(x.dtype)), dim=-1)
 
 class Attention(nn.Module):
+    """Causal attention; with a cache over the tokens that it holds as well."""
+
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
-        self.layer, self.n_head, self.n_kv_head = layer, config.n_head, config.n_kv_head
+        self.layer = layer
+        self.n_head = config.n_head
+        self.n_kv_head = config.n_kv_head
         kv_dim = config.n_embd // config.n_head * config.n_kv_head
         self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.k_proj = nn.Linear(config.n_embd, kv_dim, bias=False)
@@ -111,13 +231,21 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, cache=None):
         B, T, C = x.shape
-        q = rotate(self.q_proj(x).view(B, T, self.n_head, -1), rope).transpose(1, 2)       # (B, H, T, D)
-        k = rotate(self.k_proj(x).view(B, T, self.n_kv_head, -1), rope).transpose(1, 2)  # (B, n_kv, T, D)
-        v = self.v_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)
+        q = self.q_proj(x).view(B, T, self.n_head, -1)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, -1)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, -1)
+        q = rotate(q, rope).transpose(1, 2)                                                # (B, H, T, D)
+        k = rotate(k, rope).transpose(1, 2)                                                # (B, n_kv, T, D)
+        v = v.transpose(1, 2)
+        mask = None
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)                                       # (B, n_kv_head, S, D)
-        y = F.scaled_dot_product_attention(q, k, v, cache.mask if cache else None, is_causal=cache is None,
-                                           enable_gqa=self.n_kv_head != self.n_head)       # (B, H, T, D)
+            k, v = cache.append(self.layer, k, v)                                          # (B, n_kv, S, D)
+            mask = cache.mask                                                              # (T, S)
+        y = F.scaled_dot_product_attention(
+            q, k, v, mask,
+            is_causal=cache is None,
+            enable_gqa=self.n_kv_head != self.n_head,
+        )                                                                                  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 class MLP(nn.Module):
@@ -149,6 +277,7 @@ def keep_narrow(width: int):
     are narrower than `width`, those of low rank, and attention, which is slow to compute again."""
     def policy(ctx, op, *args, **kwargs):
         narrow = op is torch.ops.aten.mm.default and args[1].shape[1] < width
+        # each backend of attention is an operation of its own
         keep = narrow or "attention" in str(op)
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
     return create_selective_checkpoint_contexts(policy)
@@ -156,16 +285,18 @@ def keep_narrow(width: int):
 class Llama(nn.Module):
     """`Llama(config)(idx, targets)` → (logits, loss).
 
-    idx, targets: (B, T) token ids; a target of -1 is left out. With targets: logits (B, T, V) and the mean
+    idx, targets: (B, T) token ids; a negative target is left out. With targets: logits (B, T, V) and the mean
     cross-entropy in nats; with loss_only (None, loss), which saves the memory of the logits. Without targets:
-    logits of the last position only, (B, 1, V), and None. Parameters are drawn on the CPU from torch's global
-    generator, so that a seed means the same model on every device."""
+    logits of the last position only, (B, 1, V), and None. cache: keys and values of the tokens before idx
+    (`nanolost/decode.py`). Parameters are drawn on the CPU from torch's global generator, so that a seed
+    means the same model on every device."""
 
     recompute = False                          # in training: save memory, compute parts of the forward twice
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
+        # a dictionary gives the weights the names of Hugging Face's inner module
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.n_embd),
             "layers": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
@@ -191,22 +322,31 @@ class Llama(nn.Module):
                 raise ValueError(f"no rule says how to initialise {name}: add one to Llama.init_weights")
 
     def forward(self, idx, targets=None, cache=None, loss_only: bool = False):
-        positions = cache.begin(idx.shape[1]) if cache else torch.arange(idx.shape[1], device=idx.device)
-        rope = rope_table(positions, self.config.n_embd // self.config.n_head, self.config.rope_theta)
-        x = self.model["embed_tokens"](idx)                                                # (B, T, C)
-        for block in self.model["layers"]:
-            if self.recompute and torch.is_grad_enabled() and cache is None:
-                x = checkpoint(block, x, rope, use_reentrant=False, preserve_rng_state=False,
-                               context_fn=functools.partial(keep_narrow, self.config.n_embd))
-            else:
-                x = block(x, rope, cache)
-        x = self.model["norm"](x)
+        x = self.hidden(idx, cache)
         if targets is None:
             return self.lm_head(x[:, -1:]), None                                           # (B, 1, V)
+        targets = targets.flatten()
         if loss_only:
-            kind = x.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-            return None, HeadLoss.apply(x.flatten(0, 1).to(dtype), self.lm_head.weight, targets.flatten(),
-                                        torch.is_grad_enabled())
+            return None, head_loss(self.lm_head, x.flatten(0, 1), targets)
         logits = self.lm_head(x)                                                           # (B, T, V)
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, cross_entropy(logits.flatten(0, 1), targets)
+
+    def hidden(self, idx, cache=None):
+        """What the head gets, (B, T, C)."""
+        T = idx.shape[1]
+        if cache is None:
+            positions = torch.arange(T, device=idx.device)
+        else:
+            positions = cache.begin(T)
+        rope = rope_table(positions, self.config.n_embd // self.config.n_head, self.config.rope_theta)
+        x = self.model["embed_tokens"](idx)
+        twice = self.recompute and torch.is_grad_enabled() and cache is None
+        for block in self.model["layers"]:
+            x = self.recomputed(block, x, rope) if twice else block(x, rope, cache)
+        return self.model["norm"](x)
+
+    def recomputed(self, block, x, rope):
+        """block(x, rope), most of which the backward pass computes again."""
+        keep = functools.partial(keep_narrow, self.config.n_embd)
+        # nothing is drawn in a block
+        return checkpoint(block, x, rope, use_reentrant=False, preserve_rng_state=False, context_fn=keep)

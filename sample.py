@@ -11,6 +11,7 @@ import torch
 
 from nanolost.checkpoint import checkpoint_folder, load_folder
 from nanolost.decode import compile_step, generate
+from nanolost.errors import UserError
 from nanolost.flags import command, flag, parse
 from nanolost.job import pick_device
 from nanolost.tokenizer import Tokenizer
@@ -27,38 +28,84 @@ class Config:
     seed: int = flag(0, "of the draws")
     device: str = flag("auto", "cuda, mps or cpu; auto is the best there is", ["auto", "cuda", "mps", "cpu"])
     dtype: str = flag("float32", "of weights and activations", ["float32", "bfloat16"])
-    compile: bool = flag(False, "compile the step of a token: a minute at the start, for long texts")
+    compile: bool = flag(False, "compile the decode step: a minute at the start, for long texts")
 
-def main(config: Config):
-    if config.max_new_tokens < 1 or config.num_samples < 1 or not config.temperature >= 0:
-        raise ValueError("--max_new_tokens and --num_samples must be positive, --temperature not negative")
-    top_k, top_p = config.top_k, config.top_p
-    if top_k is not None and top_k < 1 or top_p is not None and not 0 < top_p <= 1:
-        raise ValueError("--top_k must be positive, --top_p in (0, 1]")
-    prompt = config.prompt
+def check(config: Config):
+    """Raises UserError for values out of range, before anything is loaded."""
+    if config.max_new_tokens < 1 or config.num_samples < 1:
+        raise UserError("--max_new_tokens and --num_samples must be positive")
+    # a comparison with NaN is false, so it is refused here and below
+    if not config.temperature >= 0:
+        raise UserError("--temperature must be 0 or more")
+    if config.top_k is not None and config.top_k < 1:
+        raise UserError("--top_k must be positive")
+    if config.top_p is not None and not 0 < config.top_p <= 1:
+        raise UserError("--top_p must lie in (0, 1]")
+
+def read_prompt(prompt: str) -> str:
+    """The text that --prompt gives or names. UserError where there is none."""
     if prompt.startswith("FILE:"):
+        path = os.path.expanduser(prompt.removeprefix("FILE:"))
         try:
-            with open(prompt[5:], encoding="utf-8") as f:
-                prompt = f.read()
-        except (OSError, UnicodeDecodeError) as e:
-            raise ValueError(f"cannot read the prompt: {e}") from None
-    device = pick_device(config.device)
+            # editors on Windows begin a file with a byte-order mark, which is no part of the text
+            with open(path, encoding="utf-8-sig") as f:
+                return f.read()
+        except (OSError, ValueError) as e:
+            raise UserError(f"cannot read the prompt: {e}") from None
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        # bytes of the command line that no encoding explains: they could not be printed either
+        raise UserError("--prompt is no text in this terminal's encoding: write it to a file in UTF-8 and "
+                        "give FILE:path") from None
+    return prompt
 
+def load(config: Config):
+    """(model, tokenizer) of --ckpt. UserError where they do not belong together."""
     folder = checkpoint_folder(config.ckpt)
     tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
     model, _ = load_folder(folder)
-    head = model.lm_head.weight.detach()[:tokenizer.vocab_size]         # rows of --vocab_size beyond are none
-    model.lm_head.weight = torch.nn.Parameter(head)
-    model.to(device, getattr(torch, config.dtype))
-    start = [tokenizer.eot, *tokenizer.encode(prompt)]                  # as every document in training
-    idx = torch.tensor([start] * config.num_samples, device=device)
-    generator = torch.Generator(device).manual_seed(config.seed)
-    rows = generate(model, idx, config.max_new_tokens, config.temperature, top_k, top_p, generator,
-                          tokenizer.eot, step=compile_step(model) if config.compile else None).tolist()
-    for i, row in enumerate(rows):
+    rows = model.config.vocab_size
+    if rows < tokenizer.vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {rows}: "
+                        "give the folder the tokenizer.json that the model was trained with")
+    return model.eval(), tokenizer
+
+def continuations(model, tokenizer: Tokenizer, prompt: str, config: Config):
+    """The samples' texts after the prompt."""
+    device = next(model.parameters()).device
+    # as every document in training begins
+    start = [tokenizer.eot, *tokenizer.encode(prompt)]
+    rows = generate(
+        model,
+        torch.tensor([start] * config.num_samples, device=device),
+        config.max_new_tokens,
+        config.temperature,
+        config.top_k,
+        config.top_p,
+        generator=torch.Generator(device).manual_seed(config.seed),
+        eot=tokenizer.eot,
+        step=compile_step(model) if config.compile else None,
+        # a model may have more rows than its tokenizer has tokens (--vocab_size)
+        vocab_size=tokenizer.vocab_size,
+    )
+    for row in rows.tolist():
         new = row[len(start):]
-        end = new.index(tokenizer.eot) if tokenizer.eot in new else len(new)
-        print(("\n" if i else "") + prompt + tokenizer.decode(new[:end]))
+        # a sample that ended early is filled up with end-of-text
+        if tokenizer.eot in new:
+            new = new[:new.index(tokenizer.eot)]
+        yield tokenizer.decode(new)
+
+def main(config: Config):
+    check(config)
+    prompt = read_prompt(config.prompt)
+    device = pick_device(config.device)
+    model, tokenizer = load(config)
+    model.to(device, getattr(torch, config.dtype))
+    for i, text in enumerate(continuations(model, tokenizer, prompt, config)):
+        if i:
+            print()
+        print(prompt + text)
 
 if __name__ == "__main__":
     command(lambda: main(Config(**parse(Config, sys.argv[1:], __doc__))))

@@ -9,12 +9,23 @@ def count_parameters(model: nn.Module) -> int:
 def count_multiplies(model: nn.Module) -> int:
     """Of the matrix products: each element of a matrix is used once a token, whatever layer it is in. The
     embedding is a look-up, except where the head shares it."""
-    matrices = {id(p): p.numel() for m in model.modules() if not isinstance(m, nn.Embedding)
-                for p in m.parameters(recurse=False) if p.dim() == 2}
+    # by identity: a shared matrix is kept once, yet works for its linear layer
+    matrices = {}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            continue
+        for p in module.parameters(recurse=False):
+            if p.dim() == 2:
+                matrices[id(p)] = p.numel()
     return sum(matrices.values())
 
-def count_flops(model: Llama) -> int:
-    """Of training on one token, forward and backward: 6 a multiplication and 12 n_layer n_embd seq_len for
-    attention without its causal half taken off (Chowdhery et al. 2022, arXiv 2204.02311, appendix B)."""
-    c = model.config
-    return 6 * count_multiplies(model) + 12 * c.n_layer * c.n_embd * c.seq_len
+def count_flops(model: Llama, seq_len: int | None = None) -> int:
+    """Of training on one token in a window of seq_len tokens (default: the longest that the model was made
+    for), forward and backward."""
+    config = model.config
+    if seq_len is None:
+        seq_len = config.max_seq_len
+    # Chowdhery et al. 2022, arXiv 2204.02311, appendix B: 6 a multiplication, and attention without its
+    # causal half taken off
+    attention = 12 * config.n_layer * config.n_embd * seq_len
+    return 6 * count_multiplies(model) + attention

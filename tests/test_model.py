@@ -1,19 +1,24 @@
-"""The plain LLaMA against Hugging Face's, its cache and sampler against slow forms, its counts by hand."""
-import functools
+"""The plain LLaMA against Hugging Face's, its counts by hand."""
 import gc
 import os
-import re
 
 import pytest
 import torch
 import torch.nn as nn
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
+from small_models import (
+    SIZES,
+    all_logits,
+    kinds,
+    largest_difference,
+    loss_and_gradients,
+    small,
+    small_lost,
+    spread,
+    tokens,
+)
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._inductor.utils import run_and_get_code
 from transformers import LlamaConfig as TheirConfig
 from transformers import LlamaForCausalLM
 
@@ -22,41 +27,8 @@ from lost import LOSTLinear, apply_lost
 from model import MODELS, Llama, LlamaConfig
 from nanolost.checkpoint import load_model, save_checkpoint
 from nanolost.counts import count_flops, count_multiplies, count_parameters
-from nanolost.decode import KVCache, compile_for_cpu, compile_step, generate, pick_token
+from nanolost.decode import generate
 from nanolost.tokenizer import Tokenizer
-
-SIZES = dict(vocab_size=257, seq_len=12, n_layer=2, n_head=4, n_embd=32, n_ffn=44,
-             rope_theta=300.0, norm_eps=1e-3)
-KINDS = {"plain": {}, "grouped": {"n_kv_head": 2}, "tied": {"tie_embeddings": True},
-         "grouped-tied": {"n_kv_head": 1, "tie_embeddings": True}}
-kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-
-@torch.no_grad()
-def spread(model, seed=0):
-    """Weights far from the flat start, so that positions, norms and attention all matter."""
-    generator = torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        if p.dim() == 1:
-            p.uniform_(0.5, 1.5, generator=generator)
-        else:
-            p.normal_(0, 0.3, generator=generator)
-    return model.eval()
-
-def small(seed=0, **changed):
-    return spread(Llama(LlamaConfig(**{**SIZES, **changed})), seed)
-
-def small_lost(**switches):
-    return apply_lost(small(n_kv_head=2), 6, 0.1, **switches)
-
-def tokens(batch, length, seed=0):
-    return torch.randint(257, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-def all_logits(model, idx, cache=None):
-    return model(idx, idx, cache)[0]
-
-def largest_difference(a, b):
-    assert a.shape == b.shape
-    return (a - b).abs().max().item()
 
 def saved(model, out_dir):
     """A checkpoint folder of the model after one AdamW step."""
@@ -122,7 +94,7 @@ def test_their_half_precision_folder_loads_as_float32(tmp_path):
     assert torch.equal(model.lm_head.weight, theirs.lm_head.weight.float())
 
 def test_greedy_text_equals_that_of_hugging_face():
-    model = small(seq_len=24)
+    model = small(max_seq_len=24)
     ours = generate(model, tokens(2, 5), 19, temperature=0)
     theirs = theirs_of(model).generate(tokens(2, 5), max_new_tokens=19, do_sample=False, eos_token_id=None,
                                        pad_token_id=0)
@@ -159,55 +131,17 @@ def test_rows_of_a_batch_do_not_mix():
     rows = torch.cat([all_logits(model, row[None]) for row in idx])
     assert largest_difference(all_logits(model, idx), rows) < 1e-4
 
-# --- the loss without the logits, and recomputing ---
+def test_compiled_training_makes_the_rotary_table_once():
+    model, operations = small(), []
+    def look(graph, example):
+        operations.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+    model.compile(backend=aot_autograd(fw_compiler=look))
+    model(tokens(2, 8), tokens(2, 8))[1].backward()
+    assert operations.count("nanolost.rope_table.default") == 1
+    assert not {"aten.cos.default", "aten.sin.default", "aten.pow.Scalar"} & {*operations}
 
-def loss_and_gradients(model, idx, targets, **how):
-    model.zero_grad()
-    loss = model(idx, targets, **how)[1]
-    loss.backward()
-    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
-
-@kinds
-@pytest.mark.parametrize("batch", [1, 110], ids=["one slice", "three slices"])
-def test_loss_without_logits_is_the_cross_entropy_with_its_gradients(kind, batch):
-    model, idx = small(**kind), tokens(batch, 12)
-    targets = idx.roll(-1, 1).clone()
-    targets[0, 3:7] = -1                       # left out
-    loss, gradients = loss_and_gradients(model, idx, targets)
-    sliced_loss, sliced_gradients = loss_and_gradients(model, idx, targets, loss_only=True)
-    assert sliced_loss == pytest.approx(loss, rel=1e-6)
-    assert (sliced_gradients - gradients).norm() <= 1e-5 * gradients.norm()
-
-def test_loss_without_logits_keeps_nothing_of_their_size():
-    model, idx, sizes = small(), tokens(200, 12), []
-    def pack(t):
-        sizes.append(t.numel())
-        return t
-    for loss_only in (False, True):
-        sizes.clear()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            assert (model(idx, idx, loss_only=loss_only)[0] is None) == loss_only
-        assert (max(sizes) >= 200 * 12 * 257) != loss_only
-
-def test_an_evaluated_loss_makes_no_gradients():
-    model, idx, made = small(), tokens(2, 12), []
-    class Shapes(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            result = op(*args, **(kwargs or {}))
-            made.append(getattr(result, "shape", ()))
-            return result
-    for enabled in (True, False):
-        made.clear()
-        with torch.set_grad_enabled(enabled), Shapes():
-            model(idx, idx, loss_only=True)
-        assert (made.count((257, 32)) > 0) == enabled                      # the gradient of the head's weight
-
-def test_scaled_loss_without_logits_scales_its_gradients():
-    model, idx = small(), tokens(2, 12)
-    whole = loss_and_gradients(model, idx, idx, loss_only=True)[1]
-    model.zero_grad()
-    (model(idx, idx, loss_only=True)[1] * 0.25).backward()
-    assert torch.allclose(torch.cat([p.grad.flatten() for p in model.parameters()]), whole / 4, atol=1e-7)
+# --- recomputing ---
 
 @pytest.mark.parametrize("make", [small, small_lost])
 def test_recomputing_changes_no_bit_of_the_gradients(make):
@@ -233,186 +167,6 @@ def test_recomputing_keeps_a_fraction_of_the_activations():
         del loss
     assert held[True] < 0.3 * held[False], held
 
-# --- the cache ---
-
-PIECES = {"at-once": [30], "token-by-token": [1] * 30, "in-pieces": [3, 1, 12, 2, 12],
-          "prefill-then-tokens": [9] + [1] * 21}
-
-@pytest.mark.parametrize("make", [small, small_lost], ids=["dense", "grouped-lost"])
-@pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
-@torch.no_grad()
-def test_cached_decoding_equals_the_full_forward(make, pieces):
-    model, idx = make(), tokens(2, 30)                                        # 30 > seq_len
-    cache = KVCache(model.config, 2, 30)
-    logits = torch.cat([all_logits(model, piece, cache) for piece in idx.split(pieces, dim=1)], dim=1)
-    assert largest_difference(logits, all_logits(model, idx)) <= 1e-4
-    assert cache.length == 30
-
-@torch.no_grad()
-def test_cache_holds_the_keys_of_kv_heads_only():
-    cache = KVCache(LlamaConfig(**SIZES, n_kv_head=2), 3, 7)
-    assert [t.shape for kv in cache.kv for t in kv] == [(3, 2, 7, 8)] * 4 and cache.length == 0
-
-# --- generation ---
-
-def greedy_literally(model, row, count):
-    """The likeliest token each time; a context that outgrows seq_len loses its older half."""
-    context, text = row[-model.config.seq_len:], list(row)
-    for _ in range(count):
-        if len(context) > model.config.seq_len:
-            context = context[-max(1, model.config.seq_len // 2):]
-        token = max(range(257), key=model(torch.tensor([context]))[0][0, -1].tolist().__getitem__)
-        context, text = context + [token], text + [token]
-    return text
-
-@pytest.mark.parametrize("seq_len", [1, 7, 12])
-@pytest.mark.parametrize("length", [1, 12, 31])
-@torch.no_grad()
-def test_greedy_text_equals_the_literal_loop(seq_len, length):
-    model, idx = small(n_kv_head=2, seq_len=seq_len), tokens(2, length)
-    cached = generate(model, idx, 40, temperature=0)                           # several windows
-    assert cached.tolist() == [greedy_literally(model, row, 40) for row in idx.tolist()]
-    assert len(set(cached[0, length:].tolist())) > 3 or seq_len == 1
-
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("make", [small, small_lost])
-def test_compiled_step_writes_the_same_text_and_is_compiled_once(make, rows, monkeypatch):
-    made = []
-    def compile_and_count(*args):
-        made.append(compile_for_cpu(*args))
-        return made[-1]
-    monkeypatch.setattr("nanolost.decode.compile_for_cpu", compile_and_count)
-    models, idx = [make(), spread(make(), 1)], tokens(rows, 5)
-    steps = [compile_step(model) for model in models]
-    for model, step in [*zip(models, steps, strict=True)] * 2:                # several windows of each
-        text = generate(model, idx, 30, temperature=0, step=step)
-        assert torch.equal(text, generate(model, idx, 30, temperature=0))
-    assert len(made) == 2
-
-@torch.inference_mode()
-def test_compiled_step_of_one_text_is_made_of_sums_not_of_library_calls():
-    model, token = small_lost(), tokens(1, 1)
-    with torch._inductor.config.patch(force_disable_caches=True):
-        _, (code,) = run_and_get_code(compile_step(model), token, cache=KVCache(model.config, 1, 12))
-    calls = re.findall(r"(?:extern_kernels\.\w+|\w+\.default)\(", code)
-    assert "cpp_fused" in code and calls == ["rope_table.default("]
-
-def test_compiled_training_makes_the_rotary_table_once():
-    model, operations = small(), []
-    def look(graph, example):
-        operations.extend(str(node.target) for node in graph.graph.nodes)
-        return make_boxed_func(graph.forward)
-    model.compile(backend=aot_autograd(fw_compiler=look))
-    model(tokens(2, 8), tokens(2, 8))[1].backward()
-    assert operations.count("nanolost.rope_table.default") == 1
-    assert not {"aten.cos.default", "aten.sin.default", "aten.pow.Scalar"} & {*operations}
-
-@torch.inference_mode()
-def test_step_changes_only_tensors_that_a_cuda_graph_may_change():
-    torch.compiler.reset()
-    model, changed, fixed = small_lost(), set(), set()
-    def look(module, example, **kwargs):
-        inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
-        changed.update(i for i, node in enumerate(inputs) for user in node.users
-                       if user.args[0] is node and user.target is torch.ops.aten.copy_.default)
-        fixed.update(kwargs["static_input_idxs"])
-        return compile_fx_inner(module, example, **kwargs)
-    step = torch.compile(model, backend=functools.partial(compile_fx, inner_compile=look))
-    with torch._inductor.config.patch(force_disable_caches=True):
-        step(tokens(1, 1), cache=KVCache(model.config, 1, 12).stay())
-    assert len(changed) == 1 + 2 * model.config.n_layer and changed <= fixed
-
-def test_cached_generation_reads_each_token_once_a_window():
-    model, read = small(), []
-    model.model["embed_tokens"].register_forward_hook(lambda module, given, x: read.append(x.shape[1]))
-    generate(model, tokens(1, 5), 22, temperature=0)
-    assert read == [5] + [1] * 7 + [6] + [1] * 6 + [6] + [1] * 6
-
-def test_generation_stops_at_end_of_text():
-    model, idx = small(), tokens(3, 5)
-    free = generate(model, idx, 20, temperature=0).tolist()
-    eot = free[0][9]
-    rows = [row[:row.index(eot, 5) + 1] if eot in row[5:] else row for row in free]
-    assert min(len(row) for row in rows) < max(len(row) for row in rows)
-    longest = max(len(row) for row in rows)
-    expected = [row + [eot] * (longest - len(row)) for row in rows]
-    assert generate(model, idx, 20, temperature=0, eot=eot).tolist() == expected
-    alone = generate(model, idx[:1], 20, temperature=0, eot=eot).tolist()
-    assert alone == [rows[0]] and len(rows[0]) < 25
-
-def test_end_of_text_in_the_prompt_does_not_stop():
-    model, idx = small(), tokens(2, 5)
-    free = generate(model, idx, 6, temperature=0)
-    eot = next(token for token in idx[0].tolist() if token not in free[:, 5:])
-    assert torch.equal(generate(model, idx, 6, temperature=0, eot=eot), free)
-
-def test_top_k_of_one_is_greedy():
-    model, idx = small(), tokens(2, 5)
-    greedy = generate(model, idx, 20, temperature=0)
-    assert torch.equal(generate(model, idx, 20, temperature=1.7, top_k=1), greedy)
-
-def test_generator_decides_the_text():
-    model, idx = small(), tokens(2, 5)
-    def text(seed):
-        return generate(model, idx, 20, generator=torch.Generator().manual_seed(seed)).tolist()
-    assert text(3) == text(3) != text(4)
-
-# --- picking a token ---
-
-LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.5, -3.0, 0.0])
-
-def draws(count=20_000, logits=LOGITS, seed=0, **how):
-    generator = torch.Generator().manual_seed(seed)
-    return pick_token(logits.expand(count, -1), generator=generator, **how).flatten()
-
-def frequencies(**how):
-    return draws(**how).bincount(minlength=len(LOGITS)) / 20_000
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_frequencies_are_the_softmax_at_the_temperature(temperature):
-    expected = (LOGITS / temperature).softmax(-1)
-    assert largest_difference(frequencies(temperature=temperature), expected) < 0.012
-
-@pytest.mark.parametrize("how, kept", [
-    (dict(top_k=1), [0]), (dict(top_k=3), [0, 2, 3]), (dict(top_k=6), range(6)), (dict(top_k=99), range(6)),
-    (dict(top_p=0.01), [0]), (dict(top_p=0.6), [0, 3]), (dict(top_p=0.9), [0, 2, 3]),
-    (dict(top_p=1.0), range(6)), (dict(top_k=2, top_p=0.6), [0]),
-    (dict(top_k=3, top_p=0.8), [0, 3]),        # p of the three: of all six it would keep [0, 2, 3]
-])
-def test_filtered_frequencies_are_the_softmax_of_what_is_kept(how, kept):
-    expected = torch.zeros(6)
-    expected[list(kept)] = LOGITS[list(kept)].softmax(-1)
-    found = frequencies(temperature=1.0, **how)
-    assert largest_difference(found, expected) < 0.012
-    assert not found[expected == 0].any()
-
-def smallest_set_reaching(probabilities, top_p):
-    kept, total = [], 0.0
-    for token in sorted(range(len(probabilities)), key=lambda i: -probabilities[i]):
-        if total >= top_p:
-            break
-        kept.append(token)
-        total += probabilities[token]
-    return set(kept)
-
-scores = st.lists(st.integers(-400, 400), min_size=1, max_size=12, unique=True)
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(scores, st.sampled_from([0.3, 1.0, 3.0]), st.integers(1, 14), st.integers(1, 100))
-def test_a_draw_stays_inside_what_top_k_and_top_p_leave(scores, temperature, top_k, percent):
-    logits = torch.tensor(scores) / 100
-    probabilities = (logits.double() / temperature).softmax(-1)
-    best = set(probabilities.topk(min(top_k, len(logits))).indices.tolist())
-    assert set(draws(300, logits, temperature=temperature, top_k=top_k).tolist()) <= best
-    nucleus = smallest_set_reaching(probabilities.tolist(), percent / 100 + 1e-6)
-    assert set(draws(300, logits, temperature=temperature, top_p=percent / 100).tolist()) <= nucleus
-    assert set(draws(5, logits, temperature=0, top_k=top_k).tolist()) == {logits.argmax().item()}
-
-def test_pick_token_gives_one_token_a_row():
-    logits = torch.tensor([[0.0, 50.0, 0.0], [50.0, 0.0, 0.0]])
-    assert pick_token(logits, 1.0).tolist() == pick_token(logits, 0).tolist() == [[1], [0]]
-    assert torch.equal(logits, torch.tensor([[0.0, 50.0, 0.0], [50.0, 0.0, 0.0]]))
-
 # --- counts ---
 
 COUNTS = {                                     # millions: dense, low-rank, added at a sparsity of 0.01; rank
@@ -433,7 +187,7 @@ def test_parameters_are_the_published_counts(size):
     if added:                                  # the printed digits are those of the sum
         assert f"{millions(size, rank, 0.01):.2f}" == f"{float(low_rank) + float(added):.2f}"
 
-HAND = dict(vocab_size=11, seq_len=16, n_layer=2, n_head=2, n_kv_head=1, n_embd=8, n_ffn=12)
+HAND = dict(vocab_size=11, max_seq_len=16, n_layer=2, n_head=2, n_kv_head=1, n_embd=8, n_ffn=12)
 
 def counts(model):
     return count_parameters(model), count_multiplies(model), count_flops(model)

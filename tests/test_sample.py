@@ -19,7 +19,7 @@ from sample import Config, main
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TOKENIZER = Tokenizer.named("byte")
-SIZES = dict(vocab_size=TOKENIZER.vocab_size, seq_len=16, n_layer=1, n_head=2, n_embd=16, n_ffn=24)
+SIZES = dict(vocab_size=TOKENIZER.vocab_size, max_seq_len=16, n_layer=1, n_head=2, n_embd=16, n_ffn=24)
 
 def save_step(out_dir, step, **sizes):
     torch.manual_seed(step)

@@ -1,0 +1,188 @@
+"""The cache and the sampler against slow forms; the compiled decode step."""
+import functools
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import all_logits, largest_difference, small, small_lost, spread, tokens
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.utils import run_and_get_code
+
+from nanolost.decode import KVCache, compile_for_cpu, compile_step, generate, pick_token
+
+# --- the cache ---
+
+PIECES = {"at-once": [30], "token-by-token": [1] * 30, "in-pieces": [3, 1, 12, 2, 12],
+          "prefill-then-tokens": [9] + [1] * 21}
+
+@pytest.mark.parametrize("make", [small, small_lost], ids=["dense", "grouped-lost"])
+@pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
+@torch.no_grad()
+def test_cached_decoding_equals_the_full_forward(make, pieces):
+    model, idx = make(), tokens(2, 30)                                        # 30 > max_seq_len
+    cache = KVCache(30)
+    logits = torch.cat([all_logits(model, piece, cache) for piece in idx.split(pieces, dim=1)], dim=1)
+    assert largest_difference(logits, all_logits(model, idx)) <= 1e-4
+    assert cache.length == 30
+
+@torch.no_grad()
+def test_cache_holds_the_keys_of_kv_heads_only():
+    cache = KVCache(7)
+    small(n_kv_head=2)(tokens(3, 1), cache=cache)
+    assert [t.shape for kv in cache.kv for t in kv] == [(3, 2, 7, 8)] * 4
+
+# --- generation ---
+
+def greedy_literally(model, row, count):
+    """The likeliest token each time; a context that outgrows max_seq_len loses its older half."""
+    context, text = row[-model.config.max_seq_len:], list(row)
+    for _ in range(count):
+        if len(context) > model.config.max_seq_len:
+            context = context[-max(1, model.config.max_seq_len // 2):]
+        token = max(range(257), key=model(torch.tensor([context]))[0][0, -1].tolist().__getitem__)
+        context, text = context + [token], text + [token]
+    return text
+
+@pytest.mark.parametrize("max_seq_len", [1, 7, 12])
+@pytest.mark.parametrize("length", [1, 12, 31])
+@torch.no_grad()
+def test_greedy_text_equals_the_literal_loop(max_seq_len, length):
+    model, idx = small(n_kv_head=2, max_seq_len=max_seq_len), tokens(2, length)
+    cached = generate(model, idx, 40, temperature=0)                           # several windows
+    assert cached.tolist() == [greedy_literally(model, row, 40) for row in idx.tolist()]
+    assert len(set(cached[0, length:].tolist())) > 3 or max_seq_len == 1
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("make", [small, small_lost])
+def test_compiled_step_writes_the_same_text_and_is_compiled_once(make, rows, monkeypatch):
+    made = []
+    def compile_and_count(*args):
+        made.append(compile_for_cpu(*args))
+        return made[-1]
+    monkeypatch.setattr("nanolost.decode.compile_for_cpu", compile_and_count)
+    models, idx = [make(), spread(make(), 1)], tokens(rows, 5)
+    steps = [compile_step(model) for model in models]
+    for model, step in [*zip(models, steps, strict=True)] * 2:                # several windows of each
+        text = generate(model, idx, 30, temperature=0, step=step)
+        assert torch.equal(text, generate(model, idx, 30, temperature=0))
+    assert len(made) == 2
+
+@torch.inference_mode()
+def test_compiled_step_of_one_text_is_made_of_sums_not_of_library_calls():
+    model, token, cache = small_lost(), tokens(1, 1), KVCache(12)
+    model(token, cache=cache)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, (code,) = run_and_get_code(compile_step(model), token, cache=cache)
+    calls = re.findall(r"(?:extern_kernels\.\w+|\w+\.default)\(", code)
+    assert "cpp_fused" in code and calls == ["rope_table.default("]
+
+@torch.inference_mode()
+def test_step_changes_only_tensors_that_a_cuda_graph_may_change():
+    torch.compiler.reset()
+    model, changed, fixed = small_lost(), set(), set()
+    def look(module, example, **kwargs):
+        inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+        changed.update(i for i, node in enumerate(inputs) for user in node.users
+                       if user.args[0] is node and user.target is torch.ops.aten.copy_.default)
+        fixed.update(kwargs["static_input_idxs"])
+        return compile_fx_inner(module, example, **kwargs)
+    step = torch.compile(model, backend=functools.partial(compile_fx, inner_compile=look))
+    cache = KVCache(12)
+    model(tokens(1, 1), cache=cache)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        step(tokens(1, 1), cache=cache.stay())
+    assert len(changed) == 1 + 2 * model.config.n_layer and changed <= fixed
+
+def test_cached_generation_reads_each_token_once_a_window():
+    model, read = small(), []
+    model.model["embed_tokens"].register_forward_hook(lambda module, given, x: read.append(x.shape[1]))
+    generate(model, tokens(1, 5), 22, temperature=0)
+    assert read == [5] + [1] * 7 + [6] + [1] * 6 + [6] + [1] * 6
+
+def test_generation_stops_at_end_of_text():
+    model, idx = small(), tokens(3, 5)
+    free = generate(model, idx, 20, temperature=0).tolist()
+    eot = free[0][9]
+    rows = [row[:row.index(eot, 5) + 1] if eot in row[5:] else row for row in free]
+    assert min(len(row) for row in rows) < max(len(row) for row in rows)
+    longest = max(len(row) for row in rows)
+    expected = [row + [eot] * (longest - len(row)) for row in rows]
+    assert generate(model, idx, 20, temperature=0, eot=eot).tolist() == expected
+    alone = generate(model, idx[:1], 20, temperature=0, eot=eot).tolist()
+    assert alone == [rows[0]] and len(rows[0]) < 25
+
+def test_end_of_text_in_the_prompt_does_not_stop():
+    model, idx = small(), tokens(2, 5)
+    free = generate(model, idx, 6, temperature=0)
+    eot = next(token for token in idx[0].tolist() if token not in free[:, 5:])
+    assert torch.equal(generate(model, idx, 6, temperature=0, eot=eot), free)
+
+def test_top_k_of_one_is_greedy():
+    model, idx = small(), tokens(2, 5)
+    greedy = generate(model, idx, 20, temperature=0)
+    assert torch.equal(generate(model, idx, 20, temperature=1.7, top_k=1), greedy)
+
+def test_generator_decides_the_text():
+    model, idx = small(), tokens(2, 5)
+    def text(seed):
+        return generate(model, idx, 20, generator=torch.Generator().manual_seed(seed)).tolist()
+    assert text(3) == text(3) != text(4)
+
+# --- picking a token ---
+
+LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.5, -3.0, 0.0])
+
+def draws(count=20_000, logits=LOGITS, seed=0, **how):
+    generator = torch.Generator().manual_seed(seed)
+    return pick_token(logits.expand(count, -1), generator=generator, **how).flatten()
+
+def frequencies(**how):
+    return draws(**how).bincount(minlength=len(LOGITS)) / 20_000
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_frequencies_are_the_softmax_at_the_temperature(temperature):
+    expected = (LOGITS / temperature).softmax(-1)
+    assert largest_difference(frequencies(temperature=temperature), expected) < 0.012
+
+@pytest.mark.parametrize("how, kept", [
+    (dict(top_k=1), [0]), (dict(top_k=3), [0, 2, 3]), (dict(top_k=6), range(6)), (dict(top_k=99), range(6)),
+    (dict(top_p=0.01), [0]), (dict(top_p=0.6), [0, 3]), (dict(top_p=0.9), [0, 2, 3]),
+    (dict(top_p=1.0), range(6)), (dict(top_k=2, top_p=0.6), [0]),
+    (dict(top_k=3, top_p=0.8), [0, 3]),        # p of the three: of all six it would keep [0, 2, 3]
+])
+def test_filtered_frequencies_are_the_softmax_of_what_is_kept(how, kept):
+    expected = torch.zeros(6)
+    expected[list(kept)] = LOGITS[list(kept)].softmax(-1)
+    found = frequencies(temperature=1.0, **how)
+    assert largest_difference(found, expected) < 0.012
+    assert not found[expected == 0].any()
+
+def smallest_set_reaching(probabilities, top_p):
+    kept, total = [], 0.0
+    for token in sorted(range(len(probabilities)), key=lambda i: -probabilities[i]):
+        if total >= top_p:
+            break
+        kept.append(token)
+        total += probabilities[token]
+    return set(kept)
+
+scores = st.lists(st.integers(-400, 400), min_size=1, max_size=12, unique=True)
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(scores, st.sampled_from([0.3, 1.0, 3.0]), st.integers(1, 14), st.integers(1, 100))
+def test_a_draw_stays_inside_what_top_k_and_top_p_leave(scores, temperature, top_k, percent):
+    logits = torch.tensor(scores) / 100
+    probabilities = (logits.double() / temperature).softmax(-1)
+    best = set(probabilities.topk(min(top_k, len(logits))).indices.tolist())
+    assert set(draws(300, logits, temperature=temperature, top_k=top_k).tolist()) <= best
+    nucleus = smallest_set_reaching(probabilities.tolist(), percent / 100 + 1e-6)
+    assert set(draws(300, logits, temperature=temperature, top_p=percent / 100).tolist()) <= nucleus
+    assert set(draws(5, logits, temperature=0, top_k=top_k).tolist()) == {logits.argmax().item()}
+
+def test_pick_token_gives_one_token_a_row():
+    logits = torch.tensor([[0.0, 50.0, 0.0], [50.0, 0.0, 0.0]])
+    assert pick_token(logits, 1.0).tolist() == pick_token(logits, 0).tolist() == [[1], [0]]
+    assert torch.equal(logits, torch.tensor([[0.0, 50.0, 0.0], [50.0, 0.0, 0.0]]))
+
