@@ -26,15 +26,16 @@ SAMPLE = ASCII + " ".join(ASCII) + "a".join(ASCII) + (
     "عربي ١٢٣ ½ ₂ Ⅷ € — … 🙂👩\u200d💻 \U0010ffff\n \n  ")
 
 @contextlib.contextmanager
-def panics_mended(cause: str):
-    """A panic of tiktoken's Rust code inside becomes a UserError that names the cause."""
+def failures_mended(cause: str):
+    """An error or a panic of tiktoken's Rust code inside becomes a UserError that names the cause."""
     try:
         yield
     except BaseException as e:
-        # its class is derived from BaseException, and no module exports it
-        if type(e).__name__ != "PanicException":
+        # a panic's class is derived from BaseException, and no module exports it
+        panic = type(e).__name__ == "PanicException"
+        if not panic and not isinstance(e, ValueError):
             raise
-        raise UserError(f"{cause} ({e}): use another tokenizer") from None
+        raise UserError(f"{cause} ({e})") from None
 
 @contextlib.contextmanager
 def silent_stderr():
@@ -117,10 +118,8 @@ class Tokenizer:
         self.lengths = np.array([*map(len, tokens), 0])
         ranks = {token: rank for rank, token in enumerate(tokens)}
         special = {END_OF_TEXT: self.eot}
-        try:
+        with failures_mended("its split pattern is no regular expression"):
             self.bpe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        except ValueError as e:
-            raise UserError(f"its split pattern is no regular expression ({e})") from None
 
     def encode_array(self, text: str) -> np.ndarray:
         """The ids of a text, (n,) uint32. Other threads run meanwhile. UserError where the split pattern
@@ -133,7 +132,7 @@ class Tokenizer:
             size = len(text.encode())
         # in pieces, as tiktoken's regular expressions overflow on a run of a million spaces
         starts = range(0, len(text), PIECE)
-        with panics_mended(f"the split pattern of the tokenizer {self.name} fails on this text"):
+        with failures_mended(f"the split pattern of the tokenizer {self.name} fails on this text"):
             pieces = [self.bpe.encode_to_numpy(text[i:i + PIECE], disallowed_special=()) for i in starts]
         ids = np.concatenate([np.empty(0, np.uint32), *pieces])
         # tiktoken leaves out what the pattern does not match, and says nothing
