@@ -244,7 +244,7 @@ def named_shards(data_dir: str) -> list[dict]:
         # macOS puts ._train_0.bin beside train_0.bin on file systems of others
         if name.startswith(".") or not name.endswith(".bin"):
             continue
-        split = split_of_name(name.removesuffix(".bin"))
+        split = split_of_name(name)
         if split:
             shards.append({"name": name, "split": split})
     return shards

@@ -1,11 +1,8 @@
-"""data.py: shards to the byte, tokenizers that give every text back, an order that is a pure function."""
-import base64
+"""data.py: shards to the byte, splits that share no text, an order that is a pure function."""
 import contextlib
-import functools
 import hashlib
 import json
 import os
-import pickle
 import re
 import struct
 import subprocess
@@ -16,15 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import regex
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import prepare_c4
-from nanolost import files
-from nanolost.data import SampleOrder, ShardWriter, TokenDataset, read_shard, write_shard
-from nanolost.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
+from nanolost.data import SampleOrder, ShardWriter, TokenDataset, load_manifest, read_shard, write_shard
+from nanolost.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,6 +67,13 @@ def test_tokens_that_fit_no_vocabulary_are_refused(tmp_path, tokens, vocab_size)
         write_shard(tmp_path / "a.bin", tokens, vocab_size)
     assert names(tmp_path) == []
 
+def test_what_has_no_end_is_refused_by_name(tmp_path):
+    os.mkfifo(tmp_path / "pipe.bin")
+    (tmp_path / "zero.bin").symlink_to("/dev/zero")
+    for name in ("pipe.bin", "zero.bin"):
+        with pytest.raises(UserError, match=f"{name}.*not a regular file"):
+            read_shard(tmp_path / name)
+
 DAMAGES = {
     "wrong magic": lambda good: struct.pack("<i", 20240521) + good[4:],
     "version of the other magic": lambda good: good[:4] + struct.pack("<i", 7) + good[8:],
@@ -101,46 +102,39 @@ def test_a_missing_shard_and_a_folder_are_refused_by_name(tmp_path):
         with pytest.raises(ValueError, match=re.escape(str(path))):
             read_shard(path)
 
-class Killed(BaseException):
-    pass
-
 def test_a_shard_that_was_not_closed_has_no_final_name(tmp_path):
     writer = ShardWriter(str(tmp_path / "a.bin"), np.uint16)
     writer.append(np.arange(10**6))
     assert names(tmp_path) == ["a.bin.tmp"]
     writer.file.close()
 
-@pytest.mark.parametrize("write", [
-    lambda path: write_shard(path, [9] * 50), lambda path: files.write_atomic(path, b"new")],
-    ids=["shard", "small"])
-@pytest.mark.parametrize("point", ["fsync", "replace"])
-def test_a_writer_killed_at_any_point_leaves_the_old_file_whole(tmp_path, monkeypatch, write, point):
-    def killed(*args):
-        raise Killed
-    path = tmp_path / "a.bin"
-    path.write_bytes(b"old")
-    monkeypatch.setattr(os, point, killed)
-    with pytest.raises(Killed):
-        write(str(path))
-    assert path.read_bytes() == b"old"
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+@pytest.mark.parametrize("pieces", [[], [[]], [[1, 2, 3]], [[7], [], range(60_000)]])
+def test_a_closed_shard_knows_its_own_digest(tmp_path, dtype, pieces):
+    writer = ShardWriter(str(tmp_path / "a.bin"), dtype)
+    assert writer.sha256 is None
+    for piece in pieces:
+        writer.append(np.array(piece, np.int64))
+    writer.close()
+    assert writer.sha256 == sha256(tmp_path / "a.bin")
+    assert read_shard(tmp_path / "a.bin").tolist() == [token for piece in pieces for token in piece]
 
-@pytest.mark.parametrize("write, expected", [
-    (lambda path: write_shard(path, [1, 2, 3]), llm_c_bytes([1, 2, 3])),
-    (lambda path: files.write_atomic(path, b"whole"), b"whole")], ids=["shard", "small"])
-def test_a_file_gets_its_name_when_it_is_whole_and_on_the_disk(tmp_path, monkeypatch, write, expected):
-    synced, at_rename = [], []
-    fsync, replace = os.fsync, os.replace
-    def fsync_seen(fd):
-        synced.append(os.fstat(fd).st_ino)
-        fsync(fd)
-    def replace_seen(source, target):
-        at_rename.append((Path(source).read_bytes(), os.stat(source).st_ino in synced))
+def test_a_shard_s_digest_is_taken_before_anybody_can_reach_it_by_its_name(tmp_path, monkeypatch):
+    replace, changed = os.replace, b"another command's shard"
+    def replaced_and_overwritten(source, target):
         replace(source, target)
-    monkeypatch.setattr(os, "fsync", fsync_seen)
-    monkeypatch.setattr(os, "replace", replace_seen)
-    write(str(tmp_path / "a.bin"))
-    assert at_rename == [(expected, True)]
-    assert synced[-1] == os.stat(tmp_path).st_ino, "the folder is not synced after the rename"
+        Path(target).write_bytes(changed)
+    monkeypatch.setattr(os, "replace", replaced_and_overwritten)
+    writer = ShardWriter(str(tmp_path / "a.bin"), "uint16")
+    writer.append(np.array([1, 2, 3]))
+    writer.close()
+    assert writer.sha256 == hashlib.sha256(llm_c_bytes([1, 2, 3])).hexdigest()
+
+def test_more_tokens_than_a_header_counts_are_refused_before_they_are_read(tmp_path):
+    endless = np.broadcast_to(np.uint8(0), 2**31)
+    with pytest.raises(UserError, match="2147483648.*2147483647"):
+        write_shard(tmp_path / "a.bin", endless, 10)
+    assert names(tmp_path) == []
 
 # --- the order of samples ---
 
@@ -239,6 +233,18 @@ def put_manifest(folder, complete=True, **changed):
                "sha256": sha256(p)} for p in paths]
     Path(folder, "manifest.json").write_text(json.dumps({"complete": complete, "shards": shards}))
 
+DIGEST = "0" * 64
+ENTRY = {"name": "train_00000.bin", "split": "train", "tokens": 9, "bytes": 30, "documents": 2,
+         "sha256": DIGEST}
+WHOLE = {"version": 1, "complete": True, "request": {}, "shards": [ENTRY], "reached": {},
+         "tokenizer": {"name": "byte", "sha256": DIGEST, "vocab_size": 257, "eot": 256}}
+
+def manifest_of(folder, content=None, **shard):
+    """A folder with one shard of 9 tokens and a manifest, whole but for what is given."""
+    put_shards(folder, [9])
+    content = {**WHOLE, "shards": [{**ENTRY, **shard}], **(content or {})}
+    Path(folder, "manifest.json").write_text(json.dumps(content), encoding="utf-8")
+
 @settings(deadline=None)
 @given(lengths=st.lists(st.integers(0, 60), min_size=1, max_size=5), seq_len=st.integers(1, 9),
        with_manifest=st.booleans(), code=st.sampled_from("HI"))
@@ -296,6 +302,66 @@ def test_ready_made_shards_train_without_a_manifest(tmp_path):
     assert train.batch([0, 1])[1].tolist() == [list(range(1, 9)), list(range(101, 109))]
     assert val.batch([0])[1].tolist() == [[7] * 8]
 
+NAMES = {
+    "train": ["train_00000.bin", "fineweb_train_000001.bin", "train.bin", "train0.bin", "7train.bin",
+              "TRAIN_1.bin", "medieval_train_0.bin", "x (train).bin"],
+    "val": ["val_00000.bin", "val.bin", "validation-3.bin", "x.val.bin", "Val 2.bin", "pretrain_val.bin"],
+    None: ["medieval.bin", "estival_0.bin", "retrained.bin", "valid.bin", "trainval.bin", "dev.bin",
+           "éval.bin", "valé.bin", "train_0.bin.tmp", "train.txt", "._train_0.bin", "train_0.binary"],
+}
+
+@pytest.mark.parametrize("name, split", [(name, split) for split, some in NAMES.items() for name in some])
+def test_a_word_of_its_own_in_a_shard_s_name_is_its_split(tmp_path, name, split):
+    (tmp_path / name).write_bytes(llm_c_bytes(range(9)))
+    for asked in ("train", "val"):
+        if asked == split:
+            assert TokenDataset(tmp_path, asked, 8).paths == [str(tmp_path / name)]
+        else:
+            with pytest.raises(UserError, match=f"no {asked} shards"):
+                TokenDataset(tmp_path, asked, 8)
+
+@pytest.mark.parametrize("name", [
+    "pretrain_val_train.bin", "train-val.bin", "validation.train.bin", "val_train_val.bin"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_name_that_says_both_splits_is_an_error(tmp_path, name, split):
+    put_shards(tmp_path, [9])
+    put_shards(tmp_path, [9], "val")
+    (tmp_path / name).write_bytes(llm_c_bytes(range(9)))
+    with pytest.raises(UserError, match=f"{re.escape(name)} says both"):
+        TokenDataset(tmp_path, split, 8)
+
+@settings(deadline=None, max_examples=200)
+@given(names=st.lists(st.lists(st.sampled_from([*"_-.0aé", "train", "val", "validation"]), max_size=5)))
+def test_no_name_is_in_both_splits(names):
+    with tempfile.TemporaryDirectory() as folder:
+        for pieces in names:
+            Path(folder, f"{''.join(pieces)}.bin").write_bytes(llm_c_bytes(range(9)))
+        chosen = []
+        for split in ("train", "val"):
+            with contextlib.suppress(UserError):
+                chosen.append(set(TokenDataset(folder, split, 8).paths))
+        assert len(chosen) < 2 or chosen[0].isdisjoint(chosen[1])
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+@pytest.mark.parametrize("with_manifest", [False, True])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_one_file_under_two_names_is_not_in_both_splits(tmp_path, link, with_manifest, split):
+    put_shards(tmp_path, [9, 9])
+    link(tmp_path / "train_00001.bin", tmp_path / "val_00000.bin")
+    if with_manifest:
+        put_manifest(tmp_path)
+    with pytest.raises(UserError, match=r"train_00001\.bin and val_00000\.bin .* one file"):
+        TokenDataset(tmp_path, split, 4)
+
+def test_links_to_shards_elsewhere_are_read(tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "data").mkdir()
+    put_shards(tmp_path / "store", [9, 9])
+    (tmp_path / "data" / "train_0.bin").symlink_to("../store/train_00000.bin")
+    (tmp_path / "data" / "val_0.bin").symlink_to("../store/train_00001.bin")
+    for split in ("train", "val"):
+        assert len(TokenDataset(tmp_path / "data", split, 8)) == 1
+
 def test_a_folder_with_brackets_in_its_name_is_read(tmp_path):
     folder = tmp_path / "c4[1]"
     folder.mkdir()
@@ -313,6 +379,22 @@ def test_shards_shorter_than_a_window_are_refused(tmp_path, seq_len, valid):
     put_shards(tmp_path, [8, 8])
     with pytest.raises(ValueError, match="--seq_len") if not valid else contextlib.nullcontext():
         assert len(TokenDataset(tmp_path, "train", seq_len)) == 2
+
+@settings(deadline=None, max_examples=60)
+@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4), seq_len=st.integers(1, 50))
+def test_the_window_that_an_error_names_fits_and_the_next_does_not(lengths, seq_len):
+    with tempfile.TemporaryDirectory() as folder:
+        put_shards(folder, lengths)
+        try:
+            assert len(TokenDataset(folder, "train", seq_len)) >= 1
+        except UserError as e:
+            assert f"longest train shard of {folder} has {max(lengths)} tokens" in str(e)
+            fits = re.search(r"--seq_len (\d+) or less", str(e))
+            assert bool(fits) == (max(lengths) > 1) and "more text" in str(e)
+            if fits:
+                assert len(TokenDataset(folder, "train", int(fits[1]))) >= 1
+                with pytest.raises(UserError):
+                    TokenDataset(folder, "train", int(fits[1]) + 1)
 
 def test_a_folder_without_shards_of_the_split_is_refused(tmp_path):
     for split in ("train", "val"):             # in the second round there is a train shard
@@ -349,6 +431,87 @@ def test_a_damaged_manifest_is_refused(tmp_path, content):
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(ValueError, match="manifest.json"):
         TokenDataset(tmp_path, "train", 4)
+
+NO_COUNTS = [-1, 1.5, 9.0, "9", None, True, [9], 2**63, 10**30]
+
+NO_DIGESTS = ["", "0" * 63, "0" * 65, "Z" * 64, 5, None, [DIGEST]]
+
+@pytest.mark.parametrize("entry, values", [
+    ("name", [None, 5, "", ["a"], {}]), ("split", ["test", "", None, 5, ["train"], {}]),
+    ("tokens", NO_COUNTS), ("bytes", NO_COUNTS), ("documents", NO_COUNTS), ("sha256", NO_DIGESTS)])
+def test_an_entry_of_a_shard_that_has_another_type_is_refused_by_its_name(tmp_path, entry, values):
+    for value in values:
+        manifest_of(tmp_path, **{entry: value})
+        with pytest.raises(UserError, match=f"manifest.json.*{entry}|manifest.json.*names the file"):
+            load_manifest(str(tmp_path))
+
+@pytest.mark.parametrize("entry, values", [
+    ("version", [2, 0, "1", None, True, 1.0]), ("complete", [None, 1, "true", []]),
+    ("shards", [None, 5, {}, "train", [5], [None], [[]], [ENTRY, 5]]),
+    ("tokenizer", [None, 5, [], "byte", {}]),
+    ("tokenizer", [{"sha256": 5}, {"sha256": "a"}, {"sha256": DIGEST, "vocab_size": -1}]),
+    ("tokenizer", [{"sha256": DIGEST, "eot": "256"}, {"sha256": DIGEST, "vocab_size": 1e3}])])
+def test_an_entry_of_a_manifest_that_has_another_type_is_refused(tmp_path, entry, values):
+    for value in values:
+        manifest_of(tmp_path, {entry: value})
+        with pytest.raises(UserError, match="manifest.json is damaged"):
+            load_manifest(str(tmp_path), unfinished=True)
+
+@pytest.mark.parametrize("name", [
+    "../train_00000.bin", "/dev/zero", "sub/train_00000.bin", "./train_00000.bin", "..", ".", "a\\b.bin",
+    "a\nb.bin", "a\0b.bin", "\ud800.bin"])
+def test_a_manifest_that_leads_out_of_its_folder_is_refused(tmp_path, name):
+    folder = tmp_path / "data"
+    (folder / "sub").mkdir(parents=True)
+    put_shards(tmp_path, [9])
+    put_shards(folder / "sub", [9])
+    manifest_of(folder, name=name)
+    with pytest.raises(UserError, match="manifest.json.*names the file") as caught:
+        TokenDataset(folder, "train", 4)
+    assert str(caught.value).isprintable(), "one line"
+
+def test_a_whole_manifest_is_read_and_so_is_one_of_fewer_entries(tmp_path):
+    manifest_of(tmp_path)
+    assert load_manifest(tmp_path) == WHOLE
+    assert TokenDataset(tmp_path, "train", 4).tokenizer_sha256 == DIGEST
+    put_manifest(tmp_path)
+    assert TokenDataset(tmp_path, "train", 4).tokenizer_sha256 is None
+
+def test_a_manifest_is_read_with_entries_that_nobody_knows(tmp_path):
+    manifest_of(tmp_path, {"sources": {"a": [1, 2]}, "new": None}, targets=DIGEST)
+    assert load_manifest(tmp_path)["sources"] == {"a": [1, 2]}
+
+def test_the_manifest_of_a_run_that_goes_on_is_read_where_that_is_asked_for(tmp_path):
+    manifest_of(tmp_path, {"complete": False})
+    assert load_manifest(tmp_path, unfinished=True)["shards"] == [ENTRY]
+    with pytest.raises(UserError, match="not finished"):
+        load_manifest(tmp_path)
+
+@pytest.mark.parametrize("second", [{}, {"split": "val"}])
+def test_a_manifest_that_names_a_shard_twice_is_refused(tmp_path, second):
+    manifest_of(tmp_path, {"shards": [ENTRY, {**ENTRY, **second}]})
+    with pytest.raises(UserError, match="manifest.json.*train_00000.bin twice"):
+        TokenDataset(tmp_path, "train", 4)
+
+@pytest.mark.parametrize("content", [b"[" * 200_000, b'{"a":' * 200_000, b"\xff\xfe{}", b'{"complete": tru'])
+def test_a_manifest_that_is_no_json_is_one_line(tmp_path, content):
+    put_shards(tmp_path, [9])
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(UserError, match="manifest.json.*prepare_c4.py"):
+        TokenDataset(tmp_path, "train", 4)
+
+@pytest.mark.parametrize("target", ["/dev/zero", "nowhere", "."])
+def test_a_manifest_that_is_no_file_is_refused_and_not_ignored(tmp_path, target):
+    put_shards(tmp_path, [9])
+    (tmp_path / "manifest.json").symlink_to(target)
+    with pytest.raises(UserError, match="manifest.json"):
+        TokenDataset(tmp_path, "train", 4)
+
+def test_a_byte_order_mark_in_front_of_a_manifest_is_no_part_of_it(tmp_path):
+    manifest_of(tmp_path)
+    path = tmp_path / "manifest.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_manifest(tmp_path) == WHOLE
 
 def test_a_manifest_cut_anywhere_is_refused(tmp_path):
     put_shards(tmp_path, [9])
