@@ -83,7 +83,9 @@ def every_parameter_gets_a_gradient(model: torch.nn.Module):
     A gradient of zeros is none: projections that start at zero send nothing back in the first step."""
     trained = {p: name for name, p in model.named_parameters() if p.requires_grad}
     missing = dict(trained)
-    hooks = [p.register_post_accumulate_grad_hook(lambda p: missing.pop(p, None)) for p in trained]
+    def reached(p):
+        missing.pop(p, None)
+    hooks = [p.register_post_accumulate_grad_hook(reached) for p in trained]
     try:
         yield
     finally:
@@ -118,7 +120,7 @@ def check_finite(state: State, loss: float, norm: float, count: int):
 
 def update(state: State, data: TokenDataset, samples: np.ndarray, config, job) -> Figures:
     """One optimizer step on `samples`, (micro-batches, processes, samples): those of the whole job. Raises
-    FloatingPointError before anything is updated, on all processes alike, where loss or norm is not finite."""
+    FloatingPointError on all processes, before anything is updated, where loss or norm is not finite."""
     started = time.perf_counter()
     state.gradients.zero_()
     first = every_parameter_gets_a_gradient(state.model) if state.step == 0 else contextlib.nullcontext()
@@ -308,8 +310,9 @@ class Report:
                     peak_memory_bytes=memory)
         left = datetime.timedelta(seconds=round(seconds * (config.steps - self.state.step)))
         share = "n/a" if mfu is None else f"{mfu:.1%}"
-        self.say(f"{self.where()} | loss {figures.loss:.4f} | lr {figures.lr:.2e} | norm {figures.norm:.2f} | "
-                 f"{speed:,.0f} tok/s | mfu {share} | {memory / 1e9:.2f} GB | {left} left")
+        self.say(f"{self.where()} | loss {figures.loss:.4f} | lr {figures.lr:.2e} | "
+                 f"norm {figures.norm:.2f} | {speed:,.0f} tok/s | mfu {share} | "
+                 f"{memory / 1e9:.2f} GB | {left} left")
 
     def evaluation(self, val: dict, more: dict):
         self.record("eval", **val, **more)

@@ -13,8 +13,8 @@ from nanolost.job import pick_device
 from nanolost.methods import METHODS
 from nanolost.optim import OPTIMIZERS
 
-# Per size LOST's rank, and the steps and learning rates that CoLA published (arXiv 2502.10940): LOST's own are
-# unknown, and 13b's are those of 7b. `tiny` is ours, for a CPU.
+# Per size LOST's rank, and the steps and learning rates that CoLA published (arXiv 2502.10940): LOST's own
+# are unknown, and 13b's are those of 7b. `tiny` is ours, for a CPU.
 RECIPES = {
     "tiny": dict(rank=32,   steps=700,     lr=1.2e-2, optimizer="muon", batch_tokens=8192,
                  eval_tokens=200_000, eval_every=100, save_every=100),
@@ -27,28 +27,26 @@ RECIPES = {
     "13b":  dict(rank=1280, steps=150_000, lr=1e-3, recompute=True),
 }
 
-# What "auto" means on each device. micro_tokens: the most tokens of a micro-batch unless --micro_batch says more
+# What "auto" means on each device. micro_tokens: the most tokens of a micro-batch without --micro_batch
 DEVICES = {
     "cuda": dict(dtype="bfloat16", compile="true", micro_tokens=16_384),
     "mps": dict(dtype="float32", compile="false", micro_tokens=4_096),
     "cpu": dict(dtype="float32", compile="false", micro_tokens=4_096),
 }
 
-# --- flags: a class is a section of --help; None is chosen later ---
+# --- flags: None is chosen later, by `resolve`, the data or the device ---
+# fine-tuning has the last two classes too, under the same names
 
 @dataclass
-class Files:
-    """files"""
-
-    data_dir: str = flag("data/c4", "folder of token shards, made by prepare_c4.py")
+class FileFlags:
+    data_dir: str = flag("data/c4", "folder of token shards, made by prepare_c4.py", section="files")
     out_dir: str = flag("out", "folder for checkpoints, metrics.jsonl, config.json and status.json")
     tokenizer: str | None = flag(None, "gpt2, byte or a file, for shards that came without a tokenizer.json")
 
 @dataclass
-class Model:
-    """model"""
-
-    model: str = flag("60m", "size; brings its recipe, any value of which can be overridden", list(MODELS))
+class ModelFlags:
+    model: str = flag("60m", "size; brings its recipe, any value of which can be overridden",
+                      list(MODELS), section="model")
     n_layer: int | None = flag(None, "blocks (by --model)")
     n_head: int | None = flag(None, "attention heads (by --model)")
     n_kv_head: int | None = flag(None, "heads of keys and values; fewer is grouped-query attention (n_head)")
@@ -56,13 +54,12 @@ class Model:
     n_ffn: int | None = flag(None, "inner width of the MLP (by --model)")
     tie_embeddings: bool = flag(False, "share one weight between embedding and head")
     vocab_size: int | None = flag(None, "rows of embedding and head (the tokenizer's)")
-    init_std: float = flag(0.02, "standard deviation of the blocks' first dense weights, before decomposition")
+    init_std: float = flag(0.02, "standard deviation of the blocks' first dense weights")
 
 @dataclass
-class Method:
-    """linear layers"""
-
-    linear: str = flag("lost", "kind: LOST, dense, plain low-rank or CoLA", list(METHODS))
+class MethodFlags:
+    linear: str = flag("lost", "kind: LOST, dense, plain low-rank or CoLA",
+                       list(METHODS), section="linear layers")
     rank: int | dict | None = flag(None, "r; by module too: q_proj=64,default=128 (by --model)")
     sparsity: float | dict = flag(0.01, "ρ, share of input channels kept in the sparse path; by module too")
     gamma: float = flag(0.7, "γ, weight of the low-rank path; the sparse path has 1 - γ")
@@ -73,10 +70,8 @@ class Method:
     activation: str = flag("silu", "function between the factors", SWITCHES["activation"])
 
 @dataclass
-class Training:
-    """training"""
-
-    seq_len: int = flag(256, "tokens of a training window")
+class TrainingFlags:
+    seq_len: int = flag(256, "tokens of a training window", section="training")
     batch_tokens: int = flag(131_072, "tokens of an update, over all processes and micro-batches")
     micro_batch: int | None = flag(None, "windows of one forward pass (what suits the device)")
     steps: int | None = flag(None, "updates (by --model)")
@@ -95,14 +90,13 @@ class Training:
     seed: int = flag(0, "seed of the first weights and of the order of samples")
 
 @dataclass
-class Running:
-    """running"""
-
-    device: str = flag("auto", "cuda, mps or cpu; auto is the best there is", ["auto", *DEVICES])
+class RunFlags:
+    device: str = flag("auto", "cuda, mps or cpu; auto is the best there is",
+                       ["auto", *DEVICES], section="running")
     dtype: str = flag("auto", "autocast; auto is bfloat16 on CUDA, else float32",
                       ["auto", "float32", "bfloat16"])
     compile: str = flag("auto", "torch.compile; auto is true on CUDA", ["auto", "true", "false"])
-    threads: int | None = flag(None, "CPU threads of a process (the cores that are free; a resume keeps them)")
+    threads: int | None = flag(None, "CPU threads of a process (the free cores; a resume keeps them)")
     recompute: bool = flag(False, "save memory: compute wide activations again in backward (7b, 13b: true)")
     eval_every: int = flag(1000, "updates between evaluations; one more at the end")
     eval_tokens: int = flag(10_000_000, "validation tokens of an evaluation, always the same ones")
@@ -116,25 +110,31 @@ class Running:
     dry_run: bool = flag(False, "print parameters, memory and tokens, and exit")
 
 @dataclass
-class Config(Running, Training, Method, Model, Files):
+class Config(RunFlags, TrainingFlags, MethodFlags, ModelFlags, FileFlags):
     """Every setting of a run, in the order of its base classes from the last."""
 
 # Architecture and data of a run: a resume must agree in these. Any other value that changed is printed
-FIXED = {
-    *(f.name for f in dataclasses.fields(Model)), *(f.name for f in dataclasses.fields(Method)),
-    "seq_len", "optimizer", "data", "tokenizer_sha256",
-} - {"model"}
+FIXED = {"seq_len", "optimizer", "data", "tokenizer_sha256"}
+FIXED |= {f.name for f in dataclasses.fields(MethodFlags)}
+FIXED |= {f.name for f in dataclasses.fields(ModelFlags)}
+# a name for sizes that are compared one by one
+FIXED -= {"model"}
 
 # --- limits ---
 
-POSITIVE = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn", "seq_len", "batch_tokens", "micro_batch",
-            "steps", "threads", "eval_every", "eval_tokens", "save_every", "keep", "log_every", "timeout")
+POSITIVE = (
+    "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn",
+    "seq_len", "batch_tokens", "micro_batch", "steps", "threads",
+    "eval_every", "eval_tokens", "save_every", "keep", "log_every", "timeout",
+)
+FINITE = ("lr", "aux_lr", "init_std")
 
 # name → (what its value must do, the test of it)
 LIMITS = {
     **dict.fromkeys(POSITIVE, ("be positive", lambda n: n >= 1)),
-    **dict.fromkeys(("lr", "aux_lr", "init_std"), ("be positive and finite", lambda x: 0 < x < math.inf)),
-    **dict.fromkeys(("weight_decay", "grad_clip"), ("not be negative", lambda x: x >= 0)),
+    **dict.fromkeys(FINITE, ("be positive and finite", lambda x: 0 < x < math.inf)),
+    "weight_decay": ("not be negative", lambda x: x >= 0),
+    "grad_clip": ("not be negative", lambda x: x >= 0),
     "warmup": ("not be negative", lambda n: n >= 0),
     "min_lr_ratio": ("lie in [0, 1]", lambda x: 0 <= x <= 1),
     "momentum": ("lie in [0, 1)", lambda x: 0 <= x < 1),
@@ -152,7 +152,7 @@ def check_limits(config):
 def check_method(config: Config, given: dict):
     """UserError for switches that mean nothing, or that leave a path which never learns."""
     method = METHODS[config.linear]
-    for field in dataclasses.fields(Method):
+    for field in dataclasses.fields(MethodFlags):
         if field.name in given and field.name not in (*method.uses, "linear"):
             raise UserError(f"--{field.name} means nothing with --linear {config.linear}: drop one of them")
     if "gamma" not in method.uses:
@@ -170,7 +170,12 @@ def resolve(given: dict) -> Config:
     """A whole Config from the values given, the recipe of the size and the switches of the kind of layer."""
     # for the two names that bring the rest
     base = Config(**given)
-    config = Config(**{**MODELS[base.model], **RECIPES[base.model], **METHODS[base.linear].switches, **given})
+    values = dict(MODELS[base.model])
+    values |= RECIPES[base.model]
+    values |= METHODS[base.linear].switches
+    # what was typed wins
+    values |= given
+    config = Config(**values)
     check_limits(config)
     check_method(config, given)
     if config.n_kv_head is None:
@@ -202,7 +207,8 @@ def settle_schedule(config: Config, saved: dict):
 
 def autocast(config) -> torch.autocast:
     """The one autocast context of a run, for training and evaluation alike."""
-    return torch.autocast(config.device, getattr(torch, config.dtype), enabled=config.dtype != "float32")
+    dtype = getattr(torch, config.dtype)
+    return torch.autocast(config.device, dtype, enabled=dtype != torch.float32)
 
 # --- batches ---
 
@@ -213,14 +219,17 @@ def split_batch(config, world: int) -> tuple[int, int]:
     """(samples of a micro-batch, micro-batches of a process for an update); UserError names valid values."""
     samples, rest = divmod(config.batch_tokens, config.seq_len)
     if rest:
+        # the two multiples around it, unless one is 0
         near = [n * config.seq_len for n in (samples, samples + 1) if n]
         raise UserError(f"--batch_tokens {config.batch_tokens} is no multiple of --seq_len: use {near}")
+    # every process has the same share of an update
     share, rest = divmod(samples, world)
     if rest:
         raise UserError(f"{samples} samples an update do not divide among {world} processes: start one of "
                         f"{divisors(samples)}, or use --batch_tokens {(share + 1) * world * config.seq_len}")
     micro = config.micro_batch
     if micro is None:
+        # the largest that suits the device
         most = DEVICES[config.device]["micro_tokens"] // config.seq_len
         micro = max((d for d in divisors(share) if d <= most), default=1)
     if share % micro:
