@@ -18,14 +18,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import Llama, LlamaConfig
+from model import LlamaConfig
 from nanolost import checkpoint, out_dir
-from nanolost.budget import checkpoint_bytes, describe_batch, describe_dense, describe_sizes
+from nanolost.budget import checkpoint_bytes, describe, describe_dense
 from nanolost.data import SampleOrder, TokenDataset
 from nanolost.errors import UserError
-from nanolost.flags import command, parse
-from nanolost.job import Job
-from nanolost.loop import METRICS, Report, State, Validation, evaluate, identity, update
+from nanolost.flags import command, parse, say
+from nanolost.job import Job, place
+from nanolost.loop import Report, State, Validation, evaluate, identity, measure, update
 from nanolost.methods import build_model, owners
 from nanolost.settings import FIXED, Config, resolve, settle_device, settle_schedule, split_batch
 from nanolost.threads import use_threads
@@ -35,36 +35,45 @@ from nanolost.tokenizer import Tokenizer
 
 def vocabulary(config: Config) -> Tokenizer | None:
     """The tokenizer of the shards; it decides config.vocab_size. A dry run can do without one."""
-    file = config.tokenizer or os.path.join(config.data_dir, "tokenizer.json")
-    tokenizer = Tokenizer.named(file) if config.tokenizer or os.path.exists(file) else None
-    if tokenizer is None and not config.dry_run:
-        raise UserError(f"no {file}: run prepare_c4.py --out_dir {config.data_dir} first, or, for ready-"
-                        "made shards, say --tokenizer gpt2")
-    config.tokenizer = file
-    known = LlamaConfig.vocab_size if tokenizer is None else tokenizer.vocab_size
-    config.vocab_size = config.vocab_size or known
-    if tokenizer is not None and config.vocab_size < known:
-        raise UserError(f"--vocab_size {config.vocab_size} is below the tokenizer's {known}")
+    beside = os.path.join(config.data_dir, "tokenizer.json")
+    if config.tokenizer is None and not os.path.exists(beside):
+        if not config.dry_run:
+            raise UserError(f"no {beside}: run prepare_c4.py --out_dir {config.data_dir} first, or, for "
+                            "ready-made shards, say --tokenizer gpt2")
+        # GPT-2's size, so that a model can be counted before any text is there
+        config.vocab_size = config.vocab_size or LlamaConfig.vocab_size
+        return None
+    config.tokenizer = config.tokenizer or beside
+    tokenizer = Tokenizer.named(config.tokenizer)
+    config.vocab_size = config.vocab_size or tokenizer.vocab_size
+    # more rows than ids is fine: kernels like multiples of 64
+    if config.vocab_size < tokenizer.vocab_size:
+        raise UserError(f"--vocab_size {config.vocab_size} is below the tokenizer's {tokenizer.vocab_size}")
     return tokenizer
 
 class Texts:
     """What a run reads: the training split in its order, and the validation text."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
-        self.tokenizer, self.tokenizer_file = tokenizer, config.tokenizer
+        self.tokenizer = tokenizer
+        self.tokenizer_file = config.tokenizer
         self.digest = hashlib.sha256(tokenizer.to_json()).hexdigest()
         self.train = TokenDataset(config.data_dir, "train", config.seq_len)
-        val = TokenDataset(config.data_dir, "val", config.seq_len)
         self.order = SampleOrder(len(self.train), config.seed)
-        samples = min(len(val), max(1, config.eval_tokens // config.seq_len))
+        val = TokenDataset(config.data_dir, "val", config.seq_len)
+        wanted = max(1, config.eval_tokens // config.seq_len)
+        samples = min(len(val), wanted)
         # ids of a padded vocabulary stand for no text
         padding = (0, config.vocab_size - tokenizer.vocab_size)
         token_bytes = F.pad(torch.from_numpy(tokenizer.token_bytes()), padding)
         self.validation = Validation(val, samples, config.micro_batch, token_bytes)
 
+    def splits(self) -> list[TokenDataset]:
+        return [self.train, self.validation.data]
+
     def check(self, data_dir: str):
         """Read every token once: UserError for shards of another tokenizer."""
-        for data in (self.train, self.validation.data):
+        for data in self.splits():
             if data.tokenizer_sha256 not in (None, self.digest):
                 raise UserError(f"{self.tokenizer_file} is not the tokenizer that {data_dir} was made with: "
                                 "use its tokenizer.json as it was, or prepare the text again")
@@ -72,7 +81,9 @@ class Texts:
 
     def samples(self, state: State, shape: tuple[int, int, int]) -> np.ndarray:
         """Numbers of the samples of the next update, (micro-batches, processes, samples)."""
-        count = int(np.prod(shape))
+        micro_batches, processes, samples = shape
+        count = micro_batches * processes * samples
+        # where the data are read next is a function of the samples read so far, so nothing is replayed
         return self.order[np.arange(count) + state.samples].reshape(shape)
 
 # --- a new run, or one that goes on ---
@@ -80,6 +91,7 @@ class Texts:
 def prepare_out_dir(config: Config, texts: Texts) -> str | None:
     """Rank 0's look at out_dir and at the data before anything is written: the folder of the checkpoint to
     continue from, None for a new run."""
+    # what a killed save left behind takes room
     checkpoint.sweep(config.out_dir)
     out_dir.check_space(config.out_dir, config.keep, checkpoint_bytes(config))
     texts.check(config.data_dir)
@@ -89,42 +101,63 @@ def fresh(config: Config, job: Job) -> State:
     """Step 0. Each process decomposes its share of the layers and sends them to the others."""
     # random draws come from one generator: then every process has to make all of them
     drawn = "random" in (config.init, config.select)
-    model = build_model(config, job.device, (0, 1) if drawn else (job.rank, job.world))
+    part = (0, 1) if drawn else (job.rank, job.world)
+    model = build_model(config, job.device, part)
     owner = owners(model, job.world)
     for name, tensor in model.state_dict().items():
-        job.broadcast(tensor, owner.get(name.rpartition(".")[0], 0))
+        # also what all drew alike: two kinds of GPU may round a decomposition differently
+        layer = name.rpartition(".")[0]
+        job.broadcast(tensor, owner.get(layer, 0))
     return State.of(model, config)
-
-def resumed(config: Config, job: Job, folder: str, model: Llama, saved: dict) -> State:
-    """The state of the checkpoint `folder`, whose model and state.json are loaded already."""
-    state = State.of(model.to(job.device), config)
-    checkpoint.load_optimizer(folder, model, state.optimizers)
-    state.restore(saved)
-    return state
 
 def check_same_run(saved: dict, now: dict, say):
     """Refuse a changed architecture or data set, print any other change."""
     for name, value in now.items():
-        if name in ("resume", "overwrite") or saved.get(name, value) == value:
+        # how a run is started says nothing of the run; what an old checkpoint lacks cannot have changed
+        if name in ("resume", "overwrite") or name not in saved:
+            continue
+        before = saved[name]
+        if before == value:
             continue
         if name in FIXED:
-            raise UserError(f"{name} was {saved[name]} when this run began and is {value} now: go back, "
+            raise UserError(f"{name} was {before} when this run began and is {value} now: go back, "
                             "or use another --out_dir")
-        say(f"changed: {name} {saved[name]} → {value}")
+        say(f"changed: {name} {before} → {value}")
+
+def settle(config: Config, saved: dict):
+    """Choose what is chosen once for a run; `saved` is the config of its checkpoint."""
+    settle_schedule(config, saved)
+    # bit for bit holds for equal threads only
+    config.threads = use_threads(config.threads or saved.get("threads"))
+
+def resumed(config: Config, job: Job, texts: Texts, folder: str, report: Report) -> tuple[State, dict]:
+    """The state that the checkpoint `folder` holds, and what the run is now."""
+    model, saved = checkpoint.load_folder(folder)
+    if "config" not in saved:
+        raise UserError(f"{folder} has no training state to continue from: it is a model alone")
+    settle(config, saved["config"])
+    now = identity(config, texts.splits(), texts.digest, job.world)
+    job.first(lambda: check_same_run(saved["config"], now, report.say))
+    report.say(f"continuing from {folder}")
+    state = State.of(model.to(job.device), config)
+    checkpoint.load_optimizer(folder, model, state.optimizers)
+    state.restore(saved)
+    return state, now
 
 # --- the run ---
 
 def dry_run(config: Config):
     """Print what the run would cost."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = place()
     vocabulary(config)
     config.micro_batch, accumulation = split_batch(config, world)
+    # shapes only: 7b needs no memory either
     model = build_model(config, "meta")
-    lines = [*describe_sizes(model, config), *describe_batch(config, world, accumulation)]
+    lines = describe(model, config, world, accumulation)
     if config.linear != "dense":
         lines += describe_dense(model, config)
-    if int(os.environ.get("RANK", 0)) == 0:
-        print("\n".join(lines), flush=True)
+    if rank == 0:
+        say("\n".join(lines))
 
 @contextlib.contextmanager
 def failures_with_their_repair():
@@ -142,22 +175,23 @@ def failures_with_their_repair():
 
 def train(state: State, texts: Texts, config: Config, job: Job, report: Report, save) -> str:
     """Update, evaluate and save until the last step, or until a signal: returns its name, "" at the end."""
-    saved, stopped = state.counters(), ""
-    accumulation = split_batch(config, job.world)[1]
+    saved = state.counters()
+    stopped = ""
+    _, accumulation = split_batch(config, job.world)
     shape = (accumulation, job.world, config.micro_batch)
     while True:
-        # a resumed run may have an evaluation to make up
         done = state.step >= config.steps
         due = done or state.step % config.eval_every == 0
+        # a resumed run may have an evaluation to make up; one that was asked to stop makes it up later
         if due and state.step > state.evaluated and not stopped:
-            val = evaluate(state.model, texts.validation, state.autocast, job)
-            if val is None:
+            figures = evaluate(state.model, texts.validation, state.autocast, job)
+            if figures is None:
                 stopped = job.stop_reason()
             else:
                 state.evaluated = state.step
-                more = [metric(state.model, texts.validation, state.autocast, job) for metric in METRICS]
-                report.evaluation(val, {name: value for found in more for name, value in found.items()})
+                report.evaluation(figures, measure(state, texts.validation, job))
         due = done or stopped or state.step % config.save_every == 0
+        # a run that is finished already has nothing to save
         if due and state.counters() != saved:
             save()
             saved = state.counters()
@@ -175,24 +209,18 @@ def main(config: Config):
         return dry_run(config)
     with Job.start(config) as job, Report(config, job) as report, failures_with_their_repair():
         config.micro_batch, accumulation = split_batch(config, job.world)
+        # everything that can be refused is looked at before anything is written
         texts = Texts(config, vocabulary(config))
         job.claim(config.out_dir)
         folder = job.first(lambda: prepare_out_dir(config, texts))
 
-        model, saved = checkpoint.load_folder(folder) if folder else (None, {"config": {}})
-        if "config" not in saved:
-            raise UserError(f"{folder} has no training state to continue from: it is a model alone")
-        settle_schedule(config, saved["config"])
-        config.threads = use_threads(config.threads or saved["config"].get("threads"))
-        now = identity(config, [texts.train, texts.validation.data], texts.digest, job.world)
         if folder:
-            job.first(lambda: check_same_run(saved["config"], now, report.say))
-            report.say(f"continuing from {folder}")
-            state = resumed(config, job, folder, model, saved)
+            state, now = resumed(config, job, texts, folder, report)
         else:
+            settle(config, {})
+            now = identity(config, texts.splits(), texts.digest, job.world)
             state = fresh(config, job)
-        lines = [*describe_sizes(state.model, config), *describe_batch(config, job.world, accumulation)]
-        report.say("\n".join(lines))
+        report.say("\n".join(describe(state.model, config, job.world, accumulation)))
         if config.compile == "true":
             # in place: parameters keep their names
             state.model.compile()

@@ -65,11 +65,19 @@ def describe_sizes(model: Llama, config) -> list[str]:
 
 def describe_batch(config, world: int, accumulation: int) -> list[str]:
     total = config.steps * config.batch_tokens
+    # a dry run has not chosen them yet
+    threads = ""
+    if config.threads:
+        threads = f"{config.threads} thread{'s' if config.threads > 1 else ''}, "
     return [
-        f"device      {config.device}, {config.dtype}, compile {config.compile}",
-        f"tokens      {total:,} = {config.steps:,} updates × {world} processes × {accumulation} micro-batches "
-        f"× {config.micro_batch} samples × {config.seq_len}",
+        f"device      {config.device}, {threads}{config.dtype}, compile {config.compile}",
+        f"tokens      {total:,} = {config.steps:,} updates × {world} processes × {accumulation} "
+        f"micro-batches × {config.micro_batch} samples × {config.seq_len}",
     ]
+
+def describe(model: Llama, config, world: int, accumulation: int) -> list[str]:
+    """The lines that a run begins with."""
+    return [*describe_sizes(model, config), *describe_batch(config, world, accumulation)]
 
 def describe_dense(model: Llama, config) -> list[str]:
     """The dense model of the same shape beside it, so that the reader sees what the method saves."""
@@ -79,5 +87,7 @@ def describe_dense(model: Llama, config) -> list[str]:
     total = sum(count_bytes(dense, config.optimizer))
     share = count_parameters(model) / count_parameters(dense)
     compute = count_flops(model) / count_flops(dense)
-    return [f"dense       {count_parameters(dense):,} parameters, {size(total)}: this model has {share:.2f} of "
-            f"the parameters and {compute:.2f} of the FLOPs"]
+    return [
+        f"dense       {count_parameters(dense):,} parameters, {size(total)}: this model has {share:.2f} of "
+        f"the parameters and {compute:.2f} of the FLOPs",
+    ]

@@ -4,7 +4,6 @@
 losses over a text. To add a metric, write a function like `look_inside` and add a line to `METRICS`."""
 import contextlib
 import dataclasses
-import datetime
 import json
 import math
 import os
@@ -123,17 +122,22 @@ def update(state: State, data: TokenDataset, samples: np.ndarray, config, job) -
     FloatingPointError on all processes, before anything is updated, where loss or norm is not finite."""
     started = time.perf_counter()
     state.gradients.zero_()
-    first = every_parameter_gets_a_gradient(state.model) if state.step == 0 else contextlib.nullcontext()
-    with first:
+    # looked at once: which parameters a loss reaches does not change
+    check = contextlib.nullcontext()
+    if state.step == 0:
+        check = every_parameter_gets_a_gradient(state.model)
+    with check:
         loss = accumulate(state, data, samples[:, job.rank], job.world, job.device)
     asked = torch.tensor(float(bool(job.asked)), device=job.device)
     sums = torch.stack((loss, asked))
+    # clipping comes after the reduction: it is the norm of the whole batch's gradient that counts
     job.sum(state.gradients)
     job.sum(sums)
     # all three in one copy: a GPU is waited for once a step
     loss, asked, norm = torch.cat((sums, state.gradients.norm()[None])).tolist()
     check_finite(state, loss, norm, samples.size)
 
+    # Chowdhery et al. 2022 (arXiv 2204.02311, 5.1) restart before a spike; here it is noted or left out
     median = median_norm(state.norms)
     # alike on all processes, as the gradient is
     spike = config.spike > 0 and norm > config.spike * median
@@ -168,19 +172,24 @@ def evaluate(model: Llama, text: Validation, context, job) -> dict | None:
     per byte: the bits of all tokens, end-of-text too, over the bytes of text. context: the autocast of the
     run. None if a process was asked to stop meanwhile."""
     nats, tokens, text_bytes = 0.0, 0, 0
-    for first in range(job.rank * text.micro, text.samples, job.world * text.micro):
+    # each process takes every world-th micro-batch
+    mine = range(job.rank * text.micro, text.samples, job.world * text.micro)
+    for first in mine:
         if job.asked:
             break
-        x, y = text.data.batch(np.arange(first, min(first + text.micro, text.samples)))
-        tokens += y.numel()
-        text_bytes += text.token_bytes[y].sum().item()
+        last = min(first + text.micro, text.samples)
+        x, y = text.data.batch(np.arange(first, last))
         count = y.numel()
-        # filled up to a whole micro-batch, as another shape would compile again
+        text_bytes += text.token_bytes[y].sum().item()
+        # filled up to a whole micro-batch, as another shape would compile again; -1 is no target
         fill = (0, 0, 0, text.micro - len(y))
-        x, y = F.pad(x, fill).to(job.device), F.pad(y, fill, value=-1).to(job.device)
+        x = F.pad(x, fill).to(job.device)
+        y = F.pad(y, fill, value=-1).to(job.device)
         with context:
             loss = model(x, y, loss_only=True)[1]
+        # back to a sum, so that a last micro-batch that is not full weighs no more than its tokens
         nats += loss.item() * count
+        tokens += count
     sums = torch.tensor([nats, tokens, text_bytes, len(job.asked)], dtype=torch.float64)
     # nccl reduces nothing on the CPU, MPS has no float64
     if job.device.type == "cuda":
@@ -189,8 +198,14 @@ def evaluate(model: Llama, text: Validation, context, job) -> dict | None:
     if stops:
         return None
     mean = nats / tokens
-    return {"val_loss": mean, "val_ppl": math.exp(min(mean, 700)),
-            "val_bpb": nats / math.log(2) / max(text_bytes, 1), "val_tokens": int(tokens)}
+    bits = nats / math.log(2)
+    return {
+        "val_loss": mean,
+        # e to the 700 is near the largest float64
+        "val_ppl": math.exp(min(mean, 700)),
+        "val_bpb": bits / max(text_bytes, 1),
+        "val_tokens": int(tokens),
+    }
 
 @torch.no_grad()
 def look_inside(model: Llama, text: Validation, context, job) -> dict:
@@ -214,6 +229,13 @@ def look_inside(model: Llama, text: Validation, context, job) -> dict:
 # what an evaluation records beside the loss: (model, text, autocast, job) → entries of its JSON line
 METRICS = [look_inside]
 
+def measure(state: State, text: Validation, job) -> dict:
+    """What all METRICS say."""
+    found = {}
+    for metric in METRICS:
+        found |= metric(state.model, text, state.autocast, job)
+    return found
+
 # --- what is said ---
 
 def kept_lines(path: str, state: State) -> list[str]:
@@ -229,15 +251,25 @@ def kept_lines(path: str, state: State) -> list[str]:
                     kept.append(line if line.endswith("\n") else line + "\n")
     return kept
 
+def time_left(seconds: float) -> str:
+    """As a person says it: 2 h 05 min, 12 min, 40 s."""
+    minutes = round(seconds / 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{minutes} min" if seconds >= 90 else f"{round(seconds)} s"
+
 class Report:
     """What a run says, by rank 0 alone: lines on stdout and, from `begin` on, status.json and metrics.jsonl
     in out_dir. As a context it notes the error that ends a run."""
 
     def __init__(self, config, job):
-        self.config, self.job = config, job
+        self.config = config
+        self.job = job
         self.state = self.metrics = None
-        # of updates since the last line of the log: their number, and their seconds
-        self.timed, self.seconds, self.skip_first = 0, 0.0, True
+        # updates since the last line of the log, and their seconds
+        self.timed = 0
+        self.seconds = 0.0
+        self.first = True
 
     def __enter__(self):
         return self
@@ -289,8 +321,9 @@ class Report:
         """Log an update, every log_every of them and the last one."""
         if figures.spike:
             self.record("spike", grad_norm=figures.norm, median=figures.median, skipped=figures.skipped)
+            what = ", update skipped" if figures.skipped else ""
             self.say(f"{self.where()} | spike: gradient norm {figures.norm:.2f}, the median of the last is "
-                     f"{figures.median:.2f}{', update skipped' if figures.skipped else ''}")
+                     f"{figures.median:.2f}{what}")
         self.timed += 1
         self.seconds += figures.seconds
         step = self.state.step
@@ -298,18 +331,32 @@ class Report:
         if logs:
             self.line(figures)
         # the first update compiles: it says nothing of the speed
-        if logs or self.skip_first:
-            self.timed, self.seconds, self.skip_first = 0, 0.0, False
+        if logs or self.first:
+            self.timed = 0
+            self.seconds = 0.0
+            self.first = False
 
     def line(self, figures: Figures):
-        config, seconds = self.config, self.seconds / self.timed
-        speed, memory = config.batch_tokens / seconds, peak_memory(self.job.device)
-        mfu = speed * self.flops / (self.peak * self.job.world) if self.peak else None
-        self.record("train", loss=figures.loss, lr=figures.lr, grad_norm=figures.norm, mfu=mfu,
-                    tokens=self.state.tokens, tokens_per_second=speed, step_ms=1000 * seconds,
-                    peak_memory_bytes=memory)
-        left = datetime.timedelta(seconds=round(seconds * (config.steps - self.state.step)))
-        share = "n/a" if mfu is None else f"{mfu:.1%}"
+        config = self.config
+        seconds = self.seconds / self.timed
+        speed = config.batch_tokens / seconds
+        memory = peak_memory(self.job.device)
+        mfu, share = None, "n/a"
+        if self.peak:
+            mfu = speed * self.flops / (self.peak * self.job.world)
+            share = f"{mfu:.1%}"
+        self.record(
+            "train",
+            loss=figures.loss,
+            lr=figures.lr,
+            grad_norm=figures.norm,
+            tokens=self.state.tokens,
+            tokens_per_second=speed,
+            step_ms=1000 * seconds,
+            mfu=mfu,
+            peak_memory_bytes=memory,
+        )
+        left = time_left(seconds * (config.steps - self.state.step))
         self.say(f"{self.where()} | loss {figures.loss:.4f} | lr {figures.lr:.2e} | "
                  f"norm {figures.norm:.2f} | {speed:,.0f} tok/s | mfu {share} | "
                  f"{memory / 1e9:.2f} GB | {left} left")
