@@ -5,117 +5,182 @@
 
 A checkpoint is a temporary folder until one rename names it. That of a dense model is a Hugging Face model
 folder as it stands, and theirs load here. Safetensors and JSON only: loading runs nothing."""
-import glob
+import contextlib
+import functools
+import itertools
 import json
 import os
+import re
 import shutil
 import sys
 
 import torch
-from safetensors import SafetensorError
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from lost import LOSTLinear
-from model import Llama, LlamaConfig
-from nanolost.files import sha256_file, sync_folder
+from lost import LOSTError
+from model import ConfigError, Llama, LlamaConfig
+from nanolost.errors import UserError, as_user_error
+from nanolost.files import (
+    follow_umask,
+    open_regular,
+    parse_json,
+    plain_name,
+    read_json,
+    sha256_file,
+    sync_folder,
+)
+from nanolost.methods import rebuild, settings_of
 from nanolost.tokenizer import Tokenizer
+
+# a save that replaces its own step keeps the old folder as step_…_before until the new one is in place
+NAME = re.compile(r"step_([0-9]{8,})(_before(?:_[0-9]+)?)?")
+# what a kill leaves of a save or of a deletion
+LEFTOVER = re.compile(r"\.tmp_(old_)?step_[0-9]{8,}(_before)?(_[0-9]+)*")
+
+WEIGHTS = "model.safetensors"
+# Hugging Face's list of which tensor is in which file, where a model has several
+INDEX = "model.safetensors.index.json"
+MOMENTS = "optimizer.safetensors"
+STATE = "state.json"
+MANIFEST = "manifest.json"
+NEEDED = (MOMENTS, "config.json", STATE, "tokenizer.json")
+
+# --- which folders there are, and whose ---
+
+def step_of(folder: str) -> int | None:
+    """The step in a checkpoint's name, None for a name that this program does not give."""
+    match = NAME.fullmatch(os.path.basename(folder))
+    if match is None:
+        return None
+    step = int(match[1])
+    # step_000000012 has a zero too many
+    return step if match[1] == f"{step:08d}" else None
+
+def is_aside(folder: str) -> bool:
+    """Whether a newer save of the same step has replaced this checkpoint, or was about to."""
+    return "_before" in os.path.basename(folder)
 
 def checkpoints(out_dir: str) -> list[str]:
     """Folders of the finished checkpoints, oldest first."""
-    return sorted(glob.glob(os.path.join(glob.escape(out_dir), "checkpoints", "step_*")))
+    home = os.path.join(out_dir, "checkpoints")
+    found = []
+    # a folder of Hugging Face has none of these, a new run not yet
+    if os.path.isdir(home):
+        paths = [os.path.join(home, name) for name in os.listdir(home)]
+        found = [path for path in paths if step_of(path) is not None and os.path.isdir(path)]
+    # of two of one step the newer one comes last
+    return sorted(found, key=lambda path: (step_of(path), not is_aside(path), path))
+
+def is_own(folder: str) -> bool:
+    """Whether this program wrote the folder: a model of Hugging Face has neither of these files."""
+    return any(os.path.exists(os.path.join(folder, name)) for name in (STATE, MOMENTS))
+
+def unused(path: str) -> str:
+    """`path`, or with a number behind it where that is taken, by something that could not be deleted."""
+    numbered = (f"{path}_{number}" for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], numbered) if not os.path.lexists(name))
+
+# --- deleting ---
+
+@functools.cache
+def warn_once(line: str):
+    """One line on stderr; the same one is not said again."""
+    # nobody may be listening any more, which is no reason to end a run
+    with contextlib.suppress(OSError):
+        print(f"WARNING: {line}", file=sys.stderr, flush=True)
+
+def delete(folder: str):
+    """Delete a folder under a temporary name. One that cannot go is a warning, not the end of a run: an
+    immutable file, or one that NFS keeps as .nfs… while a reader has it open."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as e:
+        # the first failure ended it: whatever else can go makes room
+        shutil.rmtree(folder, ignore_errors=True)
+        warn_once(f"cannot delete {folder} ({e.strerror or e}): delete it by hand to free its room")
+
+def retire(folder: str):
+    """Delete a checkpoint so that a half-deleted one never has a checkpoint's name. OSError if it keeps its
+    name: then all of it is there."""
+    if os.path.islink(folder) or not is_own(folder):
+        raise OSError("it was not written by this program")
+    home, name = os.path.split(folder)
+    # a name may be taken by what an earlier deletion had to leave
+    doomed = unused(os.path.join(home, f".tmp_old_{name}"))
+    os.rename(folder, doomed)
+    delete(doomed)
 
 def sweep(out_dir: str):
     """Remove what an interrupted save or deletion left."""
-    for leftover in glob.glob(os.path.join(glob.escape(out_dir), "checkpoints", ".tmp_*")):
-        shutil.rmtree(leftover)
+    home = os.path.join(out_dir, "checkpoints")
+    if not os.path.isdir(home):
+        return
+    for name in os.listdir(home):
+        path = os.path.join(home, name)
+        # a link leads to what is not ours
+        if LEFTOVER.fullmatch(name) and not os.path.islink(path):
+            delete(path)
 
-def remove(folder: str):
-    """Delete a checkpoint so that a half-deleted one never has a checkpoint's name."""
-    doomed = os.path.join(os.path.dirname(folder), ".tmp_old_" + os.path.basename(folder))
-    os.rename(folder, doomed)
-    shutil.rmtree(doomed)
+def retain(out_dir: str, step: int, keep: int):
+    """Delete all but the newest `keep` checkpoints up to `step`, and damaged ones of later steps."""
+    found = checkpoints(out_dir)
+    earlier = [folder for folder in found if step_of(folder) <= step]
+    doomed = [folder for folder in earlier if is_aside(folder)]
+    doomed += [folder for folder in earlier if not is_aside(folder)][:-keep]
+    # the run went back past a damaged one; a good one is a future that nobody has given up
+    doomed += [folder for folder in found if step_of(folder) > step and verify(folder)]
+    for folder in doomed:
+        try:
+            retire(folder)
+        except OSError as e:
+            warn_once(f"{folder} stays, it cannot be deleted ({e.strerror or e})")
 
-def save_checkpoint(out_dir: str, step: int, model: Llama, optimizers: list, state: dict,
-                    tokenizer: Tokenizer, keep: int) -> str:
-    """Write the checkpoint of `step`; once it verifies, keep only the newest. Returns its folder. OSError if
-    the disk does not take it: then its part is removed and the earlier ones stay."""
-    final = os.path.join(out_dir, "checkpoints", f"step_{step:08d}")
-    folder, aside = os.path.join(out_dir, "checkpoints", f".tmp_step_{step:08d}"), f"{final}_before"
-    try:
-        write(folder, model, optimizers, state, tokenizer)
-        if os.path.exists(final) and verify(final):
-            remove(final)
-        elif os.path.exists(final):            # of before its evaluation: counts until the new one is there
-            if os.path.exists(aside):
-                remove(aside)
-            os.rename(final, aside)
-        os.rename(folder, final)
-        sync_folder(os.path.dirname(final))
-        sync_folder(out_dir)
-        if fault := verify(final):
-            raise OSError(f"{final} does not read back as it was written ({fault}): is the disk failing?")
-    except (OSError, SafetensorError) as e:
-        shutil.rmtree(folder, ignore_errors=True)
-        tensors = model_tensors(model) | optimizer_tensors(model, optimizers)
-        need, free = sum(t.nbytes for t in tensors.values()), shutil.disk_usage(out_dir).free
-        raise OSError(f"cannot save {final}: {e}. It takes {need:,} bytes, {free:,} are free. The earlier "
-                      "checkpoints are whole: make room, or the folder writable, and the same command "
-                      "continues") from None
-    kept = [folder for folder in checkpoints(out_dir) if folder <= final][-keep:]
-    for old in checkpoints(out_dir):           # later ones go too: damaged, or of a future that was given up
-        if old not in kept:
-            remove(old)
-    return final
+# --- verifying ---
 
-def write(folder: str, model: Llama, optimizers: list, state: dict, tokenizer: Tokenizer):
-    """All files of a checkpoint and their manifest, on the disk for certain when it returns."""
-    os.makedirs(folder)
-    save_file(model_tensors(model), os.path.join(folder, "model.safetensors"), {"format": "pt"})
-    save_file(optimizer_tensors(model, optimizers), os.path.join(folder, "optimizer.safetensors"))
-    write_json(folder, "config.json", config_json(model, tokenizer.eot))
-    write_json(folder, "state.json", state)
-    tokenizer.save(os.path.join(folder, "tokenizer.json"))
-    digests = {file: sha256_file(os.path.join(folder, file)) for file in sorted(os.listdir(folder))}
-    write_json(folder, "manifest.json", digests)
-    for file in os.listdir(folder):
-        with open(os.path.join(folder, file), "rb") as f:
-            os.fsync(f.fileno())
-    sync_folder(folder)
-
-def write_json(folder: str, name: str, content: dict):
-    with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
-        json.dump(content, f, indent=1)
-
-def read_json(folder: str, name: str) -> dict:
-    try:
-        with open(os.path.join(folder, name), encoding="utf-8") as f:
-            return json.load(f)
-    except (OSError, ValueError) as e:
-        raise ValueError(f"cannot read {os.path.join(folder, name)}: {e}") from None
+def read_manifest(folder: str) -> dict[str, str]:
+    """Digest by file name. UserError for a manifest that does not name what every checkpoint has."""
+    path = os.path.join(folder, MANIFEST)
+    digests = read_json(path)
+    # a name with a path in it would have a file outside hashed, or loaded
+    for name in digests:
+        plain_name(name, path)
+    # {} would verify whatever is there
+    for name in NEEDED:
+        if name not in digests:
+            raise UserError(f"{path} does not name {name}")
+    if WEIGHTS not in digests and INDEX not in digests:
+        raise UserError(f"{path} does not name {WEIGHTS}")
+    return digests
 
 def verify(folder: str) -> str | None:
     """What is wrong with a checkpoint by its manifest, or None."""
     try:
-        for file, digest in read_json(folder, "manifest.json").items():
-            if sha256_file(os.path.join(folder, file)) != digest:
-                return f"{file} has changed since it was written"
-    except (ValueError, AttributeError):
-        return "manifest.json is missing or damaged"
-    except OSError as e:
-        return f"{file} cannot be read: {e.strerror}"
+        digests = read_manifest(folder)
+    except UserError as e:
+        return f"{MANIFEST} is missing or damaged: {e}"
+    for name, digest in digests.items():
+        try:
+            if sha256_file(os.path.join(folder, name)) != digest:
+                return f"{name} has changed since it was written"
+        except OSError as e:
+            return f"{name} cannot be read: {e.strerror}"
     return None
 
 def newest_checkpoint(out_dir: str) -> str | None:
     """The newest checkpoint that verifies, None if there is none at all; damaged ones are named on stderr.
-    Raises ValueError if all are damaged: training must not silently start again from nothing."""
+    UserError if all are damaged: training must not silently start again from nothing."""
     found = checkpoints(out_dir)
     for folder in reversed(found):
-        if (fault := verify(folder)) is None:
+        fault = verify(folder)
+        if fault is None:
             return folder
+        # said at each look: it is the user's last chance to save the others
         print(f"WARNING: {folder} is damaged ({fault}): looking for an earlier one", file=sys.stderr)
     if found:
-        raise ValueError(f"all {len(found)} checkpoints of {out_dir} are damaged: restore one, or start "
-                         "again with --resume never --overwrite")
+        raise UserError(f"all {len(found)} checkpoints of {out_dir} are damaged: restore one, or start "
+                        "again with --resume never --overwrite")
     return None
 
 # --- what is in the files ---
@@ -128,75 +193,303 @@ def model_tensors(model: Llama) -> dict[str, torch.Tensor]:
     return tensors
 
 def config_json(model: Llama, eot: int) -> dict:
-    """Content of config.json: Hugging Face's; with LOST layers also the settings of each, under a model type
-    of our own, so that no other program takes the folder for a dense LLaMA."""
-    layers = {name: m.settings() for name, m in model.named_modules() if isinstance(m, LOSTLinear)}
-    ours, dense = {"model_type": "lost_llama", "lost": layers}, {"architectures": ["LlamaForCausalLM"]}
-    return {"dtype": "float32", "model_type": "llama", **model.config.to_hf(), "bos_token_id": eot,
-            "eos_token_id": eot, **(ours if layers else dense)}
+    """Content of config.json: Hugging Face's sizes; beside them the settings of layers that it lacks."""
+    content = {"dtype": "float32", "model_type": "llama", **model.config.to_hf()}
+    # end-of-text also begins a document in our vocabularies
+    content["bos_token_id"] = eot
+    content["eos_token_id"] = eot
+    layers = settings_of(model)
+    if layers:
+        # a model type of our own: no other program shall take the folder for a dense LLaMA
+        content["model_type"] = "lost_llama"
+        content["lost"] = layers
+    else:
+        content["architectures"] = ["LlamaForCausalLM"]
+    return content
+
+def optimizer_states(model: Llama, optimizers: list) -> dict[str, dict]:
+    """By the name of each parameter that is stepped the state that its optimizer keeps, {} for none."""
+    names = {p: name for name, p in model.named_parameters()}
+    states = {}
+    for optimizer in optimizers:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for p in parameters:
+            # a frozen parameter has none, and `state[p]` would make it
+            states[names[p]] = optimizer.state.get(p, {})
+        for key in set(optimizer.state) - set(parameters):
+            raise UserError(f"{type(optimizer).__name__} keeps {key!r:.80} beside its parameters' state: a "
+                            "checkpoint cannot hold that, use another optimizer")
+    return states
 
 def optimizer_tensors(model: Llama, optimizers: list) -> dict[str, torch.Tensor]:
-    """The optimizers' state as "parameter name.state name", for example model.norm.weight.exp_avg."""
-    names = {p: name for name, p in model.named_parameters()}
-    return {f"{names[p]}.{key}": value.contiguous()
-            for o in optimizers for p, state in o.state.items() for key, value in state.items()}
+    """The tensors of the optimizers' state as "parameter name.state name", for example
+    model.norm.weight.exp_avg."""
+    tensors = {}
+    for name, state in optimizer_states(model, optimizers).items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                # one counter may serve all parameters: safetensors refuses what is shared
+                value = value.clone() if value.dim() == 0 else value.contiguous()
+                tensors[f"{name}.{key}"] = value.detach()
+    return tensors
 
-def load_optimizer(folder: str, model: Llama, optimizers: list):
-    """Put the saved state back: the inverse of `optimizer_tensors`."""
-    saved: dict[str, dict] = {}
-    for name, value in load_tensors(os.path.join(folder, "optimizer.safetensors")).items():
-        parameter, _, key = name.rpartition(".")
-        saved.setdefault(parameter, {})[key] = value
-    names = {p: name for name, p in model.named_parameters()}
-    for optimizer in optimizers:
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
-            if names[p] not in saved:
-                raise ValueError(f"{folder} has no optimizer state for {names[p]}: it is another optimizer's")
-            optimizer.state[p] = {key: value.to(p.device) for key, value in saved[names[p]].items()}
+def optimizer_values(model: Llama, optimizers: list) -> dict:
+    """The rest of the optimizers' state, as JSON: numbers that are no tensors, and the parameters that have
+    no state (plain SGD has none at all). UserError for an optimizer that keeps anything else (LBFGS)."""
+    kinds = sorted({type(optimizer).__name__ for optimizer in optimizers})
+    values = {}
+    for name, state in optimizer_states(model, optimizers).items():
+        plain = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
+        for key, value in plain.items():
+            if not isinstance(value, bool | int | float | str | None):
+                raise UserError(f"an optimizer ({', '.join(kinds)}) keeps {key} as a {type(value).__name__}: "
+                                "a checkpoint holds tensors and numbers, use another optimizer")
+        # {} tells a parameter that has no state from one whose state is missing
+        if plain or not state:
+            values[name] = plain
+    return {"optimizers": kinds, "values": values}
+
+# --- saving ---
+
+def write_json(folder: str, name: str, content: dict):
+    with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
+        json.dump(content, f, indent=1)
+
+def write_tensors(folder: str, name: str, tensors: dict[str, torch.Tensor], notes: dict[str, str]):
+    """One safetensors file; notes: its metadata."""
+    # the library writes several notes in an order that varies: equal states would differ in their bytes
+    assert len(notes) == 1, notes
+    path = os.path.join(folder, name)
+    save_file(tensors, path, notes)
+    # its own temporary file is private, 0600
+    follow_umask(path)
+
+def write(folder: str, model: Llama, optimizers: list, state: dict, tokenizer: Tokenizer):
+    """All files of a checkpoint and their manifest, on the disk for certain when it returns."""
+    values = optimizer_values(model, optimizers)
+    os.makedirs(folder)
+    write_tensors(folder, WEIGHTS, model_tensors(model), {"format": "pt"})
+    notes = {"nanolost": json.dumps(values, sort_keys=True)}
+    write_tensors(folder, MOMENTS, optimizer_tensors(model, optimizers), notes)
+    write_json(folder, "config.json", config_json(model, tokenizer.eot))
+    write_json(folder, STATE, state)
+    tokenizer.save(os.path.join(folder, "tokenizer.json"))
+    # hashed once as written, before the fsync, and once as read back from the final name
+    digests = {name: sha256_file(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
+    write_json(folder, MANIFEST, digests)
+    # a rename that reaches the disk before these would name a checkpoint of zeros
+    for name in os.listdir(folder):
+        with open(os.path.join(folder, name), "rb") as f:
+            os.fsync(f.fileno())
+    sync_folder(folder)
+
+def put_in_place(temporary: str, final: str):
+    """Give a written checkpoint its name, and read it back. One that has the name already steps aside first:
+    between the two renames that one counts."""
+    if os.path.lexists(final):
+        os.rename(final, unused(f"{final}_before"))
+    os.rename(temporary, final)
+    # the second, since the folder of the checkpoints may be as new as its first one
+    home = os.path.dirname(final)
+    sync_folder(home)
+    sync_folder(os.path.dirname(home))
+    fault = verify(final)
+    if fault is not None:
+        raise OSError(f"{final} does not read back as it was written ({fault}): is the disk failing?")
+
+def save_checkpoint(
+    out_dir: str,
+    step: int,
+    model: Llama,
+    optimizers: list,
+    state: dict,
+    tokenizer: Tokenizer,
+    keep: int,
+) -> str:
+    """Write the checkpoint of `step`; once it verifies, keep only the newest. Returns its folder. OSError if
+    the disk does not take it: then its part is removed and the earlier ones stay."""
+    home = os.path.join(out_dir, "checkpoints")
+    final = os.path.join(home, f"step_{step:08d}")
+    # a folder that an earlier start could not sweep is in nobody's way
+    temporary = unused(os.path.join(home, f".tmp_step_{step:08d}"))
+    try:
+        write(temporary, model, optimizers, state, tokenizer)
+        put_in_place(temporary, final)
+    except (OSError, SafetensorError) as e:
+        # on a full disk the part that was written would keep it full
+        shutil.rmtree(temporary, ignore_errors=True)
+        tensors = model_tensors(model) | optimizer_tensors(model, optimizers)
+        need = sum(t.nbytes for t in tensors.values())
+        free = shutil.disk_usage(out_dir).free
+        raise OSError(f"cannot save {final}: {e}. It takes {need:,} bytes, {free:,} are free. The earlier "
+                      "checkpoints are whole: make room, or the folder writable, and the same command "
+                      "continues") from None
+    # only now: until here an earlier one may have been the last good one
+    retain(out_dir, step, keep)
+    return final
+
+# --- loading ---
 
 def load_tensors(path: str) -> dict[str, torch.Tensor]:
-    try:                                       # copies: a mapped file keeps its room on the disk if deleted
+    """All tensors of a safetensors file, on the CPU. UserError for any other file."""
+    try:
+        # the library would wait at a pipe
+        open_regular(path).close()
+        # copies: a mapped file keeps its room on the disk if deleted
         return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as e:
-        raise ValueError(f"cannot read {path}: {e}") from None
+        raise UserError(f"cannot read {path}: {e}") from None
+
+def saved_states(path: str) -> tuple[list | None, dict[str, dict]]:
+    """The optimizers' names (None in files from before they were kept), and the state by parameter."""
+    tensors = load_tensors(path)
+    with safe_open(path, "pt") as f:
+        notes = (f.metadata() or {}).get("nanolost", "{}")
+    content = parse_json(notes.encode(), path)
+    # files from before there were notes have neither
+    kinds = content.get("optimizers")
+    values = content.get("values", {})
+    if not isinstance(values, dict) or not all(isinstance(state, dict) for state in values.values()):
+        raise UserError(f"cannot read {path}: its numbers do not stand by parameter")
+    states = dict(values)
+    for name, tensor in tensors.items():
+        parameter, _, key = name.rpartition(".")
+        states.setdefault(parameter, {})[key] = tensor
+    return kinds, states
+
+def placed(key: str, value, p: nn.Parameter, group: dict):
+    """A value of the state of `p` on the device where torch would keep it."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    # a step that no kernel reads stays on the CPU, as in torch's Optimizer.load_state_dict: each read of one
+    # on a GPU would wait for all work there
+    if key == "step" and not group.get("fused") and not group.get("capturable"):
+        return value
+    return value.to(p.device)
+
+def load_optimizer(folder: str, model: Llama, optimizers: list):
+    """Put the saved state back. UserError if it is the state of other optimizers."""
+    kinds, states = saved_states(os.path.join(folder, MOMENTS))
+    now = sorted({type(optimizer).__name__ for optimizer in optimizers})
+    # an optimizer without state would take any other's, and any other would start anew from its
+    if kinds not in (None, now):
+        raise UserError(f"{folder} has the optimizer state of {kinds!r:.80}, not of {now}: it is another "
+                        "optimizer's")
+    names = {p: name for name, p in model.named_parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if names[p] not in states:
+                    raise UserError(f"{folder} has no optimizer state for {names[p]}: it is another "
+                                    "optimizer's")
+                state = states[names[p]]
+                optimizer.state[p] = {key: placed(key, value, p, group) for key, value in state.items()}
 
 def checkpoint_folder(path: str) -> str:
     """The folder with a model's files: `path` itself, or the newest good checkpoint of the out_dir `path`."""
     refused = "pickled checkpoints are refused, since loading one can run any code: convert it to safetensors"
     if os.path.isfile(path):
-        raise ValueError(f"{path} is a file: give an out_dir or a checkpoint folder ({refused})")
-    if glob.glob(os.path.join(glob.escape(path), "*.safetensors")):
-        if os.path.exists(os.path.join(path, "state.json")) and (fault := verify(path)):       # ours
-            raise ValueError(f"{path} is damaged: {fault}; use an earlier checkpoint")
+        raise UserError(f"{path} is a file: give an out_dir or a checkpoint folder ({refused})")
+    # ours is checked first: a truncated file must not pass for a model from elsewhere
+    if is_own(path):
+        fault = verify(path)
+        if fault is not None:
+            raise UserError(f"{path} is damaged: {fault}; use an earlier checkpoint")
         return path
-    if (folder := newest_checkpoint(path)) is None:
-        raise ValueError(f"no checkpoint in {path}: give an out_dir or a checkpoint folder ({refused})")
+    if any(os.path.exists(os.path.join(path, name)) for name in (WEIGHTS, INDEX)):
+        return path
+    folder = newest_checkpoint(path)
+    if folder is None:
+        raise UserError(f"no checkpoint in {path}: give an out_dir or a checkpoint folder ({refused})")
     return folder
 
-def load_model(path: str) -> tuple[Llama, dict]:
-    """Model and state.json (empty for a folder of Hugging Face) from an out_dir or a checkpoint folder, on
-    the CPU in float32. Nothing is decomposed. ValueError if anything does not fit."""
-    return load_folder(checkpoint_folder(path))
+def read_index(folder: str) -> dict[str, str]:
+    """File name by tensor name, from Hugging Face's index of a model in several files."""
+    path = os.path.join(folder, INDEX)
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"cannot read {path}: it has no weight_map")
+    for file in weight_map.values():
+        plain_name(file, path)
+    return weight_map
+
+def load_weights(folder: str) -> dict[str, torch.Tensor]:
+    """The weights of a folder, and of no other file that lies beside them: of ours what the manifest names,
+    of Hugging Face's model.safetensors, else what the index names, each tensor from the file it says."""
+    # model_ema.safetensors and the like are somebody's own: never guess by a pattern
+    files = read_manifest(folder) if is_own(folder) else os.listdir(folder)
+    if WEIGHTS in files:
+        return load_tensors(os.path.join(folder, WEIGHTS))
+    if INDEX not in files:
+        raise UserError(f"{folder} has no {WEIGHTS}: give an out_dir or a checkpoint folder")
+    weight_map = read_index(folder)
+    tensors = {}
+    for file in sorted(set(weight_map.values())):
+        if file not in files:
+            raise UserError(f"{folder} lacks {file}, which {INDEX} names: bring that file too")
+        content = load_tensors(os.path.join(folder, file))
+        # a tensor that lies in two files is the one that the index says
+        for name in weight_map:
+            if weight_map[name] == file and name not in content:
+                raise UserError(f"{folder}: {file} lacks {name}, which {INDEX} promises: bring the files of "
+                                "one download")
+            if weight_map[name] == file:
+                tensors[name] = content[name]
+    return tensors
+
+def empty_model(content: dict, folder: str) -> Llama:
+    """The model that a config.json describes, shapes only. UserError for one that cannot be."""
+    layers = content.get("lost", {})
+    if not isinstance(layers, dict):
+        raise UserError(f"{folder}: config.json: lost must be an object of layers")
+    try:
+        with torch.device("meta"):
+            model = Llama(LlamaConfig.from_hf(content))
+            rebuild(model, layers)
+    except (ConfigError, LOSTError, UserError, RuntimeError) as e:
+        # RuntimeError is torch's, for sizes of more than 64 bits; its own frames begin in the second line
+        raise UserError(f"{folder}: {str(e).partition(chr(10))[0]}") from None
+    return model
+
+def check_fit(tensors: dict[str, torch.Tensor], model: Llama, folder: str):
+    """UserError for tensors that are not exactly those of the model's state dict."""
+    expected = model.state_dict()
+    faults = [f"{name} is not in the model" for name in tensors if name not in expected]
+    for name, wanted in expected.items():
+        found = tensors.get(name)
+        if found is None:
+            faults.append(f"{name} is missing")
+        elif found.shape != wanted.shape:
+            faults.append(f"{name} is {list(found.shape)}, not {list(wanted.shape)}")
+        elif found.dtype != wanted.dtype:
+            faults.append(f"{name} is {found.dtype}, not {wanted.dtype}")
+    # three say what is wrong; a model of other sizes differs in hundreds
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise UserError(f"the weights in {folder} do not fit its config.json: {'; '.join(faults[:3])}{more}")
 
 def load_folder(folder: str) -> tuple[Llama, dict]:
     """`load_model` of a checkpoint folder that is known to be good."""
-    content = read_json(folder, "config.json")
-    with torch.device("meta"):                 # shapes only
-        model = Llama(LlamaConfig.from_hf(content))
-        for name, settings in content.get("lost", {}).items():
-            model.set_submodule(name, LOSTLinear(**settings))
+    model = empty_model(read_json(os.path.join(folder, "config.json")), folder)
     tensors = {}
-    for file in sorted(glob.glob(os.path.join(glob.escape(folder), "model*.safetensors"))):
-        tensors |= load_tensors(file)
-    tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()
-               if not name.endswith("rotary_emb.inv_freq")}                # in old folders of Hugging Face
-    if model.config.tie_embeddings:
-        tensors["lm_head.weight"] = tensors.get("model.embed_tokens.weight")
-    try:
+    for name, tensor in load_weights(folder).items():
+        # old folders of Hugging Face keep this table, which follows from the sizes
+        if not name.endswith("rotary_emb.inv_freq"):
+            tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+    tied = model.config.tie_embeddings
+    if tied and "model.embed_tokens.weight" in tensors:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    check_fit(tensors, model, folder)
+    # a layer may refuse what its shapes allow, such as an index of a channel that it does not have
+    with as_user_error(LOSTError, RuntimeError, prefix=f"{folder}: "):
         model.load_state_dict(tensors, assign=True)
-    except RuntimeError as e:
-        raise ValueError(f"the weights in {folder} do not fit its config.json: {e}") from None
-    if model.config.tie_embeddings:            # assigning made two parameters of one
+    if tied:
+        # assigning made two parameters of one
         model.lm_head.weight = model.model["embed_tokens"].weight
-    has_state = os.path.exists(os.path.join(folder, "state.json"))
-    return model, read_json(folder, "state.json") if has_state else {}
+    path = os.path.join(folder, STATE)
+    return model, read_json(path) if os.path.exists(path) else {}
+
+def load_model(path: str) -> tuple[Llama, dict]:
+    """Model and state.json (empty for a folder of Hugging Face) from an out_dir or a checkpoint folder, on
+    the CPU in float32. Nothing is decomposed. UserError if anything does not fit."""
+    return load_folder(checkpoint_folder(path))
