@@ -21,7 +21,9 @@ import pytest
 import tiktoken
 
 import prepare_c4
+from nanolost import files
 from nanolost.data import read_shard
+from nanolost.errors import UserError
 from nanolost.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -240,11 +242,102 @@ def test_a_finished_split_is_not_read_again(tmp_path, out):
         return prepare(out, input=[train], val_input=[val, more], val_tokens=100)
     with open(train, "a", encoding="utf-8") as f:
         f.write("no json\n")
-    with pytest.raises(ValueError, match="train.jsonl:51"):
+    with pytest.raises(UserError, match="train.jsonl:51"):
         attempt()
     put(tmp_path / "train.jsonl", some_texts(50))
     (tmp_path / "val_1.jsonl").write_text("no json\n")
     assert attempt()["complete"]
+
+def test_no_text_is_in_both_splits(tmp_path, monkeypatch, capsys, out):
+    monkeypatch.chdir(tmp_path)
+    for name in ("x-0", "x-1", "x-val"):
+        put(tmp_path / f"{name}.jsonl", [f"text of {name}"])
+    os.symlink("x-1.jsonl", tmp_path / "x-link.jsonl")
+    prepare(out, input=["./x-*.jsonl"], val_input=["x-val.jsonl", str(tmp_path / "x-link.jsonl")])
+    assert documents(out, "train") == ["text of x-0"]
+    assert sorted(documents(out, "val")) == ["text of x-1", "text of x-val"]
+    assert "validation only, as --val_input names it: ./x-1.jsonl" in capsys.readouterr().out
+
+def test_input_that_is_all_validation_is_refused(tmp_path, out):
+    source = put(tmp_path / "a.jsonl", some_texts(200))
+    with pytest.raises(UserError, match="--val_input names every file of --input"):
+        prepare(out, input=[source], val_input=[str(tmp_path / "*.jsonl")])
+    assert not out.exists()
+
+def test_a_file_under_two_names_is_read_once(tmp_path, monkeypatch, val, out):
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "a.jsonl", ["a"])
+    os.symlink(tmp_path / "a.jsonl", tmp_path / "link.jsonl")
+    prepare(out, input=["a.jsonl", "./a.jsonl", str(tmp_path / "a.jsonl"), "link.jsonl"], val_input=[val])
+    assert documents(out, "train") == ["a"]
+
+# --- a text of few documents ---
+
+def of_one_split(count: int, split: str = "train") -> list[str]:
+    return [text for text in some_texts(60 * count, words=40) if prepare_c4.split_of(text) == split][:count]
+
+FEW = {
+    "eighty.jsonl": json_lines(of_one_split(80)),
+    "all_validation.jsonl": json_lines(of_one_split(40, "val")),
+    "two.jsonl": json_lines(["a" * 5000, "b" * 5000]),
+    "book.txt": "".join(f"line {i} of a book\n" for i in range(500)).encode(),
+    "one_line.txt": ("word été 🙂 " * 300).encode(),
+    "no_space.txt": ("é" * 1000).encode(),
+    "two_letters.txt": b"ab",
+}
+
+@pytest.mark.parametrize("name", FEW)
+def test_the_end_of_a_text_is_validation_where_the_hash_leaves_a_split_empty(tmp_path, capsys, name, out):
+    content = FEW[name]
+    (tmp_path / name).write_bytes(content)
+    for workers, folder in ((1, out), (2, tmp_path / "again")):
+        prepare(folder, input=[str(tmp_path / name)], workers=workers)
+    assert files_of(out) == files_of(tmp_path / "again")
+    assert "the last" in capsys.readouterr().out
+    train, val = ("".join(documents(out, split)) for split in ("train", "val"))
+    texts = [content.decode()]
+    if name.endswith("jsonl"):
+        texts = [json.loads(line)["text"] for line in content.splitlines()]
+    text = "".join(texts)
+    assert train + val == text and train and val
+    assert len(text) < 10 or 0.1 <= len(val) / len(text) <= 0.2
+    if len(texts) > 2:                         # documents stay whole where they are short
+        assert documents(out, "train") + documents(out, "val") == texts
+
+def test_a_long_document_is_cut_between_lines_or_else_between_words(tmp_path, out):
+    for name, last in (("book.txt", "\n"), ("one_line.txt", " ")):
+        (tmp_path / name).write_bytes(FEW[name])
+        prepare(tmp_path / "out" / name, input=[str(tmp_path / name)])
+        assert documents(tmp_path / "out" / name, "train")[-1].endswith(last)
+
+def test_a_trained_tokenizer_does_not_see_text_held_out_by_position(tmp_path):
+    *texts, last = of_one_split(80)
+    other = "zq" * 1000
+    assert prepare_c4.split_of(other[:len(last)]) == "train"
+    for name, end in (("a", last), ("b", other[:len(last)])):
+        source = put(tmp_path / name / "x.jsonl", [*texts, end])
+        prepare(tmp_path / name / "out", input=[source], tokenizer="train:280")
+        assert documents(tmp_path / name / "out", "val")[-1] == end
+    a, b = (files_of(tmp_path / name / "out")["tokenizer.json"] for name in "ab")
+    assert a == b
+
+@pytest.mark.parametrize("text", ["", "x"])
+def test_a_text_too_short_for_two_splits_is_refused_with_what_is_needed(tmp_path, text, out):
+    with pytest.raises(UserError, match="at least one each.*--seq_len.*--input"):
+        prepare(out, input=[put(tmp_path / "a.jsonl", [text])])
+
+def test_a_large_text_is_not_read_twice(tmp_path, monkeypatch, out):
+    texts = some_texts(2000)
+    source = put(tmp_path / "a.jsonl", texts)
+    read = []
+    document = prepare_c4.Documents._document
+    def counted(self, raw, path, number):
+        read.append(number)
+        return document(self, raw, path, number)
+    monkeypatch.setattr(prepare_c4.Documents, "_document", counted)
+    prepare(out, input=[source])
+    needed = 1 + next(i for i, text in enumerate(texts) if prepare_c4.split_of(text) == "val")
+    assert len(read) == len(texts) + needed and needed < 300
 
 # --- again, interrupted, changed ---
 
@@ -281,7 +374,7 @@ def test_verify_passes_a_good_folder_and_names_what_was_damaged(tmp_path, damage
     prepare(out, verify=True)
     DAMAGES[damage](out)
     before = files_of(out)
-    with pytest.raises(ValueError, match=damage.split()[0]):
+    with pytest.raises(UserError, match=damage.split()[0]):
         prepare(out, verify=True)
     assert files_of(out) == before
 
@@ -292,7 +385,7 @@ def test_a_folder_that_has_lost_a_shard_is_never_called_complete(tmp_path, damag
     manifest = prepare(out, **values)
     (out / "manifest.json").write_text(json.dumps(manifest | {"complete": complete}))
     DAMAGES[damage](out)
-    with pytest.raises(ValueError, match=f"{damage.split()[0]}.*delete its folder and run prep"):
+    with pytest.raises(UserError, match=f"{damage.split()[0]}.*delete its folder and run prep"):
         prepare(out, **values)
     shutil.rmtree(out)                         # what was said helps
     assert prepare(out, **values) == manifest
@@ -318,7 +411,7 @@ def killed_at(monkeypatch, rename: int, after: bool, out_dir, values) -> bool:
         except Killed:
             return True
 
-@pytest.fixture(params=["hash split", "validation files"])
+@pytest.fixture(params=["hash split", "validation files", "held out by position"])
 def corpus(request, tmp_path, monkeypatch):
     """Flags of a run that writes several shards of each split and stops train at its limit."""
     monkeypatch.setattr(prepare_c4, "VAL_SHARE", 4)
@@ -328,6 +421,13 @@ def corpus(request, tmp_path, monkeypatch):
               "train_tokens": 4000, "shard_tokens": 800}
     if request.param == "validation files":
         values |= {"val_input": [put(tmp_path / "v.jsonl", some_texts(40, 2))], "val_tokens": 1000}
+    if request.param == "held out by position":
+        texts = of_one_split(60)
+        long = " ".join(texts[:30])            # the cut goes through it
+        while prepare_c4.split_of(long) == "val":
+            long += "."
+        put(tmp_path / "in" / "a.jsonl", [*texts, long])
+        os.remove(tmp_path / "in" / "b.jsonl.gz")
     return values
 
 def test_a_run_killed_at_any_rename_continues_to_the_same_files(tmp_path, monkeypatch, corpus):
@@ -344,7 +444,7 @@ def test_a_run_killed_at_any_rename_continues_to_the_same_files(tmp_path, monkey
             (folder / "train_00099.bin.tmp").write_bytes(b"left over")
         prepare(folder, **corpus)
         assert files_of(folder) == straight, f"killed {'after' if after else 'before'} rename {rename}"
-    assert shards >= 5 and not killed_at(monkeypatch, renames + 1, False, tmp_path / "whole", corpus)
+    assert shards >= 4 and not killed_at(monkeypatch, renames + 1, False, tmp_path / "whole", corpus)
 
 def test_a_run_killed_again_and_again_reaches_the_same_files(tmp_path, monkeypatch, corpus, out):
     prepare(tmp_path / "straight", **corpus)
@@ -392,6 +492,156 @@ def test_ctrl_c_ends_with_one_line_and_the_same_command_continues(tmp_path, runn
     prepare(out, **values)
     assert files_of(out) == files_of(tmp_path / "straight")
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux's /proc")
+def test_tokenizing_starts_no_process_that_could_be_killed_alone(running):
+    process, _ = running
+    assert Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text() == ""
+
+def test_a_second_command_on_a_folder_is_refused_and_changes_nothing(tmp_path, out):
+    values = {"input": [put(tmp_path / "a.jsonl", some_texts(200))]}
+    with files.claim(str(out), "trains"):
+        with pytest.raises(UserError, match=f"process {os.getpid()} on .* in .*out: stop it"):
+            prepare(out, **values)
+        assert files_of(out) == {}
+    assert prepare(out, **values)["complete"]
+
+def interrupted(tmp_path, monkeypatch, out, **more) -> dict:
+    """Flags of a run that was killed with shards of a.jsonl and none of b.jsonl."""
+    for seed, name in enumerate("ab"):
+        put(tmp_path / f"{name}.jsonl", some_texts(200, seed))
+    values = {"input": [str(tmp_path / "[ab].jsonl")], "shard_tokens": 2000, **more}
+    assert killed_at(monkeypatch, 5, True, out, values)
+    assert len(manifest_of(out)["shards"]) == 1
+    return values
+
+@pytest.mark.parametrize("change", ["other text", "same size", "other time"])
+def test_a_text_that_changed_after_an_interruption_is_refused(tmp_path, monkeypatch, change, out):
+    values = interrupted(tmp_path, monkeypatch, out)
+    source = tmp_path / "a.jsonl"
+    raw, times = source.read_bytes(), source.stat()
+    source.write_bytes({"other text": raw + GOOD, "same size": raw[::-1], "other time": raw}[change])
+    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns + (change != "other text")))
+    before = files_of(out)
+    with pytest.raises(UserError, match="a.jsonl has changed since .*put the old one back.*delete"):
+        prepare(out, **values)
+    assert files_of(out) == before
+    source.write_bytes(raw)                    # what was said helps
+    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
+    prepare(out, **values)
+    prepare(tmp_path / "straight", **values)
+    assert files_of(out) == files_of(tmp_path / "straight")
+
+def test_a_text_that_no_shard_was_made_from_may_still_be_mended(tmp_path, monkeypatch, out):
+    values = interrupted(tmp_path, monkeypatch, out)
+    put(tmp_path / "b.jsonl", some_texts(100, 7))
+    prepare(out, **values)
+    prepare(tmp_path / "straight", **values)
+    assert files_of(out) == files_of(tmp_path / "straight")
+
+def test_a_change_of_the_text_moves_what_is_held_out_by_position(tmp_path, monkeypatch, out):
+    put(tmp_path / "a.jsonl", of_one_split(60)), put(tmp_path / "b.jsonl", of_one_split(9))
+    values = {"input": [str(tmp_path / "[ab].jsonl")], "shard_tokens": 2000}
+    assert killed_at(monkeypatch, 5, True, out, values)
+    put(tmp_path / "b.jsonl", of_one_split(30))
+    with pytest.raises(UserError, match="b.jsonl has changed"):
+        prepare(out, **values)
+
+def test_a_finished_folder_is_not_called_complete_for_a_changed_text(tmp_path, out):
+    values = {"input": [put(tmp_path / "a.jsonl", some_texts(200))]}
+    prepare(out, **values)
+    put(tmp_path / "a.jsonl", some_texts(201))
+    with pytest.raises(UserError, match="a.jsonl has changed"):
+        prepare(out, **values)
+
+def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch, val, out):
+    source = put(tmp_path / "a.jsonl", ["text " * 300_000 for _ in range(3)])
+    encode_all = prepare_c4.encode_all
+    def changing(tokenizer, texts):
+        os.utime(source, ns=(1, 1))
+        return encode_all(tokenizer, texts)
+    monkeypatch.setattr(prepare_c4, "encode_all", changing)
+    with pytest.raises(UserError, match="a.jsonl changed while it was read"):
+        prepare(out, input=[source], val_input=[val])
+    assert not manifest_of(out)["complete"]
+
+@pytest.mark.parametrize("changed", ["input", "tokenizer", "train_tokens"])
+def test_a_first_try_that_wrote_no_shard_binds_nobody(tmp_path, changed, out):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(GOOD + b"not JSON\n")
+    with pytest.raises(UserError, match="bad.jsonl:2"):
+        prepare(out, input=[str(bad)])
+    values = {"input": [put(tmp_path / "a.jsonl", some_texts(300))]}
+    values |= {"tokenizer": {"tokenizer": "train:300"}, "train_tokens": {"train_tokens": 99}}.get(changed, {})
+    prepare(out, **values)
+    prepare(tmp_path / "straight", **values)
+    assert files_of(out) == files_of(tmp_path / "straight")
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "train_00000.bin", "val_00001.bin"])
+def test_files_that_are_not_ours_are_not_overwritten(tmp_path, name, out):
+    out.mkdir()
+    (out / name).write_bytes(b"somebody's")
+    with pytest.raises(UserError, match=f"{name} is in the way.*another --out_dir"):
+        prepare(out, input=[put(tmp_path / "a.jsonl", some_texts(200))])
+    assert files_of(out) == {name: b"somebody's"}
+
+def test_temporary_files_of_others_stay(tmp_path, out):
+    out.mkdir()
+    (out / "notes.tmp").write_bytes(b"somebody's")
+    prepare(out, input=[put(tmp_path / "a.jsonl", some_texts(200))])
+    assert (out / "notes.tmp").read_bytes() == b"somebody's"
+
+@pytest.mark.parametrize("complete", [True, False], ids=["finished", "unfinished"])
+def test_a_folder_of_an_earlier_version_is_continued(tmp_path, monkeypatch, complete, out):
+    values = interrupted(tmp_path, monkeypatch, out)
+    if complete:
+        prepare(out, **values)
+    manifest = manifest_of(out)
+    for name in ("sources", "revisions", "held_out"):
+        del manifest[name]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert prepare(out, **values)["complete"]
+    texts = some_texts(200) + some_texts(200, 1)
+    assert sorted(documents(out, "train") + documents(out, "val")) == sorted(texts)
+
+ODD_MANIFESTS = {
+    "empty": {},
+    "a list": [],
+    "no shards": {"complete": True, "shards": []},
+    "shards are a number": {"complete": True, "shards": 5},
+    "a shard is a list": {"complete": True, "shards": [[]]},
+    "no digest": {"complete": True, "shards": [{"name": "train_00000.bin", "split": "train", "tokens": 1}]},
+    "a path": {"complete": True, "shards": [
+        {"name": "../out/train_00000.bin", "split": "train", "tokens": 1, "sha256": "0" * 64}]},
+    "a device": {"complete": True, "shards": [
+        {"name": "/dev/zero", "split": "train", "tokens": 1, "sha256": "0" * 64}]},
+    "tokenizer is a text": {"tokenizer": "x"},
+    "request is missing": {"request": None},
+    "input is a list": {"request": {"input": []}},
+    "reached is a list": {"reached": []},
+    "reached is a text": {"reached": {"train": "x"}},
+    "sources is a list": {"sources": []},
+    "held_out is a text": {"held_out": "abc"},
+}
+
+@pytest.mark.parametrize("odd", ODD_MANIFESTS)
+def test_a_manifest_that_is_none_of_ours_is_refused(tmp_path, monkeypatch, odd, out):
+    values = interrupted(tmp_path, monkeypatch, out)
+    base = {} if "complete" in ODD_MANIFESTS[odd] or not ODD_MANIFESTS[odd] else manifest_of(out)
+    content = ODD_MANIFESTS[odd]
+    (out / "manifest.json").write_text(json.dumps(content if isinstance(content, list) else base | content))
+    for more in ({}, {"verify": True}):
+        with pytest.raises(UserError) as error:
+            prepare(out, **values, **more)
+        assert "\n" not in str(error.value) and str(out) in str(error.value)
+
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="needs /dev/zero")
+def test_verify_does_not_follow_a_shard_to_a_device(tmp_path, out):
+    prepare(out, input=[put(tmp_path / "a.jsonl", some_texts(300))])
+    (out / "train_00000.bin").unlink()
+    os.symlink("/dev/zero", out / "train_00000.bin")
+    with pytest.raises(UserError, match="train_00000.bin is not what its manifest says"):
+        prepare(out, verify=True)
+
 @pytest.mark.parametrize("complete", [True, False], ids=["finished", "unfinished"])
 @pytest.mark.parametrize("flag, value, named", [
     ("train_tokens", 999, "train_tokens"), ("val_tokens", 999, "val_tokens"), ("input", ["builtin"], "input"),
@@ -402,7 +652,7 @@ def test_a_changed_flag_is_refused_by_name(tmp_path, out, flag, value, named, co
     manifest = prepare(out, **values)
     (out / "manifest.json").write_text(json.dumps(manifest | {"complete": complete}))
     before = files_of(out)
-    with pytest.raises(ValueError, match=rf"--{named}\b"):
+    with pytest.raises(UserError, match=rf"--{named}\b"):
         prepare(out, **values | {flag: value})
     assert files_of(out) == before
 
@@ -411,13 +661,13 @@ def test_a_run_does_not_continue_with_another_tokenizer(tmp_path, monkeypatch, d
     values = {"input": [put(tmp_path / "a.jsonl", some_texts(300))], "shard_tokens": 4000}
     assert killed_at(monkeypatch, 4, True, out, values)
     DAMAGES[damage](out)
-    with pytest.raises(ValueError, match="tokenizer.json"):
+    with pytest.raises(UserError, match="tokenizer.json"):
         prepare(out, **values)
 
 @pytest.mark.parametrize("name, value", [
     ("train_tokens", 0), ("val_tokens", -1), ("shard_tokens", 0), ("shard_tokens", 2**31), ("workers", 0)])
 def test_a_number_out_of_range_is_refused_before_any_work(name, value, out):
-    with pytest.raises(ValueError, match=f"--{name}"):
+    with pytest.raises(UserError, match=f"--{name}"):
         prepare(out, **{"input": ["builtin"], name: value})
     assert not (out).exists()
 
@@ -454,25 +704,59 @@ def test_malformed_input_is_an_error_with_file_and_line_and_loses_nothing(tmp_pa
     name, content, line = MALFORMED[fault]
     (tmp_path / name).write_bytes(content)
     val = put(tmp_path / "v.jsonl", ["finished", "before"])
-    with pytest.raises(ValueError, match=rf"{re.escape(name)}:{line}: "):
+    with pytest.raises(UserError, match=rf"{re.escape(name)}:{line}: "):
         prepare(out, input=[str(tmp_path / name)], val_input=[val])
     assert documents(out, "val") == ["finished", "before"]
     assert not list((out).glob("train*.bin"))
 
 @pytest.mark.parametrize("name, content", [
-    ("a.jsonl", b""), ("a.jsonl", b"\n \n"), ("a.txt", b""), ("a.json.gz", b""),
-    ("a.json.gz", gzip.compress(b"")), ("a.csv", GOOD), ("a", GOOD), ("a.gz", gzip.compress(GOOD))])
+    ("a.jsonl", b""), ("a.jsonl", b"\n \n"), ("a.txt", b""), ("a.json.gz", b""), ("a.csv", GOOD), ("a", GOOD),
+    ("a.json.gz", gzip.compress(b"", mtime=0)), ("a.gz", gzip.compress(GOOD, mtime=0))])
 def test_a_file_without_documents_or_of_unknown_kind_is_refused_by_name(tmp_path, name, content, val, out):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))):
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
         prepare(out, input=[str(tmp_path / name)], val_input=[val])
+
+@pytest.mark.parametrize("flag", ["input", "val_input"])
+@pytest.mark.parametrize("name", ["z.csv", "z", "folder.jsonl", "pipe.txt", "empty.txt"])
+def test_all_kinds_are_checked_before_the_first_token(tmp_path, flag, name, out):
+    (tmp_path / "z.csv").write_bytes(GOOD), (tmp_path / "z").write_bytes(GOOD)
+    (tmp_path / "folder.jsonl").mkdir(), (tmp_path / "empty.txt").touch(), os.mkfifo(tmp_path / "pipe.txt")
+    good, other = (put(tmp_path / f"{letter}.jsonl", some_texts(50)) for letter in "ab")
+    values = {"input": [good], "val_input": [other]}
+    values[flag] = [*values[flag], str(tmp_path / name)]
+    with pytest.raises(UserError, match=re.escape(name)):
+        prepare(out, **values)
+    assert not out.exists()
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt"])
+def test_a_byte_order_mark_is_no_text(tmp_path, name, val, out):
+    raw = b"\xef\xbb\xbf" + ("\ufefftext".encode() if name.endswith("txt") else GOOD)
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    prepare(out, input=[str(tmp_path / name)], val_input=[val])
+    # only the first is a mark: a second one is a character of the text
+    assert documents(out, "train") == ["\ufefftext" if name.endswith("txt") else "good"]
+
+def test_the_home_folder_is_found_in_every_flag_that_names_files(tmp_path, monkeypatch, val):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "in" / "a.jsonl", ["a"])
+    Tokenizer.named("byte").save(tmp_path / "t.json")
+    prepare_c4.main(prepare_c4.Config(out_dir="~/out", input=["~/in/*.jsonl"], val_input=["~/v.jsonl"],
+                                      tokenizer="~/t.json"))
+    prepare_c4.main(prepare_c4.Config(out_dir="~/out", verify=True))
+    assert documents(tmp_path / "out", "train") == ["a"] and not (tmp_path / "~").exists()
+
+def test_local_input_speaks_of_no_download(tmp_path, capsys, out):
+    prepare(out, input=[put(tmp_path / "a.jsonl", some_texts(200))])
+    assert "download" not in capsys.readouterr().out
 
 @pytest.mark.parametrize("patterns", [["no/*.jsonl"], ["a.jsonl", "no/*.jsonl"]], ids=["alone", "one of two"])
 @pytest.mark.parametrize("flag", ["input", "val_input"])
 def test_a_pattern_without_a_match_is_refused(tmp_path, monkeypatch, flag, patterns, out):
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "a.jsonl", some_texts(200))
-    with pytest.raises(ValueError, match=r"no/\*\.jsonl"):
+    with pytest.raises(UserError, match=r"no/\*\.jsonl"):
         prepare(out, **{"input": ["a.jsonl"], flag: patterns})
     assert not (out).exists()
 
@@ -484,7 +768,7 @@ def test_a_run_continues_after_the_fault_was_mended(tmp_path, out, val):
     values = {"input": [str(tmp_path / "[ab].jsonl")], "val_input": [val]}
     put(tmp_path / "a.jsonl", some_texts(50, 1))
     (tmp_path / "b.jsonl").write_bytes(json_lines(some_texts(50, 2)) + b"not JSON\n")
-    with pytest.raises(ValueError, match="b.jsonl:51: "):
+    with pytest.raises(UserError, match="b.jsonl:51: "):
         prepare(out, **values)
     put(tmp_path / "b.jsonl", some_texts(50, 2))
     prepare(out, **values)
@@ -528,13 +812,13 @@ def test_bad_input_ends_the_command_with_one_line_and_exit_code_2(tmp_path, argv
 
 def test_a_file_in_the_place_of_the_folder_is_refused(out):
     (out).write_text("a file")
-    with pytest.raises(ValueError, match=re.escape(str(out))):
+    with pytest.raises(UserError, match=re.escape(str(out))):
         prepare(out, input=["builtin"])
 
 def test_a_full_disk_is_refused_before_any_work(tmp_path, monkeypatch, out):
     usage = collections.namedtuple("usage", "total used free")(10**12, 10**12 - 10**5, 10**5)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ValueError, match="free.*--out_dir"):
+    with pytest.raises(UserError, match="free.*--out_dir"):
         prepare(out, input=[put(tmp_path / "a.jsonl", some_texts(200))])
     assert files_of(out) == {}
 
@@ -554,7 +838,10 @@ def hub(tmp_path, monkeypatch):
         asked.append(filename)
         path = tmp_path / "hub" / filename
         if not path.exists():
-            raise ConnectionError("no network")
+            try:
+                raise ConnectionError("Name or service not known")
+            except ConnectionError as e:
+                raise FileNotFoundError("please check your connection") from e
         return str(path)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     return asked
@@ -578,7 +865,7 @@ def test_without_input_c4_s_files_are_read_in_order_until_enough(tmp_path, hub, 
 def test_a_download_that_fails_is_a_one_line_error_and_continues(tmp_path, hub, out):
     put_validation(tmp_path, ["v"] * 8)
     put(tmp_path / "hub" / c4_name("train", 0), some_texts(10))
-    with pytest.raises(ValueError, match=r"cannot download .*c4-train.00001.*--input") as error:
+    with pytest.raises(UserError, match=r"cannot download .*c4-train.00001.*--input") as error:
         prepare(out, train_tokens=1000, val_tokens=1)
     assert "\n" not in str(error.value)
     put(tmp_path / "hub" / c4_name("train", 1), some_texts(50, 1, words=40))
@@ -589,7 +876,7 @@ def test_a_download_that_fails_is_a_one_line_error_and_continues(tmp_path, hub, 
     assert train == (some_texts(10) + some_texts(50, 1, words=40))[:len(train)] and len(train) > 10
 
 def test_no_network_at_all_is_a_one_line_error(hub, out):
-    with pytest.raises(ValueError, match=r"cannot download .*ConnectionError.*again.*--input") as error:
+    with pytest.raises(UserError, match=r"ConnectionError: Name or service.*again.*--input") as error:
         prepare(out)
     assert "\n" not in str(error.value) and len(hub) == 1
 
@@ -597,10 +884,31 @@ def test_gpt2_without_a_network_names_every_way_out(monkeypatch, out):
     def no_network(name):
         raise ConnectionError("no route to host")
     monkeypatch.setattr(tiktoken, "get_encoding", no_network)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         prepare(out, input=["builtin"], tokenizer="gpt2")
     assert all(way in str(error.value) for way in [".tiktoken", "TIKTOKEN_CACHE_DIR", "train:N", "byte"])
     assert "\n" not in str(error.value) and set(files_of(out)) == {"manifest.json"}
+
+def test_a_continued_run_reads_the_revision_that_it_began_with(tmp_path, monkeypatch, out):
+    names = {split: [f"hf://allenai/c4/en/{split}-{i}.jsonl" for i in range(2)] for split in ("val", "train")}
+    monkeypatch.setattr(prepare_c4, "C4", names)
+    for commit in ("old", "new"):
+        for split, number in itertools.product(("val", "train"), range(2)):
+            path = tmp_path / "snapshots" / commit / f"en/{split}-{number}.jsonl"
+            put(path, [f"{commit} {split} {number}"])
+    main = ["old"]
+    def download(repo_id, filename, *, repo_type, revision):
+        if filename == "en/train-1.jsonl" and main == ["old"]:
+            main[0] = "new"                    # the hub moved on, and the network went away
+            raise ConnectionError
+        return str(tmp_path / "snapshots" / (revision or main[0]) / filename)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(UserError, match="train-1"):
+        prepare(out)
+    prepare(out)
+    assert documents(out, "train") == ["old train 0", "old train 1"]
+    assert documents(out, "val") == ["old val 0", "old val 1"]
+    assert manifest_of(out)["revisions"] == {"allenai/c4": "old"}
 
 # --- trained tokenizers ---
 
@@ -625,15 +933,15 @@ def test_training_does_not_look_at_validation_text(tmp_path):
 
 @pytest.mark.parametrize("size", [0, 10, 256])
 def test_a_vocabulary_smaller_than_the_bytes_is_refused(size, out):
-    with pytest.raises(ValueError, match=f"train:{size}.*257"):
+    with pytest.raises(UserError, match=f"train:{size}.*257"):
         prepare(out, input=["builtin"], tokenizer=f"train:{size}")
 
 def test_a_text_too_short_for_the_vocabulary_is_refused(tmp_path, val, out):
     source = put(tmp_path / "a.jsonl", ["two words, two words"])
-    with pytest.raises(ValueError, match="train:5000"):
+    with pytest.raises(UserError, match="train:5000"):
         prepare(out, input=[source], val_input=[val], tokenizer="train:5000")
 
 @pytest.mark.parametrize("tokenizer", ["train:", "train:x", "no_such_file", "GPT2"])
 def test_an_unknown_tokenizer_is_refused_by_name(tokenizer, out):
-    with pytest.raises(ValueError, match=tokenizer):
+    with pytest.raises(UserError, match=tokenizer):
         prepare(out, input=["builtin"], tokenizer=tokenizer)
