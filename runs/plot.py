@@ -7,52 +7,189 @@ import json
 import os
 import statistics
 import sys
+from dataclasses import dataclass
 
-import matplotlib
+# this file is started by its path, so that Python looks for modules beside it only
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from nanolost.errors import UserError  # noqa: E402
+from nanolost.files import expanded, open_regular, read_json  # noqa: E402
+from nanolost.flags import command  # noqa: E402
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+USAGE = "python runs/plot.py OUT_DIR … [--out curve.png]"
+# what is read of config.json and of the kinds of records, with the types that drawing needs
+CONFIG = {"linear": str, "optimizer": str, "lr": (int, float), "seed": int, "batch_tokens": int}
+FIELDS = {"eval": ("step", "val_loss", "val_ppl"), "train": ("tokens", "loss")}
 
-def read(folder: str) -> dict:
-    """config, and the columns of metrics.jsonl that are drawn."""
-    with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-        config = json.load(f)
-    with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as f:
-        rows = [json.loads(line) for line in f]
-    evals = [r for r in rows if r["kind"] == "eval"]
-    trains = [r for r in rows if r["kind"] == "train"]
-    kind = config["linear"] + (", Muon" if config["optimizer"] == "muon" else "")
-    return {"linear": kind, "lr": config["lr"], "seed": config["seed"],
-            "tokens": [r["step"] * config["batch_tokens"] for r in evals], "evals": evals, "trains": trains,
-            "train_tokens": [r["tokens"] for r in trains]}
+# --- reading ---
 
-def main(argv: list[str]):
-    out = "curve.png"
-    if "--out" in argv:
-        out = argv.pop(argv.index("--out") + 1)
-        argv.remove("--out")
-    runs = sorted((read(folder) for folder in argv), key=lambda r: (r["linear"], r["lr"], r["seed"]))
-    runs = [r for r in runs if r["evals"]]     # one that diverged before may have none
+@dataclass
+class Run:
+    """What is drawn of one out_dir: evaluations and updates as metrics.jsonl has them."""
+    # as in the table: "lost, Muon"
+    linear: str
+    lr: float
+    seed: int
+    batch_tokens: int
+    evals: list[dict]
+    trains: list[dict]
+
+    def last_loss(self) -> float:
+        return self.evals[-1]["val_loss"]
+
+def read_metrics(path: str) -> list[dict]:
+    """The records of a metrics.jsonl. A last line without its end is left out: it is being written, or the
+    machine stopped while it was. UserError for any other line that is no record."""
+    try:
+        with open_regular(path) as file:
+            lines = file.read().splitlines(keepends=True)
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}; give an out_dir of train.py") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        record = None
+        # a run that is killed leaves at most one line without its end: metrics are written line by line
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            pass
+        if isinstance(record, dict):
+            records.append(record)
+        elif number == len(lines) and not line.endswith(b"\n"):
+            print(f"{path}: its last line is cut, and left out", file=sys.stderr)
+        else:
+            raise UserError(f"{path}:{number} is no JSON object: remove the line")
+    return records
+
+def numbers_of(records: list[dict], kind: str, path: str) -> list[dict]:
+    """The records of one kind. UserError for one that lacks a number that is drawn."""
+    # other kinds and fields may be anybody's
+    own = [record for record in records if record.get("kind") == kind]
+    for record in own:
+        for field in FIELDS[kind]:
+            if not isinstance(record.get(field), (int, float)):
+                shown = json.dumps(record)[:80]
+                raise UserError(f"{path}: a record of kind {kind} has no number {field}: {shown}")
+    return own
+
+def read(folder: str) -> Run:
+    """An out_dir of train.py. UserError where its config.json or metrics.jsonl is missing or damaged."""
+    path = os.path.join(folder, "config.json")
+    config = read_json(path)
+    for name, kind in CONFIG.items():
+        if not isinstance(config.get(name), kind):
+            raise UserError(f"{path} has no sound {name}: give an out_dir of train.py")
+    path = os.path.join(folder, "metrics.jsonl")
+    records = read_metrics(path)
+    # AdamW is what the method's paper uses, and goes without saying
+    note = ", Muon" if config["optimizer"] == "muon" else ""
+    return Run(
+        linear=config["linear"] + note,
+        lr=config["lr"],
+        seed=config["seed"],
+        batch_tokens=config["batch_tokens"],
+        evals=numbers_of(records, "eval", path),
+        trains=numbers_of(records, "train", path),
+    )
+
+# --- output ---
+
+def print_table(runs: list[Run]):
     print(f"{'linear':12} {'lr':>8} {'seed':>4} {'loss':>8} {'perplexity':>10} {'bits/byte':>9} {'tok/s':>8}")
-    for r in runs:
-        last, speed = r["evals"][-1], statistics.median(t["tokens_per_second"] for t in r["trains"])
-        print(f"{r['linear']:12} {r['lr']:8.1e} {r['seed']:4} {last['val_loss']:8.4f} "
-              f"{last['val_ppl']:10.2f} {last['val_bpb']:9.4f} {speed:8,.0f}")
+    for run in runs:
+        last = run.evals[-1]
+        # ready-made shards do not say how many bytes of text they hold
+        bits = last.get("val_bpb")
+        bits = "n/a" if bits is None else f"{bits:.4f}"
+        # the median: the first updates compile and warm up
+        speeds = [record["tokens_per_second"] for record in run.trains if record.get("tokens_per_second")]
+        speed = f"{statistics.median(speeds):,.0f}" if speeds else "n/a"
+        print(f"{run.linear:12} {run.lr:8.1e} {run.seed:4} {last['val_loss']:8.4f} {last['val_ppl']:10.2f} "
+              f"{bits:>9} {speed:>8}")
+
+def pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("matplotlib is not installed: pip install matplotlib, or .[plot]") from None
+    # draw into files alone: a server has no screen
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+def draw(runs: list[Run], out: str):
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    for linear, color in zip(dict.fromkeys(r["linear"] for r in runs), plt.cm.tab10.colors, strict=False):
-        own = [r for r in runs if r["linear"] == linear]
-        best = min([r for r in own if r["seed"] == 0] or own, key=lambda r: r["evals"][-1]["val_loss"])
-        axes.plot(best["train_tokens"], [t["loss"] for t in best["trains"]], color=color, alpha=0.25, lw=0.8)
-        for r in own:
-            drawn = {"label": f"{linear}, lr {r['lr']:g}", "lw": 2} if r is best else {"alpha": 0.35, "lw": 1}
-            axes.plot(r["tokens"], [e["val_loss"] for e in r["evals"]], "o-", ms=3, color=color, **drawn)
-    axes.set(xlabel="training tokens", ylabel="loss (nats a token)",
-             title="Validation loss; faint: training loss, other learning rates and seeds")
+    kinds = figure.canvas.get_supported_filetypes()
+    if os.path.splitext(out)[1].removeprefix(".") not in kinds:
+        raise UserError(f"--out {out}: the name must end with one of .{', .'.join(sorted(kinds))}")
+    # one colour a kind of layers, in the order of the table; ten are told apart
+    layers = list(dict.fromkeys(run.linear for run in runs))
+    for i, linear in enumerate(layers):
+        own = [run for run in runs if run.linear == linear]
+        draw_group(axes, own, plt.cm.tab10.colors[i % 10])
+    axes.set_xlabel("training tokens")
+    axes.set_ylabel("loss (nats a token)")
+    axes.set_title("Validation loss; faint: training loss, other learning rates and seeds")
+    # 6.5: above it lies the start of every run, which would press what differs into a corner
     axes.set_ylim(top=6.5)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(out, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+def draw_group(axes, runs: list[Run], color):
+    """The runs of one kind of layers in one colour: the best in full, with its training loss."""
+    # seed 0 is the one that learning rates were swept with
+    swept = [run for run in runs if run.seed == 0]
+    best = min(swept or runs, key=Run.last_loss)
+    tokens = [record["tokens"] for record in best.trains]
+    losses = [record["loss"] for record in best.trains]
+    axes.plot(tokens, losses, color=color, alpha=0.25, lw=0.8)
+    for run in runs:
+        style = {"alpha": 0.35, "lw": 1}
+        if run is best:
+            style = {"label": f"{run.linear}, lr {run.lr:g}", "lw": 2}
+        tokens = [record["step"] * run.batch_tokens for record in run.evals]
+        losses = [record["val_loss"] for record in run.evals]
+        axes.plot(tokens, losses, "o-", ms=3, color=color, **style)
+
+# --- the command ---
+
+def arguments(argv: list[str]) -> tuple[list[str], str]:
+    """Folders and the file to draw."""
+    folders = []
+    out = "curve.png"
+    # by hand: nanolost.flags knows flags only, and folders come first here, as in `ls out/*`
+    rest = iter(argv)
+    for word in rest:
+        if word == "--out":
+            out = next(rest, "")
+        elif word.startswith("--out="):
+            out = word.removeprefix("--out=")
+        elif word.startswith("-"):
+            raise UserError(f"unknown flag {word}: {USAGE}")
+        else:
+            folders.append(expanded(word))
+    if not folders or not out:
+        raise UserError(f"{'--out needs a name' if folders else 'no folder is given'}: {USAGE}")
+    # a shell leaves the ~ of --out=~/x alone
+    return folders, expanded(out)
+
+def main(argv: list[str]):
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return
+    folders, out = arguments(argv)
+    # all are read before anything is printed, so that an error stands alone
+    runs = [read(folder) for folder in folders]
+    # one that diverged early has none
+    runs = [run for run in runs if run.evals]
+    if not runs:
+        raise UserError(f"no evaluation yet in {', '.join(folders)}: train longer, or lower --eval_every")
+    runs.sort(key=lambda run: (run.linear, run.lr, run.seed))
+    print_table(runs)
+    draw(runs, out)
     print(f"drawn in {out}")
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    command(lambda: main(sys.argv[1:]))
