@@ -21,229 +21,545 @@ of A, B, W_s (and γ where asked for):
     model = apply_lost(model, rank=128, sparsity=0.01)
 
 Not here: a Kaiming start of W (give a model that has one), channels chosen again during training."""
+import contextlib
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 ACTIVATIONS = {"silu": F.silu, "none": lambda z: z}
-SWITCHES = {"init": ("svd", "random"), "select": ("residual", "residual_l1", "weight", "random"),
-            "sparse_init": ("weight", "residual"), "activation": tuple(ACTIVATIONS)}
+
+# What may be chosen beside rank, sparsity and γ; the first of each is the paper's
+SWITCHES = {
+    "init": ("svd", "random"),
+    "select": ("residual", "residual_l1", "weight", "random"),
+    "sparse_init": ("weight", "residual"),
+    "activation": tuple(ACTIVATIONS),
+}
+
+GAMMA = 0.7                                    # the paper's
+HEAD = ("lm_head",)                            # dense by default, as in the paper
+
+class LOSTError(ValueError):
+    """A rank, a sparsity, a name or a model that does not fit: the message says what to change."""
+
+# --- what is refused ---
+
+# Values come from flags and from files, so their types are checked too. Each check raises LOSTError
+
+def whole(name: str, value) -> int:
+    if not isinstance(value, Integral):
+        raise LOSTError(f"{name} = {value!r}: must be a whole number")
+    return int(value)
+
+def fraction(name: str, value) -> float:
+    # NaN fails both comparisons
+    if not isinstance(value, Real) or not 0 <= value <= 1:
+        raise LOSTError(f"{name} = {value!r}: must lie in [0, 1]")
+    return float(value)
+
+def check_switches(**switches):
+    for name, value in switches.items():
+        if value not in SWITCHES[name]:
+            raise LOSTError(f"{name} = {value!r}: choose one of {', '.join(SWITCHES[name])}")
+
+def check_sizes(shape: tuple[int, int], rank: int, k: int, select: str = ""):
+    out_features, in_features = shape
+    full = min(shape)
+    size = f"{out_features}×{in_features}"
+    if not 1 <= whole("rank", rank) <= full:
+        raise LOSTError(f"rank {rank} of a {size} weight must lie in [1, {full}]")
+    if not 0 <= whole("k", k) <= in_features:
+        raise LOSTError(f"k = {k} channels of {in_features} must lie in [0, {in_features}]")
+    # at full rank W_comp is rounding, and so would be the choice of channels
+    if k and rank == full and select.startswith("residual"):
+        raise LOSTError(f"rank {rank} of a {size} weight leaves no residual to choose channels by: "
+                        "lower the rank, set the sparsity to 0, or select by weight or random")
+
+def check_matrix(weight: Tensor):
+    if weight.dim() != 2:
+        raise LOSTError(f"a weight is a matrix (out, in), not of shape {tuple(weight.shape)}")
+    # integers are a quantised weight, which needs its scale
+    if not weight.is_floating_point():
+        raise LOSTError(f"a weight of {weight.dtype} cannot be decomposed: use a floating-point one")
+
+def check_values(weight: Tensor, k: int, sparse_init: str):
+    if weight.is_meta:
+        raise LOSTError("a weight on the meta device has no values to decompose")
+    if not weight.isfinite().all():
+        raise LOSTError("the weight has NaN or infinite elements: decompose before anything diverges")
+    # Only two things can overflow: squares of float64 elements, and W_comp, whose columns are no longer than
+    # those of W. A and B are of the size of √W, and W_s of the weight is a copy
+    squares_may = weight.dtype == torch.float64
+    residual_may = k > 0 and sparse_init == "residual"
+    if not squares_may and not residual_may:
+        return
+    longest = in_float64(weight).norm(dim=0).max()
+    if longest > torch.finfo(weight.dtype).max:
+        raise LOSTError(f"the decomposition overflows {weight.dtype}: use a wider dtype or a smaller weight")
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+# A layer that is more than a matrix and a bias would lose what it adds
+def check_linear(linear: nn.Module):
+    kind = type(linear).__name__
+    if not isinstance(linear, nn.Linear):
+        raise LOSTError(f"a {kind} is no nn.Linear")
+    # parametrizations, weight_norm and spectral_norm compute the weight from other parameters
+    weight = dict(linear.named_parameters(recurse=False)).get("weight")
+    if weight is None:
+        raise LOSTError("its weight is computed by a parametrization: remove that first, or keep it dense")
+    if nn.parameter.is_lazy(weight):
+        raise LOSTError("it has no weight yet: run the model once before it is converted")
+    # of its class, or set on the instance, as some libraries do
+    forward = getattr(linear.forward, "__func__", None)
+    if forward is not nn.Linear.forward:
+        raise LOSTError(f"a {kind} computes more than an nn.Linear (it has its own forward): keep it dense")
+    if any(getattr(linear, name) for name in HOOKS):
+        raise LOSTError("it has hooks, which a LOST layer would not run: remove them first, or keep it dense")
+    check_matrix(weight)
+
+# `Inner.backward` counts on distinct channels: a repeated one would lose its gradient silently
+def check_index(index: Tensor, in_features: int, name: str):
+    # values of the meta device cannot be looked at; they come later, by another load
+    if index.is_meta:
+        return
+    rising = (index.diff() > 0).all()
+    # where they rise, the ends say all about the range
+    within = index[0] >= 0 and index[-1] < in_features
+    if index.is_floating_point() or not rising or not within:
+        raise LOSTError(f"{name} must hold different channels of 0 … {in_features - 1} in ascending order: "
+                        "the file is damaged, or of another layer")
+
+# --- the decomposition ---
 
 class Decomposition(NamedTuple):
-    A: torch.Tensor                            # (r, in)
-    B: torch.Tensor                            # (out, r)
-    index: torch.Tensor                        # (k,) int32, ascending
-    W_s: torch.Tensor                          # (out, k)
+    A: Tensor                            # (r, in)
+    B: Tensor                            # (out, r)
+    index: Tensor                        # (k,) int32, ascending
+    W_s: Tensor                          # (out, k)
 
-def top_svd(W: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def in_float64(tensor: Tensor) -> Tensor:
+    # Apple's GPUs have no float64
+    if tensor.device.type == "mps":
+        tensor = tensor.cpu()
+    return tensor.detach().double()
+
+# A singular value below this share of the largest is rounding: √ε of the Gram matrix is 1.5e-8
+NOTHING = 1e-7
+
+def top_svd(W: Tensor, rank: int) -> tuple[Tensor, ...]:
     """The r largest singular triples of W (out, in): U_r (out, r), Σ_r (r,), V_rᵀ (r, in), eq. 1.
 
     From the eigenvectors of the smaller Gram matrix, 1–8 times faster than a full SVD; squaring the condition
     number is harmless in float64. A singular value of zero gets zero vectors on the other side."""
     wide = W.shape[0] <= W.shape[1]
     gram = W @ W.T if wide else W.T @ W
-    value, vector = torch.linalg.eigh(gram)                                # ascending
-    sigma, vector = value[-rank:].flip(0).clamp(min=0).sqrt(), vector[:, -rank:].flip(1)
-    inverse = torch.where(sigma > 1e-7 * sigma[0], 1 / sigma, 0.0)         # what is below is rounding
+    # the smaller matrix has all that are asked for: r ≤ min(out, in). Eigenvalues come in ascending order
+    value, vector = torch.linalg.eigh(gram)
+    sigma = value[-rank:].flip(0).clamp(min=0).sqrt()
+    vector = vector[:, -rank:].flip(1)
+    something = sigma > NOTHING * sigma[0]
+    inverse = torch.where(something, 1 / sigma, 0.0)
     if wide:
-        return vector, sigma, inverse[:, None] * (vector.T @ W)
-    return (W @ vector) * inverse, sigma, vector.T
+        Vt = inverse[:, None] * (vector.T @ W)
+        return vector, sigma, Vt
+    U = (W @ vector) * inverse
+    return U, sigma, vector.T
 
-def importance(W, U, sigma, Vt, select: str, generator=None) -> torch.Tensor:
+def svd_factors(U: Tensor, sigma: Tensor, Vt: Tensor) -> tuple[Tensor, ...]:
+    """A (r, in) and B (out, r) of eq. 2.
+
+    Where a singular value is zero, a row of A and a column of B that are both zero would never get a
+    gradient. `top_svd` has unit vectors on one side there and zeros on the other: those of a tenth of the
+    largest row's size leave B A as it is and let the zeros learn, as LoRA's B = 0 does."""
+    root = sigma.sqrt()
+    # a weight of zeros has no size of its own: 1, so that z is of the size of x
+    size = torch.where(sigma[0] > 0, root[0], 1.0)
+    something = sigma > NOTHING * sigma[0]
+    root = torch.where(something, root, 0.1 * size)
+    A = root[:, None] * Vt
+    B = U * root
+    return A, B
+
+def random_factors(shape: tuple[int, int], rank: int, generator=None) -> tuple[Tensor, ...]:
+    """A and B of independent normal elements; those of B A have the standard deviation (in + out)^-½: the
+    start of CoLA (Liu et al. 2025, arXiv 2502.10940, its published code)."""
+    out_features, in_features = shape
+    std = (in_features + out_features) ** -0.25 * rank ** -0.25
+    kind = {"generator": generator, "dtype": torch.float64}
+    A = torch.randn(rank, in_features, **kind) * std
+    B = torch.randn(out_features, rank, **kind) * std
+    return A, B
+
+def importance(W, U, sigma, Vt, select: str, generator=None) -> Tensor:
     """CI_j of each input channel, (in,): eq. 4 and its alternatives."""
     if select == "weight":
         return W.norm(dim=0)
     if select == "random":
-        return torch.rand(W.shape[1], generator=generator, dtype=torch.float64).to(W.device)
+        # drawn on the CPU: the same channels on every device
+        draw = torch.rand(W.shape[1], generator=generator, dtype=torch.float64)
+        return draw.to(W.device)
     if select == "residual_l1":
-        return (W - (U * sigma) @ Vt).abs().sum(0)
+        W_comp = W - (U * sigma) @ Vt
+        return W_comp.abs().sum(0)
     # columns of W_r and W_comp are orthogonal: ‖W_comp[:, j]‖² = ‖W[:, j]‖² − ‖W_r[:, j]‖²
-    return (W.square().sum(0) - (sigma[:, None] * Vt).square().sum(0)).clamp(min=0).sqrt()
-
-def random_factors(out_features: int, in_features: int, rank: int, generator=None):
-    """A and B of independent normal elements; those of B A have the standard deviation (in + out)^-½: the
-    start of CoLA (Liu et al. 2025, arXiv 2502.10940, its published code)."""
-    std = (in_features + out_features) ** -0.25 * rank ** -0.25
-    A = torch.randn(rank, in_features, generator=generator, dtype=torch.float64) * std
-    return A, torch.randn(out_features, rank, generator=generator, dtype=torch.float64) * std
-
-def check(out_features: int, in_features: int, rank: int, k: int, **switches):
-    """Raises ValueError for a decomposition that cannot be."""
-    for name, value in switches.items():
-        if value not in SWITCHES[name]:
-            raise ValueError(f"{name} = {value!r}: choose one of {', '.join(SWITCHES[name])}")
-    full = min(out_features, in_features)
-    if not 1 <= rank <= full:
-        raise ValueError(f"rank {rank} of a {out_features}×{in_features} weight must lie in [1, {full}]")
-    if not 0 <= k <= in_features:
-        raise ValueError(f"k = {k} channels of {in_features} must lie in [0, {in_features}]")
-    if k and rank == full and switches.get("select", "").startswith("residual"):
-        raise ValueError(f"rank {rank} of a {out_features}×{in_features} weight leaves no residual to choose "
-                         "channels by: lower the rank, set the sparsity to 0, or select by weight or random")
+    square = W.square().sum(0)
+    low_rank = (sigma[:, None] * Vt).square().sum(0)
+    return (square - low_rank).clamp(min=0).sqrt()
 
 @torch.no_grad()
-def decompose(weight: torch.Tensor, rank: int, k: int, init: str = "svd", select: str = "residual",
-              sparse_init: str = "weight", generator: torch.Generator | None = None) -> Decomposition:
+def decompose(
+    weight: Tensor,
+    rank: int,
+    k: int,
+    init: str = "svd",
+    select: str = "residual",
+    sparse_init: str = "weight",
+    generator: torch.Generator | None = None,
+) -> Decomposition:
     """Split weight (out, in) into low-rank factors and k input channels, eqs. 1–6.
 
     init: factors from the SVD, or at "random" as CoLA's. select: channels by the residual's column norms (L2
     or L1), by the weight's, or at random. sparse_init: W_s from the columns of W or of W_comp. generator, of
     the CPU: for random draws (default: torch's global one). Computed in float64, returned in the weight's
-    dtype on its device. Raises ValueError for a non-finite weight and for a rank or k out of range."""
-    if weight.dim() != 2:
-        raise ValueError(f"a weight is a matrix (out, in), not of shape {tuple(weight.shape)}")
-    check(*weight.shape, rank, k, init=init, select=select, sparse_init=sparse_init)
-    if not weight.isfinite().all():
-        raise ValueError("the weight has NaN or infinite elements: decompose before anything diverges")
-    W = (weight.cpu() if weight.device.type == "mps" else weight.detach()).double()      # MPS has no float64
+    dtype on its device. Raises LOSTError for a non-finite weight and for a rank or k out of range."""
+    check_matrix(weight)
+    check_switches(init=init, select=select, sparse_init=sparse_init)
+    check_sizes(weight.shape, rank, k, select)
+    check_values(weight, k, sparse_init)
+    W = in_float64(weight)
     U = sigma = Vt = None
-    if init == "svd" or k and (select.startswith("residual") or sparse_init == "residual"):
+    residual = select.startswith("residual") or sparse_init == "residual"
+    # with random factors and columns of the weight there is no need of it, and a large model starts at once
+    if init == "svd" or k and residual:
         U, sigma, Vt = top_svd(W, rank)
+    # the order of the draws is part of what a seed means: the factors', then the channels'
     if init == "svd":
-        A, B = sigma.sqrt()[:, None] * Vt, U * sigma.sqrt()
+        A, B = svd_factors(U, sigma, Vt)
     else:
-        A, B = random_factors(*weight.shape, rank, generator)
-    index, W_s = torch.empty(0, dtype=torch.int64), W[:, :0]
+        A, B = random_factors(weight.shape, rank, generator)
+    index = torch.empty(0, dtype=torch.int64)
     if k:
-        index = importance(W, U, sigma, Vt, select, generator).topk(k).indices.sort().values
-        W_s = W[:, index] if sparse_init == "weight" else W[:, index] - (U * sigma) @ Vt[:, index]
+        CI = importance(W, U, sigma, Vt, select, generator)
+        index = CI.topk(k).indices.sort().values
+    W_s = W[:, index]
+    if k and sparse_init == "residual":
+        W_s = W_s - (U * sigma) @ Vt[:, index]
     A, B, W_s = (part.to(weight).contiguous() for part in (A, B, W_s))
-    if not all(part.isfinite().all() for part in (A, B, W_s)):
-        raise ValueError(f"the decomposition overflows {weight.dtype}: use a wider dtype or a smaller weight")
-    return Decomposition(A, B, index.to(weight.device, torch.int32), W_s)
+    for part in (A, B, W_s):
+        assert part.isfinite().all(), f"overflow of {weight.dtype}"
+    index = index.to(weight.device, torch.int32)
+    return Decomposition(A, B, index, W_s)
+
+# --- the layer ---
 
 class Inner(torch.autograd.Function):
     """x (..., in) → x Aᵀ (..., r) and x_I (..., k). The gradient of x_I is added to that of x where it
     belongs; autograd would fill a tensor of x's size with zeros for it and add two of that size."""
 
+    # forward and backward are made of operations that torch.func can batch
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, A, index):
-        ctx.save_for_backward(x, A, index)
+    def forward(x, A, index):
         return F.linear(x, A), x.index_select(-1, index)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, dz, dx_I):
         x, A, index = ctx.saved_tensors
         dx = dz @ A
-        dx[..., index] += dx_I                                             # indices are distinct
-        return dx, dz.reshape(-1, len(A)).T @ x.reshape(-1, x.shape[-1]), None
+        # plain addition is enough, since the indices are distinct: `check_index`
+        dx[..., index] += dx_I
+        # one product over all rows, whatever dimensions they come in
+        dz = dz.reshape(-1, A.shape[0])
+        x = x.reshape(-1, A.shape[1])
+        return dx, dz.T @ x, None
 
-def as_autocast(*tensors):
-    """Cast as autocast does for a product: it does not look into an autograd.Function."""
-    kind = tensors[0].device.type
-    on, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    return [t.to(dtype) for t in tensors] if on else tensors
+# Autocast does not look into an autograd.Function: cast as it does for a product
+def as_autocast(tensor: Tensor) -> Tensor:
+    kind = tensor.device.type
+    # the meta device has no autocast, and asking it for one is an error
+    if not torch.amp.is_autocast_available(kind):
+        return tensor
+    # autocast leaves float64 alone
+    if not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(kind))
+
+def inner_products(x: Tensor, A: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+    x = as_autocast(x)
+    A = as_autocast(A)
+    # Forward-mode derivatives (jvp, jacfwd) go through plain operations: Inner has no jvp, because
+    # torch.compile refuses a Function that has one
+    if getattr(forward_ad, "_current_level", -1) >= 0:
+        return Inner.forward(x, A, index)
+    return Inner.apply(x, A, index)
 
 class LOSTLinear(nn.Module):
     """Drop-in for nn.Linear by eq. 7: x (..., in) → (..., out).
 
     Parameters A (rank, in), B (out, rank), W_s (out, k); buffer index (k,) int32; gamma a number, or a
     parameter where `learn_gamma`. With k = 0 there is no sparse path, no W_s and no index. The constructor
-    leaves all empty, to be filled by `from_linear` or from a checkpoint."""
+    leaves all empty, to be filled by `from_linear` or from a checkpoint. Raises LOSTError for what does not
+    fit."""
 
-    few_rows = False                           # a second form of eq. 7 for decoding, asked for explicitly
+    # a second form of eq. 7 for the decode step, which asks for it explicitly
+    few_rows = False
 
-    def __init__(self, in_features: int, out_features: int, rank: int, k: int, gamma: float = 0.7,
-                 activation: str = "silu", learn_gamma: bool = False, bias: bool = False, **kwargs):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        k: int,
+        gamma: float = GAMMA,
+        activation: str = "silu",
+        learn_gamma: bool = False,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        check(out_features, in_features, rank, k, activation=activation)
-        if not 0 <= gamma <= 1:
-            raise ValueError(f"gamma = {gamma}: must lie in [0, 1]")
-        self.in_features, self.out_features, self.rank, self.k = in_features, out_features, rank, k
+        check_switches(activation=activation)
+        self.in_features = whole("in_features", in_features)
+        self.out_features = whole("out_features", out_features)
+        check_sizes((self.out_features, self.in_features), rank, k)
+        self.rank = int(rank)
+        self.k = int(k)
         self.activation = activation
-        self.A = nn.Parameter(torch.empty(rank, in_features, **kwargs))
-        self.B = nn.Parameter(torch.empty(out_features, rank, **kwargs))
+        def empty(*shape):
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.A = empty(rank, in_features)
+        self.B = empty(out_features, rank)
         if k:
-            self.W_s = nn.Parameter(torch.empty(out_features, k, **kwargs))
-            self.register_buffer("index", torch.empty(k, **{**kwargs, "dtype": torch.int32}))
-        self.bias = nn.Parameter(torch.empty(out_features, **kwargs)) if bias else None
-        self.gamma = nn.Parameter(torch.tensor(gamma, **kwargs)) if learn_gamma else gamma
+            # int32 is half of torch's own kind of index, in the memory and in the file
+            self.W_s = empty(out_features, k)
+            self.register_buffer("index", torch.empty(k, device=device, dtype=torch.int32))
+        self.bias = empty(out_features) if bias else None
+        # a checkpoint from before γ was kept in [0, 1] may say 1.1 for a learned one
+        if learn_gamma and isinstance(gamma, Real) and gamma == gamma:
+            gamma = min(max(gamma, 0), 1)
+        gamma = fraction("gamma", gamma)
+        if not learn_gamma:
+            self.gamma = gamma
+        else:
+            # of no dimension: the optimizer's group of vectors has it, without decay
+            value = torch.tensor(gamma, device=device, dtype=dtype)
+            self.gamma = nn.Parameter(value)
 
     @classmethod
     @torch.no_grad()
-    def from_linear(cls, linear: nn.Linear, rank: int, sparsity: float, gamma: float = 0.7,
-                    activation: str = "silu", learn_gamma: bool = False, init: str = "svd",
-                    select: str = "residual", sparse_init: str = "weight",
-                    generator: torch.Generator | None = None) -> "LOSTLinear":
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        rank: int,
+        sparsity: float,
+        gamma: float = GAMMA,
+        activation: str = "silu",
+        learn_gamma: bool = False,
+        init: str = "svd",
+        select: str = "residual",
+        sparse_init: str = "weight",
+        generator: torch.Generator | None = None,
+        *,
+        empty: bool = False,
+    ) -> "LOSTLinear":
         """Decompose a dense layer: k = max(1, int(sparsity · in)) channels, none where sparsity is 0. A bias
-        is carried. On the meta device only the shapes are made and checked."""
-        if not 0 <= sparsity <= 1:
-            raise ValueError(f"sparsity = {sparsity}: must lie in [0, 1]")
-        k = max(1, int(sparsity * linear.in_features)) if sparsity else 0
-        layer = cls(linear.in_features, linear.out_features, rank, k, gamma, activation, learn_gamma,
-                    linear.bias is not None, device=linear.weight.device, dtype=linear.weight.dtype)
-        check(*linear.weight.shape, rank, k, init=init, select=select, sparse_init=sparse_init)
-        if not linear.weight.is_meta:
-            parts = decompose(linear.weight, rank, k, init, select, sparse_init, generator)._asdict()
-            for name, value in {**parts, "bias": linear.bias}.items():
-                if getattr(layer, name, None) is not None:                 # without k or a bias it has none
-                    getattr(layer, name).copy_(value)
+        is carried, a frozen layer stays frozen, training mode is kept.
+
+        empty, and always on the meta device: everything is checked, and only the shapes are made. Raises
+        LOSTError for what does not fit."""
+        check_linear(linear)
+        weight = linear.weight
+        out_features, in_features = weight.shape
+        k = int(fraction("sparsity", sparsity) * in_features)
+        if sparsity:
+            k = max(1, k)
+        # stricter than the constructor, which also reads old files
+        fraction("gamma", gamma)
+        check_switches(init=init, select=select, sparse_init=sparse_init)
+        check_sizes(weight.shape, rank, k, select)
+        has_bias = linear.bias is not None
+        layer = cls(in_features, out_features, rank, k, gamma, activation, learn_gamma, has_bias,
+                    device=weight.device, dtype=weight.dtype)
+        layer.take_over(linear)
+        if weight.is_meta:
+            return layer
+        if empty:
+            check_values(weight, k, sparse_init)
+            return layer
+        parts = decompose(weight, rank, k, init, select, sparse_init, generator)
+        layer.fill(parts, linear.bias)
         return layer
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        z, x_I = self.inner(x)
+    def take_over(self, linear: nn.Linear):
+        """Mode and frozen parameters of the dense layer."""
+        # γ too: a frozen layer goes on computing what it did
+        self.train(linear.training)
+        for parameter in self.parameters():
+            parameter.requires_grad_(linear.weight.requires_grad)
+        if self.bias is not None:
+            self.bias.requires_grad_(linear.bias.requires_grad)
+
+    def fill(self, parts: Decomposition, bias: Tensor | None):
+        """Copy the values of a decomposition, and of the bias where there is one."""
+        # into what is there: a parameter that a caller holds stays the layer's
+        self.A.copy_(parts.A)
+        self.B.copy_(parts.B)
+        if self.k:
+            self.W_s.copy_(parts.W_s)
+            self.index.copy_(parts.index)
+        if bias is not None:
+            self.bias.copy_(bias)
+
+    # `input` as in nn.Linear, for callers that pass it by name
+    def forward(self, input: Tensor) -> Tensor:
+        z, x_I = self.inner(input)
         if not self.k:
             return F.linear(z, self.B, self.bias)                                          # (..., out)
-        if self.few_rows:                      # no copy of B and W_s: decoding asks for it
-            return F.linear(z, self.B, self.bias) + F.linear(x_I, self.W_s)
-        # the sum as one product: two wide outputs less to add up. In rows of 16 bytes in bf16, for GPUs
-        pad = 0, -(self.rank + self.k) % 8
-        z, B = F.pad(torch.cat((z, x_I), -1), pad), F.pad(torch.cat((self.B, self.W_s), -1), pad)
+        # with few rows copying B and W_s costs more than adding two outputs: a decode step of 130m in bf16
+        # on two cores takes 5.9 ms so, against 6.5
+        if self.few_rows:
+            low_rank = F.linear(z, self.B, self.bias)
+            return low_rank + F.linear(x_I, self.W_s)
+        # the sum as one product: two wide outputs less to add up, a step of 130m in 2291 ms, not 2320
+        z = torch.cat((z, x_I), -1)                                                   # (..., rank + k)
+        B = torch.cat((self.B, self.W_s), -1)                                         # (out, rank + k)
+        # rows of 16 bytes in bf16, which GPUs read faster
+        pad = (0, -(self.rank + self.k) % 8)
+        z = F.pad(z, pad)
+        B = F.pad(B, pad)
         return F.linear(z, B, self.bias)
 
-    def inner(self, x):
+    def inner(self, x: Tensor):
         """γ · SiLU(x Aᵀ) (..., rank) and (1 − γ) · x_I (..., k): γ scales what is narrow."""
-        z, x_I = Inner.apply(*as_autocast(x, self.A), self.index) if self.k else (F.linear(x, self.A), None)
-        return self.gamma * ACTIVATIONS[self.activation](z), (1 - self.gamma) * x_I if self.k else None
+        # eq. 7 scales the outputs; the sum is the same and rank + k is less than out
+        gamma = self.bounded_gamma()
+        activation = ACTIVATIONS[self.activation]
+        if not self.k:
+            return gamma * activation(F.linear(x, self.A)), None
+        z, x_I = inner_products(x, self.A, self.index)
+        return gamma * activation(z), (1 - gamma) * x_I
+
+    def bounded_gamma(self) -> float | Tensor:
+        """γ within [0, 1], whatever an optimizer made of a learned one.
+
+        The gradient passes straight through (Bengio et al. 2013, arXiv 1308.3432): with that of a clamp,
+        zero outside, a γ that has left would never return."""
+        # no isinstance of nn.Parameter: torch.func puts plain tensors in the place of parameters
+        if not isinstance(self.gamma, Tensor):
+            return self.gamma
+        through = self.gamma - self.gamma.detach()
+        # the difference is exactly 0: inside [0, 1] this is γ to the last bit
+        return self.gamma.detach().clamp(0, 1) + through
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
-        """The dense layer with the same output, weight γ B A + (1 − γ) W_s in the columns I: without SiLU."""
+        """The dense layer with the same output, weight γ B A + (1 − γ) W_s in the columns I: without SiLU.
+        Raises LOSTError for a layer with SiLU."""
         if self.activation != "none":
-            raise ValueError(f"activation {self.activation!r} makes the layer non-linear, no single weight "
-                             "equals it: train with activation none to merge")
-        dense = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, self.bias is not None,
-                                   device=self.A.device, dtype=self.A.dtype)
-        dense.weight.copy_(self.gamma * (self.B @ self.A))
+            raise LOSTError(f"activation {self.activation!r} makes the layer non-linear, no single weight "
+                            "equals it: train with activation none to merge")
+        gamma = self.bounded_gamma()
+        # the usual constructor would draw a weight, and so move torch's generator
+        sizes = self.in_features, self.out_features, self.bias is not None
+        like_A = {"device": self.A.device, "dtype": self.A.dtype}
+        dense = nn.utils.skip_init(nn.Linear, *sizes, **like_A)
+        dense.weight.copy_(gamma * (self.B @ self.A))
         if self.k:
-            dense.weight.index_add_(1, self.index, (1 - self.gamma) * self.W_s)
+            W_s = (1 - gamma) * self.W_s
+            dense.weight.index_add_(1, self.index, W_s)
+        dense.weight.requires_grad_(self.A.requires_grad or self.B.requires_grad)
         if self.bias is not None:
             dense.bias.copy_(self.bias)
-        return dense
+            dense.bias.requires_grad_(self.bias.requires_grad)
+        return dense.train(self.training)
 
     def settings(self) -> dict:
         """The constructor's arguments, from which a checkpoint builds the layer without a decomposition."""
-        learned = isinstance(self.gamma, nn.Parameter)
-        return {"in_features": self.in_features, "out_features": self.out_features, "rank": self.rank,
-                "k": self.k, "gamma": float(self.gamma.detach()) if learned else self.gamma,
-                "activation": self.activation, "learn_gamma": learned, "bias": self.bias is not None}
+        learned = isinstance(self.gamma, Tensor)
+        # a number on the meta device has no value; any will do there, since the learned one is loaded
+        unknown = learned and self.gamma.is_meta
+        gamma = GAMMA if unknown else self.bounded_gamma()
+        if isinstance(gamma, Tensor):
+            gamma = gamma.item()
+        # all of it plain values, for JSON
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "rank": self.rank,
+            "k": self.k,
+            "gamma": gamma,
+            "activation": self.activation,
+            "learn_gamma": learned,
+            "bias": self.bias is not None,
+        }
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.settings().items())
+        settings = self.settings().items()
+        return ", ".join(f"{name}={value}" for name, value in settings)
+
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        """What load_state_dict calls for each module: here also the channels are checked."""
+        name = f"{prefix}index"
+        index = state_dict.get(name)
+        # a shape that does not fit is torch's to report, with all others
+        if self.k and index is not None:
+            if index.shape == self.index.shape:
+                check_index(index, self.in_features, name)
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     @torch.no_grad()
-    def diagnose(self, x: torch.Tensor) -> dict[str, float]:
+    def diagnose(self, x: Tensor) -> dict[str, float]:
         """What the paths do with the inputs x, and what became of the factors: see `diagnose` below."""
         z, x_I = self.inner(x)
+        # sums of squares overflow float16 and round off in bfloat16
         low = F.linear(z, self.B).float()
-        sparse = F.linear(x_I, self.W_s).float() if self.k else torch.zeros_like(low)
-        energy, other = low.square().sum(), sparse.square().sum()
-        # in float64, which autocast leaves alone and MPS has not
-        A, B = ((p.cpu() if p.device.type == "mps" else p).double() for p in (self.A, self.B))
-        gram_A = A @ A.T                                                   # (rank, rank)
-        value, vector = torch.linalg.eigh(B.T @ B)
-        root = vector * value.clamp(min=0).sqrt()                          # root rootᵀ = BᵀB
-        sigma = torch.linalg.eigvalsh(root.T @ gram_A @ root).clamp(min=0).sqrt()        # of B A
-        p = sigma / sigma.sum()
-        numbers = {"low_rank_share": energy / (energy + other),
-                   "cosine": (low * sparse).sum() / (energy * other).sqrt().clamp(min=1e-30),
-                   "effective_rank": torch.special.entr(p).sum().exp(),
-                   "norm_A": torch.linalg.eigvalsh(gram_A)[-1].sqrt(), "norm_B": value[-1].sqrt(),
-                   "gamma": self.gamma}
+        sparse = torch.zeros_like(low)
+        if self.k:
+            sparse = F.linear(x_I, self.W_s).float()
+        energy = low.square().sum()
+        other = sparse.square().sum()
+        product = (low * sparse).sum()
+        # bounds, so that a layer of zeros has numbers too, not NaN
+        numbers = {
+            "low_rank_share": energy / (energy + other).clamp(min=1e-30),
+            "cosine": product / (energy * other).sqrt().clamp(min=1e-30),
+            **spectrum(self.A, self.B),
+            "gamma": self.bounded_gamma(),
+        }
+        # five digits, for metrics.jsonl
         return {name: float(f"{float(number):.5g}") for name, number in numbers.items()}
+
+# --- diagnosis ---
+
+# Of B A and its factors, A (r, in) and B (out, r), without a wide matrix
+def spectrum(A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    # in float64, which autocast leaves alone
+    A = in_float64(A)
+    B = in_float64(B)
+    gram_A = A @ A.T                                                                       # (r, r)
+    value, vector = torch.linalg.eigh(B.T @ B)
+    # root rootᵀ = BᵀB, so the squares of B A's singular values are the eigenvalues of rootᵀ A Aᵀ root
+    root = vector * value.clamp(min=0).sqrt()
+    square = torch.linalg.eigvalsh(root.T @ gram_A @ root)
+    sigma = square.clamp(min=0).sqrt()
+    p = sigma / sigma.sum().clamp(min=1e-300)
+    return {
+        "effective_rank": torch.special.entr(p).sum().exp(),
+        "norm_A": torch.linalg.eigvalsh(gram_A)[-1].clamp(min=0).sqrt(),
+        "norm_B": value[-1].clamp(min=0).sqrt(),
+    }
 
 def diagnose(model: nn.Module, run, part: tuple[int, int] = (0, 1)) -> dict[str, dict[str, float]]:
     """Name of each LOSTLinear of `model` → what its `diagnose` says of the inputs that it gets while run()
@@ -254,53 +570,156 @@ def diagnose(model: nn.Module, run, part: tuple[int, int] = (0, 1)) -> dict[str,
     effective_rank  of B A: e to the entropy of its normalised singular values (Roy and Vetterli 2007)
     norm_A, norm_B  spectral norms;  gamma  as it is now"""
     layers = [(m, name) for name, m in model.named_modules() if isinstance(m, LOSTLinear)]
-    names, found = dict(layers[part[0]::part[1]]), {}
+    names = dict(layers[part[0]::part[1]])
+    found = {}
     def look(module, args):
         if module in names:
             found[names[module]] = module.diagnose(args[0])
-    with register_module_forward_pre_hook(look):                           # until run() returns or raises
+    # one hook for all modules: inputs are looked at as they come, none is kept, and it is gone when run()
+    # returns or raises
+    with register_module_forward_pre_hook(look):
         run()
     return found
 
-def _ends(name: str, key: str) -> bool:
+# --- whole models ---
+
+# Their fast paths read `.weight` of the linears inside, past the linears' own forward
+WEIGHT_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+# Whole parts of a dotted name: "mlp.up" ends "blocks.0.mlp.up", "up" does not end "startup"
+def ends_with(name: str, key: str) -> bool:
     return f".{name}".endswith(f".{key}")
+
+# "blocks.0.attn.q_proj" lies inside "attn", and inside "0.attn"
+def inside(name: str, key: str) -> bool:
+    return f".{key}." in f".{name}."
 
 def by_module(value, name: str):
     """The number for the module `name`: `value` itself, or where it is a dict the entry whose key is the
-    longest end of the dotted name, else "default": with {"q_proj": 64, "default": 128} 64 for a q_proj."""
+    longest end of the dotted name, else "default": with {"q_proj": 64, "default": 128} 64 for a q_proj.
+    Raises LOSTError where there is neither."""
     if not isinstance(value, dict):
         return value
-    longest = max((key for key in value if _ends(name, key)), key=len, default="default")
+    ends = [key for key in value if ends_with(name, key)]
+    # the longest says most: "0.q_proj" goes before "q_proj"
+    longest = max(ends, key=len, default="default")
     if longest not in value:
-        raise ValueError(f"nothing is said for {name}, only for {', '.join(value)}: add a default")
+        raise LOSTError(f"nothing is said for {name}, only for {', '.join(value)}: add a default")
     return value[longest]
 
-def apply_lost(model: nn.Module, rank: int | dict, sparsity: float | dict, gamma: float = 0.7, *,
-               skip: tuple[str, ...] = ("lm_head",), part: tuple[int, int] = (0, 1), **switches) -> nn.Module:
+def is_name(key: str, names: list[str]) -> bool:
+    return any(ends_with(name, key) for name in names)
+
+def check_skip(model: nn.Module, skip: tuple[str, ...]):
+    # the letters of a string would be taken for names
+    if isinstance(skip, str):
+        raise LOSTError(f"skip = {skip!r} must be a tuple of names: skip=({skip!r},)")
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    for key in skip:
+        # the default names a head, which not every model has
+        if key not in HEAD and not is_name(key, names):
+            raise LOSTError(f"skip: no module is called {key!r}")
+
+# All names of each nn.Linear that is to be replaced: a module that a model uses twice has two
+def linear_places(model: nn.Module, skip: tuple[str, ...]) -> list[list[str]]:
+    if isinstance(model, nn.Linear):
+        raise LOSTError("the model is itself an nn.Linear, which cannot be replaced inside itself: "
+                        "use LOSTLinear.from_linear")
+    places = {}
+    dense = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear):
+            places.setdefault(module, []).append(name)
+            if any(inside(name, key) for key in skip):
+                dense.add(module)
+    kept = [names for module, names in places.items() if module not in dense]
+    if not kept:
+        raise LOSTError("the model has no nn.Linear to replace")
+    return kept
+
+def check_keys(spec, names: list[str]):
+    if not isinstance(spec, dict):
+        return
+    for key in spec:
+        if key != "default" and not is_name(key, names):
+            raise LOSTError(f"no module is called {key!r}: the first ones are {', '.join(names[:7])}")
+
+# A head or a second layer that uses the same weight would go on with a copy of its own
+def check_ties(model: nn.Module, names: list[str]):
+    holders = {}
+    # each module once, so that one with two names is not tied to itself
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(parameter, []).append(name)
+    for name in names:
+        linear = model.get_submodule(name)
+        for parameter in linear.parameters(recurse=False):
+            others = [other for other in holders[parameter] if other != name]
+            if others:
+                raise LOSTError(
+                    f"{name}: it shares a parameter with {others[0]}, and a LOST layer would untie them: "
+                    f"add {name!r} to skip, or give each its own first"
+                )
+
+def check_readers(model: nn.Module, names: list[str]):
+    for name in names:
+        # "" is the model itself
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, WEIGHT_READERS):
+            raise LOSTError(
+                f"{name}: {type(parent).__name__} reads its .weight, which a LOST layer does not have: "
+                f"add {name!r} to skip"
+            )
+
+@contextlib.contextmanager
+def naming(name: str):
+    try:
+        yield
+    except LOSTError as e:
+        raise LOSTError(f"{name}: {e}") from None
+
+def apply_lost(
+    model: nn.Module,
+    rank: int | dict,
+    sparsity: float | dict,
+    gamma: float = GAMMA,
+    *,
+    skip: tuple[str, ...] = HEAD,
+    part: tuple[int, int] = (0, 1),
+    **switches,
+) -> nn.Module:
     """Replace every nn.Linear of `model` by a LOSTLinear, in place and one at a time, and return the model.
 
     rank, sparsity: a number, or a dict by module name (`by_module`). skip: ends of the names of modules that
-    stay dense. part: (i, n) decomposes the i-th of every n layers and leaves the others empty, to be filled
-    by n - 1 more processes. switches: of `LOSTLinear.from_linear`. ValueError names the module that does
-    not fit."""
-    names = [name for name, m in model.named_modules()
-             if isinstance(m, nn.Linear) and not any(_ends(name, s) for s in skip)]
-    if not names:
-        raise ValueError("the model has no nn.Linear to replace")
-    for key in {key for spec in (rank, sparsity) if isinstance(spec, dict) for key in spec} - {"default"}:
-        if not any(_ends(name, key) for name in names):
-            raise ValueError(f"no module is called {key!r}: the first ones are {', '.join(names[:7])}")
-    for number, name in enumerate(names):
-        try:
-            linear, mine = model.get_submodule(name), number % part[1] == part[0]
-            device = linear.weight.device
-            layer = LOSTLinear.from_linear(linear if mine else linear.to("meta"), by_module(rank, name),
-                                           by_module(sparsity, name), gamma, **switches)
-            if not mine:
-                layer.to_empty(device=device)
-        except ValueError as e:
-            raise ValueError(f"{name}: {e}") from None
-        for alias, module in list(model.named_modules(remove_duplicate=False)):
-            if module is linear:               # also where the model uses it a second time
-                model.set_submodule(alias, layer)
+    stay dense, with all that they contain. part: (i, n) decomposes the i-th of every n layers and leaves the
+    others empty, to be filled by n - 1 more processes. switches: of `LOSTLinear.from_linear`.
+
+    Raises LOSTError with the name of the module that does not fit, and then has replaced none."""
+    check_skip(model, skip)
+    places = linear_places(model, skip)
+    names = [first for first, *_ in places]
+    check_keys(rank, names)
+    check_keys(sparsity, names)
+    check_ties(model, names)
+    check_readers(model, [name for all_names in places for name in all_names])
+    def convert(name, empty):
+        with naming(name):
+            return LOSTLinear.from_linear(
+                model.get_submodule(name),
+                by_module(rank, name),
+                by_module(sparsity, name),
+                gamma,
+                **switches,
+                empty=empty,
+            )
+    # All is checked before the first is replaced: the dense weights are gone by then, because keeping them
+    # until the last would need the memory of two models
+    for name in names:
+        convert(name, empty=True)
+    for number, all_names in enumerate(places):
+        mine = number % part[1] == part[0]
+        layer = convert(all_names[0], empty=not mine)
+        # with this the dense weight is free, before the next layer is decomposed
+        for name in all_names:
+            model.set_submodule(name, layer)
     return model

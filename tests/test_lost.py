@@ -1,7 +1,9 @@
 """The LOST layer against the paper's equations written out, and every switch and error of lost.py."""
+import copy
 import random
 import re
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from torch._inductor.utils import run_fw_bw_and_get_code
 
 import lost
-from lost import LOSTLinear, apply_lost, by_module, decompose
+from lost import LOSTError, LOSTLinear, apply_lost, by_module, decompose
 
 SHAPES = {"square": (24, 24), "wide": (20, 36), "tall": (36, 20)}             # (out, in)
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -161,12 +163,137 @@ def test_gradients_under_autocast_are_those_of_both_paths_by_themselves(dtype):
     errors = [relative_error(one, other) for one, other in zip(*found, strict=True)]
     assert len(errors) == 5 and max(errors) < (1e-2 if dtype else 1e-6)
 
-def test_training_and_inference_forms_of_the_layer_agree():
+def test_training_and_inference_are_one_formula_to_the_last_bit():
     layer = LOSTLinear.from_linear(dense_layer((24, 36), bias=True), 6, 0.2, learn_gamma=True)
     for x in (inputs(36), inputs(36)[0, 0]):                               # also a vector, as nn.Linear takes
-        with torch.no_grad():
-            inference = layer(x)
-        assert relative_error(layer(x), inference) < 1e-12
+        for context in (torch.no_grad, torch.inference_mode):
+            with context():
+                inference = layer(x)
+            assert torch.equal(layer(x), inference)
+
+@pytest.mark.parametrize("sparsity", [0, 0.2])
+def test_the_form_for_few_rows_is_asked_for_and_agrees(sparsity):
+    layer = LOSTLinear.from_linear(dense_layer((24, 36), bias=True), 6, sparsity, learn_gamma=True)
+    assert not layer.few_rows
+    for x in (inputs(36), inputs(36)[0, 0]):
+        layer.few_rows = False
+        usual = layer(x)
+        layer.few_rows = True
+        assert relative_error(layer(x), usual) < 1e-12
+
+@pytest.mark.parametrize("sparsity", [0, 0.25])
+def test_derivatives_of_first_and_second_order_are_those_of_differences(sparsity):
+    layer = LOSTLinear.from_linear(dense_layer((5, 8)), 3, sparsity, learn_gamma=True)
+    names, values = zip(*layer.named_parameters(), strict=True)
+    def output(x, *parameters):
+        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
+    arguments = (inputs(8)[0, :2].requires_grad_(), *values)
+    assert torch.autograd.gradcheck(output, arguments, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(output, arguments)
+
+# --- torch.func ---
+
+def functional(sparsity=0.25, learn_gamma=True):
+    """loss(parameters, x, target) of a small layer, and its parameters."""
+    layer = LOSTLinear.from_linear(dense_layer((5, 8), bias=True), 3, sparsity, learn_gamma=learn_gamma)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    def loss(parameters, x, target):
+        return (torch.func.functional_call(layer, parameters, (x,)) - target).square().sum()
+    return layer, loss, parameters
+
+@pytest.mark.parametrize("sparsity", [0, 0.25])
+@pytest.mark.parametrize("learn_gamma", [False, True])
+def test_gradients_of_single_samples_equal_a_loop(sparsity, learn_gamma):
+    layer, loss, parameters = functional(sparsity, learn_gamma)
+    x, target = inputs(8).flatten(0, 1), inputs(5, 1).flatten(0, 1)
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, target)
+    for i in range(len(x)):
+        layer.zero_grad()
+        (layer(x[i]) - target[i]).square().sum().backward()
+        for name, p in layer.named_parameters():
+            assert torch.allclose(found[name][i], p.grad, rtol=1e-12, atol=1e-12), name
+
+def test_several_sets_of_parameters_run_at_once():
+    layer, loss, parameters = functional()
+    others = {name: 1.1 * p for name, p in parameters.items()}
+    both = {name: torch.stack((p, others[name])) for name, p in parameters.items()}
+    x, target = inputs(8), inputs(5, 1)
+    gradients = torch.func.vmap(torch.func.grad(loss), (0, None, None))(both, x, target)
+    for i, one in enumerate((parameters, others)):
+        for name, gradient in torch.func.grad(loss)(one, x, target).items():
+            assert torch.allclose(gradients[name][i], gradient, rtol=1e-12, atol=1e-12), name
+
+def test_forward_and_reverse_derivatives_agree_and_combine():
+    _, loss, parameters = functional()
+    x, target = inputs(8)[0, 0], inputs(5, 1)[0, 0]
+    def of_x(x):
+        return loss(parameters, x, target)
+    gradient = torch.func.grad(of_x)(x)
+    assert torch.allclose(torch.func.jacfwd(of_x)(x), gradient, rtol=1e-12)
+    direction = inputs(8, 3)[0, 0]
+    _, along = torch.func.jvp(of_x, (x,), (direction,))
+    assert torch.allclose(along, gradient @ direction, rtol=1e-12)
+    twice = torch.func.jacrev(torch.func.jacrev(of_x))(x)
+    assert torch.allclose(torch.func.hessian(of_x)(x), twice, rtol=1e-10, atol=1e-12)
+
+# --- learned γ ---
+
+@pytest.mark.parametrize("left, edge", [(1.096, 1.0), (-0.3, 0.0), (1e9, 1.0), (-1e9, 0.0)])
+@pytest.mark.parametrize("sparsity", [0, 0.25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gamma_that_left_its_range_acts_as_the_edge(left, edge, sparsity, dtype):
+    given, x = dense_layer((12, 16), dtype=dtype), inputs(16, dtype=dtype)
+    learned = LOSTLinear.from_linear(given, 4, sparsity, activation="none", learn_gamma=True)
+    at_edge = LOSTLinear.from_linear(given, 4, sparsity, edge, activation="none")
+    learned.gamma.data.fill_(left)
+    for few_rows in (False, True):
+        learned.few_rows = at_edge.few_rows = few_rows
+        assert torch.equal(learned(x), at_edge(x))
+    assert learned.diagnose(x) == at_edge.diagnose(x)
+    assert torch.equal(learned.merge().weight, at_edge.merge().weight)
+    assert learned.settings()["gamma"] == edge
+
+def test_gamma_inside_its_range_is_used_to_the_last_bit():
+    layer = LOSTLinear.from_linear(dense_layer((12, 16), dtype=torch.float32), 4, 0.25, learn_gamma=True)
+    for value in torch.rand(200, generator=seeded()):
+        layer.gamma.data.copy_(value)
+        assert layer.bounded_gamma().item() == value.item()
+
+@pytest.mark.parametrize("left, edge", [(1.096, 1.0), (-0.3, 0.0)])
+def test_gamma_that_left_gets_the_gradient_of_the_edge_and_returns(left, edge):
+    layer = LOSTLinear.from_linear(dense_layer((12, 16)), 4, 0.25, learn_gamma=True)
+    x, gradients = inputs(16), []
+    for value in (left, edge):
+        layer.gamma.data.fill_(value)
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+        gradients.append(layer.gamma.grad.item())
+    assert gradients[0] == gradients[1] != 0
+    target = LOSTLinear.from_linear(dense_layer((12, 16)), 4, 0.25, 0.5)(x).detach()
+    optimizer = torch.optim.Adam([layer.gamma], lr=0.01)
+    layer.gamma.data.fill_(left)
+    for _ in range(150):
+        optimizer.zero_grad()
+        (layer(x) - target).square().sum().backward()
+        optimizer.step()
+    assert layer.gamma.item() == pytest.approx(0.5, abs=0.05)
+
+def test_state_of_a_layer_whose_gamma_left_is_rebuilt_to_the_last_bit():
+    layer = LOSTLinear.from_linear(dense_layer((12, 16)), 4, 0.25, 0.9, learn_gamma=True)
+    layer.gamma.data.fill_(1.096)
+    rebuilt = LOSTLinear(**layer.settings(), dtype=torch.float64)
+    rebuilt.load_state_dict(layer.state_dict())
+    assert rebuilt.gamma.item() == layer.gamma.item() and torch.equal(rebuilt(inputs(16)), layer(inputs(16)))
+
+@pytest.mark.parametrize("gamma, taken", [(1.096, 1.0), (-0.2, 0.0), (float("inf"), 1.0)])
+def test_old_settings_of_a_learned_gamma_outside_its_range_are_read(gamma, taken):
+    old = {"in_features": 16, "out_features": 12, "rank": 4, "k": 4, "gamma": gamma, "activation": "silu",
+           "learn_gamma": True, "bias": False}
+    assert LOSTLinear(**old).gamma.item() == taken
+    with pytest.raises(LOSTError, match="gamma = "):                          # a fixed one was always checked
+        LOSTLinear(**{**old, "learn_gamma": False})
+    with pytest.raises(LOSTError, match="gamma = nan"):
+        LOSTLinear(**{**old, "gamma": float("nan")})
 
 def test_compiled_training_of_a_layer_is_six_products_without_a_scatter():
     layer = LOSTLinear.from_linear(dense_layer((96, 128), dtype=torch.float32), 32, 0.1)
@@ -359,19 +486,67 @@ def test_apply_holds_one_decomposition_at_a_time(monkeypatch):
 @pytest.mark.parametrize("skip, dense", [
     ((), []),
     (("q_proj",), ["blocks.0.q_proj", "blocks.1.q_proj", "lm_head"]),
-    (("proj",), ["lm_head"]),                                                 # whole parts of a name only
+    (("mlp",), ["blocks.0.mlp.up", "blocks.1.mlp.up", "lm_head"]),            # with all that it contains
+    (("blocks.1", "embed"), [f"blocks.1.{name}" for name in ("mlp.up", "o_proj", "q_proj")] + ["lm_head"]),
     (("0.o_proj", "mlp.up"), ["blocks.0.o_proj", "blocks.0.mlp.up", "blocks.1.mlp.up", "lm_head"]),
 ])
 def test_skip_keeps_the_modules_whose_names_end_so(skip, dense):
     model = apply_lost(Network(), 4, 0.25, skip=(*skip, "lm_head") if dense else skip)
     assert sorted(name for name, kind in kinds(model).items() if kind is nn.Linear) == sorted(dense)
 
+@pytest.mark.parametrize("skip, message", [
+    ("lm_head", r"skip = 'lm_head' must be a tuple of names: skip=\('lm_head',\)"),
+    (("lm_heat",), "skip: no module is called 'lm_heat'"),
+    (("lm_head", "proj"), "skip: no module is called 'proj'"),                # whole parts of a name only
+    (["q_proj", "blocks.2"], "skip: no module is called 'blocks.2'"),
+])
+def test_apply_refuses_a_skip_that_names_no_module(skip, message):
+    model = Network()
+    with pytest.raises(LOSTError, match=message):
+        apply_lost(model, 4, 0.25, skip=skip)
+    assert set(kinds(model).values()) == {nn.Linear}
+
+def test_a_model_needs_no_head():
+    model = apply_lost(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 6)), 2, 0.25)
+    assert set(kinds(model).values()) == {LOSTLinear}
+
+def test_frozen_layers_stay_frozen_and_the_mode_is_kept():
+    model = Network().eval()
+    model.blocks[0].requires_grad_(False)
+    model.blocks[1]["q_proj"].bias.requires_grad_(False)
+    model.blocks[1]["mlp"]["up"].train()
+    apply_lost(model, 4, 0.25, activation="none", learn_gamma=True)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    learning = {"A", "B", "W_s", "gamma"}
+    assert trained == {"embed.weight", "lm_head.weight", "blocks.1.mlp.up.bias"} | {
+        f"blocks.1.{layer}.{name}" for layer in ("q_proj", "o_proj", "mlp.up") for name in learning}
+    assert {name for name, m in model.named_modules() if m.training} == {"blocks.1.mlp.up"}
+    frozen, half, trained = (model.get_submodule(name).merge() for name in (
+        "blocks.0.q_proj", "blocks.1.q_proj", "blocks.1.mlp.up"))
+    assert not frozen.weight.requires_grad and not frozen.bias.requires_grad and not frozen.training
+    assert half.weight.requires_grad and not half.bias.requires_grad
+    assert trained.weight.requires_grad and trained.bias.requires_grad and trained.training
+
+def test_inputs_may_be_passed_by_the_name_that_nn_linear_gives_them():
+    layer = LOSTLinear.from_linear(dense_layer((12, 16)), 4, 0.25)
+    assert torch.equal(layer(input=inputs(16)), layer(inputs(16)))
+
+def test_dense_weights_are_freed_one_by_one(monkeypatch):
+    model, alive, real = nn.Sequential(*(nn.Linear(12, 12) for _ in range(4))), [], lost.decompose
+    dense = [weakref.ref(linear.weight) for linear in model]
+    def count(*given):
+        alive.append(sum(weight() is not None for weight in dense))
+        return real(*given)
+    monkeypatch.setattr(lost, "decompose", count)
+    apply_lost(model, 4, 0.25)
+    assert alive == [4, 3, 2, 1]
+
 def test_by_module_takes_the_longest_match_then_the_default():
     value = {"default": 1, "up": 2, "mlp.up": 3, "0.mlp.up": 4, "p": 5}
     names = ["blocks.0.q_proj", "up", "blocks.1.up", "blocks.1.mlp.up", "blocks.0.mlp.up", "blocks.10.mlp.up"]
     assert [by_module(value, name) for name in names] == [1, 2, 2, 3, 4, 3]
     assert by_module(7, "anything") == 7
-    with pytest.raises(ValueError, match="nothing is said for q_proj, only for up: add a default"):
+    with pytest.raises(LOSTError, match="nothing is said for q_proj, only for up: add a default"):
         by_module({"up": 2}, "q_proj")
 
 def test_rank_and_sparsity_may_differ_by_module():
@@ -402,8 +577,29 @@ NO_RESIDUAL = "rank 8 of a 12×8 weight leaves no residual .* set the sparsity t
     ({"sparse_init": "zero"}, "sparse_init = 'zero': choose one of weight, residual"),
 ])
 def test_layer_refuses(wrong, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(LOSTError, match=message):
         LOSTLinear.from_linear(dense_layer((12, 8)), **{"rank": 3, "sparsity": 0.25, **wrong})
+
+@pytest.mark.parametrize("wrong, message", [
+    ({"rank": 2.5}, "rank = 2.5: must be a whole"), ({"rank": "3"}, "rank = '3': must be a whole number"),
+    ({"rank": None}, "rank = None: must be a whole number"), ({"sparsity": "some"}, "sparsity = 'some'"),
+    ({"sparsity": None}, "sparsity = None: must lie"), ({"gamma": [0.5]}, r"gamma = \[0.5\]: must lie"),
+    ({"gamma": 1.5, "learn_gamma": True}, r"gamma = 1.5: must lie in \[0, 1\]"),
+])
+def test_layer_refuses_what_is_no_number(wrong, message):
+    with pytest.raises(LOSTError, match=message):
+        LOSTLinear.from_linear(dense_layer((12, 8)), **{"rank": 3, "sparsity": 0.25, **wrong})
+
+@pytest.mark.parametrize("wrong, message", [
+    ({"in_features": "16"}, "in_features = '16': must be a whole"), ({"out_features": 0}, "rank 4 of a 0×16"),
+    ({"k": 17}, "k = 17 channels of 16"), ({"k": 1.5}, "k = 1.5: must be a whole number"),
+    ({"rank": [4]}, r"rank = \[4\]"), ({"gamma": "much"}, "gamma = 'much'"),
+    ({"activation": ["silu"]}, "activation = "),
+])
+def test_settings_that_no_layer_can_have_are_refused(wrong, message):
+    right = LOSTLinear.from_linear(dense_layer((12, 16)), 4, 0.25).settings()
+    with pytest.raises(LOSTError, match=message):
+        LOSTLinear(**{**right, **wrong})
 
 @pytest.mark.parametrize("allowed", [{"select": "weight"}, {"select": "random"}, {"sparsity": 0}])
 def test_full_rank_is_allowed_where_no_residual_is_asked_for(allowed):
@@ -413,11 +609,11 @@ def test_full_rank_is_allowed_where_no_residual_is_asked_for(allowed):
 
 @pytest.mark.parametrize("k", [-1, 9])
 def test_decompose_refuses_a_number_of_channels_outside_the_weight(k):
-    with pytest.raises(ValueError, match=rf"k = {k} channels of 8 must lie in \[0, 8\]"):
+    with pytest.raises(LOSTError, match=rf"k = {k} channels of 8 must lie in \[0, 8\]"):
         decompose(random_weight((12, 8)), 3, k)
 
 def test_decompose_refuses_what_is_no_matrix():
-    with pytest.raises(ValueError, match=r"a weight is a matrix \(out, in\), not of shape \(2, 3, 4\)"):
+    with pytest.raises(LOSTError, match=r"a weight is a matrix \(out, in\), not of shape \(2, 3, 4\)"):
         decompose(torch.ones(2, 3, 4), 1, 1)
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -425,35 +621,199 @@ def test_decompose_refuses_what_is_no_matrix():
 def test_non_finite_weight_is_refused(value, dtype):
     linear = dense_layer((12, 8), dtype=dtype)
     linear.weight.data[3, 5] = value
-    with pytest.raises(ValueError, match="the weight has NaN or infinite elements"):
+    with pytest.raises(LOSTError, match="the weight has NaN or infinite elements"):
         LOSTLinear.from_linear(linear, 3, 0.25)
 
 def test_overflow_of_a_narrow_dtype_is_refused():
     W = (65_000 * random_weight((16, 16)).sign()).half()
     assert literal_decomposition(W, 2, 16)[4].abs().max() > torch.finfo(torch.float16).max
-    with pytest.raises(ValueError, match="the decomposition overflows torch.float16: use a wider dtype"):
+    with pytest.raises(LOSTError, match="the decomposition overflows torch.float16: use a wider dtype"):
         decompose(W, 2, 16, sparse_init="residual")
 
 @pytest.mark.parametrize("rank, sparsity", [
     ({"default": 4, "qproj": 2}, 0.25), (4, {"default": 0.25, "qproj": 0.5})])
 def test_apply_refuses_a_dict_with_an_unknown_module(rank, sparsity):
     model = Network()
-    with pytest.raises(ValueError, match="no module is called 'qproj': the first ones are blocks.0.q_proj, "):
+    with pytest.raises(LOSTError, match="no module is called 'qproj': the first ones are blocks.0.q_proj, "):
         apply_lost(model, rank, sparsity)
     assert set(kinds(model).values()) == {nn.Linear}
 
 def test_apply_refuses_a_dict_that_leaves_modules_open():
-    with pytest.raises(ValueError, match="nothing is said for blocks.0.o_proj, only for q_proj"):
+    with pytest.raises(LOSTError, match="nothing is said for blocks.0.o_proj, only for q_proj"):
         apply_lost(Network(), {"q_proj": 2}, 0.25)
 
 @pytest.mark.parametrize("model", [nn.Sequential(nn.ReLU()), nn.ModuleDict({"lm_head": nn.Linear(4, 4)})])
 def test_apply_refuses_a_model_without_linear_layers(model):
-    with pytest.raises(ValueError, match="the model has no nn.Linear to replace"):
+    with pytest.raises(LOSTError, match="the model has no nn.Linear to replace"):
         apply_lost(model, 2, 0.25)
 
 def test_apply_names_the_module_that_does_not_fit():
-    with pytest.raises(ValueError, match=r"blocks\.0\.q_proj: rank 17 of a 16×16 weight must lie"):
+    with pytest.raises(LOSTError, match=r"blocks\.0\.q_proj: rank 17 of a 16×16 weight must lie"):
         apply_lost(Network(), {"default": 4, "q_proj": 17}, 0.25)
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+def with_forward_of_its_own():
+    linear = nn.Linear(8, 8)
+    linear.forward = lambda x: x
+    return linear
+
+def with_hook(register):
+    linear = nn.Linear(8, 8)
+    getattr(linear, register)(lambda *given: None)
+    return linear
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning", "ignore:Lazy modules:UserWarning")
+@pytest.mark.parametrize("make, message", [
+    (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), "computed by a parametrization"),
+    (lambda: nn.utils.weight_norm(nn.Linear(8, 8)), "computed by a parametrization"),
+    (lambda: nn.utils.spectral_norm(nn.Linear(8, 8)), "computed by a parametrization"),
+    (lambda: nn.LazyLinear(8), "it has no weight yet: run the model once"),
+    (lambda: Doubled(8, 8), "a Doubled computes more than an nn.Linear"),
+    (with_forward_of_its_own, "a Linear computes more than an nn.Linear"),
+    (lambda: with_hook("register_forward_hook"), "it has hooks"),
+    (lambda: with_hook("register_forward_pre_hook"), "it has hooks"),
+    (lambda: with_hook("register_full_backward_hook"), "it has hooks"),
+])
+def test_layers_that_are_more_than_a_matrix_are_refused(make, message):
+    model = nn.Sequential(nn.Linear(8, 8), make())
+    before = list(model)
+    with pytest.raises(LOSTError, match=f"1: .*{message}"):
+        apply_lost(model, 2, 0.25)
+    assert list(model) == before
+
+def test_a_quantised_weight_is_refused():
+    linear = nn.Linear(8, 8)
+    linear.weight = nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(LOSTError, match="a weight of torch.int8 cannot be decomposed"):
+        apply_lost(nn.Sequential(linear), 2, 0.25)
+
+def tied_head():
+    model = nn.ModuleDict({"embed": nn.Embedding(20, 16), "up": nn.Linear(16, 16)})
+    model["output"] = nn.Linear(16, 20)
+    model["output"].weight = model["embed"].weight
+    return model
+
+def tied_decoder():
+    """As BERT has it: the bias of the decoder is also a parameter of its parent."""
+    head = nn.Module()
+    head.decoder = nn.Linear(16, 20)
+    head.bias = head.decoder.bias
+    return nn.ModuleDict({"up": nn.Linear(16, 16), "predictions": head})
+
+def shared_layers():
+    model = nn.ModuleDict({"up": nn.Linear(16, 16), "again": nn.Linear(16, 16)})
+    model["again"].weight = model["up"].weight
+    return model
+
+@pytest.mark.parametrize("make, name, other", [
+    (tied_head, "output", "embed"), (tied_decoder, "predictions.decoder", "predictions"),
+    (shared_layers, "up", "again"),
+])
+def test_a_shared_parameter_is_not_parted(make, name, other):
+    model = make()
+    before = dict(model.named_modules())
+    message = f"^{name}: it shares a parameter with {other}, .*add '{name}' to skip"
+    with pytest.raises(LOSTError, match=message):
+        apply_lost(model, 4, 0.25)
+    assert dict(model.named_modules()) == before
+
+def test_a_tied_head_may_stay_dense_and_stays_tied():
+    model = apply_lost(tied_head(), 4, 0.25, skip=("output",))
+    assert kinds(model) == {"up": LOSTLinear, "output": nn.Linear}
+    assert model["output"].weight is model["embed"].weight
+
+@pytest.mark.parametrize("make, name", [
+    (lambda: nn.MultiheadAttention(16, 2), "out_proj"),
+    (lambda: nn.ModuleDict({"up": nn.Linear(16, 16), "attn": nn.MultiheadAttention(16, 2)}), "attn.out_proj"),
+    (lambda: nn.TransformerEncoderLayer(16, 2, 32), "self_attn.out_proj"),
+    (lambda: nn.TransformerDecoderLayer(16, 2, 32), "self_attn.out_proj"),
+])
+def test_layers_whose_weight_is_read_from_outside_are_refused(make, name):
+    model = make()
+    before = dict(model.named_modules())
+    with pytest.raises(LOSTError, match=rf"^{name}: MultiheadAttention reads its \.weight"):
+        apply_lost(model, 2, 0.25)
+    assert dict(model.named_modules()) == before
+
+def test_the_feed_forward_part_of_an_encoder_layer_is_refused_too():
+    with pytest.raises(LOSTError, match="^linear1: TransformerEncoderLayer reads its .weight"):
+        apply_lost(nn.TransformerEncoderLayer(16, 2, 32), 2, 0.25, skip=("self_attn",))
+
+def test_what_remains_of_a_transformer_is_converted():
+    model = apply_lost(nn.TransformerDecoderLayer(16, 2, 32), 2, 0.25, skip=("self_attn", "multihead_attn"))
+    model.eval()
+    assert isinstance(model.linear1, LOSTLinear) and isinstance(model.linear2, LOSTLinear)
+    assert model(torch.randn(3, 2, 16), torch.randn(3, 2, 16)).isfinite().all()
+
+def test_a_model_that_is_itself_a_layer_is_refused():
+    with pytest.raises(LOSTError, match="the model is itself an nn.Linear, .* use LOSTLinear.from_linear"):
+        apply_lost(nn.Linear(8, 8), 2, 0.25)
+
+def spoiled(spoil):
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)), nn.Linear(16, 4))
+    spoil(model)
+    return model
+
+@pytest.mark.parametrize("spoil, rank, switches, message", [
+    (lambda model: model[2].weight.data[3].fill_(float("nan")), 3, {}, "2: the weight has NaN"),
+    (lambda model: model[2].weight.data.mul_(1e5).round_(), 9, {}, "3: rank 9 of a 4×16 weight"),
+    (lambda model: model[2].half().weight.data.fill_(65_000), 3, {"sparse_init": "residual"},
+     "2: the decomposition overflows torch.float16"),
+    (lambda model: model[2].double().weight.data.fill_(1e200), 3, {}, "2: the decomposition overflows"),
+    (lambda model: None, {"2": 3}, {}, "0: nothing is said for 0, only for 2"),
+    (lambda model: None, 3, {"select": "best"}, "0: select = 'best'"),
+])
+@pytest.mark.parametrize("part", [(0, 1), (0, 2), (1, 2)])
+def test_a_model_with_a_layer_that_fails_is_left_as_it_was(spoil, rank, switches, message, part):
+    model = spoiled(spoil)
+    before, values = dict(model.named_modules()), copy.deepcopy(model.state_dict())
+    with pytest.raises(LOSTError, match=f"^{message}"):
+        apply_lost(model, rank, 0.25, part=part, **switches)
+    assert dict(model.named_modules()) == before
+    for name, value in model.state_dict().items():
+        assert not value.is_meta and torch.equal(value.nan_to_num(), values[name].nan_to_num())
+
+def test_an_unknown_switch_is_an_error_of_the_program_that_leaves_the_model_as_it_was():
+    model = Network()
+    with pytest.raises(TypeError, match="colour"):
+        apply_lost(model, 4, 0.25, colour="blue")
+    assert set(kinds(model).values()) == {nn.Linear}
+
+# --- loading ---
+
+@pytest.mark.parametrize("index", [
+    [3, 3, 7, 9], [7, 3, 9, 11], [-1, 3, 7, 9], [3, 7, 9, 16], [0.0, 1.0, 2.0, 3.0]])
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_channels_that_repeat_or_are_not_there_are_refused_when_loaded(index, assign, device):
+    model = apply_lost(nn.Sequential(nn.ReLU(), nn.Linear(16, 12, device=device)), 4, 0.25)
+    state = apply_lost(nn.Sequential(nn.ReLU(), nn.Linear(16, 12)), 4, 0.25).state_dict()
+    with pytest.raises(LOSTError, match=r"^1\.index must hold different channels of 0 … 15 in ascending"):
+        model.load_state_dict({**state, "1.index": torch.tensor(index)}, assign=assign)
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+def test_right_channels_are_loaded_onto_the_meta_device_too(kind):
+    layer = LOSTLinear.from_linear(dense_layer((12, 16), dtype=torch.float32), 4, 0.25)
+    state = layer.state_dict()
+    state["index"] = state["index"].to(kind)
+    with torch.device("meta"):
+        rebuilt = LOSTLinear(**layer.settings())
+    rebuilt.load_state_dict(rebuilt.state_dict(), assign=True)                # nothing to look at yet
+    rebuilt.load_state_dict(state, assign=True)
+    x = inputs(16, dtype=torch.float32)
+    assert torch.equal(rebuilt(x), layer(x))
+
+def test_an_index_of_another_length_or_none_is_reported_by_torch():
+    layer = LOSTLinear.from_linear(dense_layer((12, 16)), 4, 0.25)
+    state = layer.state_dict()
+    with pytest.raises(RuntimeError, match="size mismatch for index"):
+        layer.load_state_dict({**state, "index": torch.arange(5)})
+    del state["index"]
+    with pytest.raises(RuntimeError, match="Missing key.*index"):
+        layer.load_state_dict(state)
 
 # --- merging ---
 
@@ -472,7 +832,7 @@ def test_merged_weight_equals_the_linear_layer(bias, learn_gamma, sparsity):
 
 def test_merge_refuses_a_layer_with_silu():
     layer = LOSTLinear.from_linear(dense_layer((12, 16)), 4, 0.25)
-    with pytest.raises(ValueError, match="activation 'silu' .*makes the layer non-linear"):
+    with pytest.raises(LOSTError, match="activation 'silu' .*makes the layer non-linear"):
         layer.merge()
 
 # --- hard weights ---
@@ -496,6 +856,50 @@ def test_rank_deficient_weight_trains(shape):
     train(layer, 3, torch.float64)
     assert layer(inputs(shape[1])).isfinite().all()
     assert torch.linalg.matrix_rank(layer.B @ layer.A) == 8                   # the empty directions learn too
+
+@shapes
+@pytest.mark.parametrize("true_rank", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["silu", "none"])
+def test_every_row_of_the_factors_learns_whatever_the_weight(shape, true_rank, dtype, activation):
+    linear = dense_layer(shape, dtype=dtype)
+    W = random_weight((shape[0], true_rank)) @ random_weight((true_rank, shape[1]), 1)
+    linear.weight.data.copy_(W.to(dtype))
+    layer = LOSTLinear.from_linear(linear, 8, 0.25, activation=activation)
+    before = layer.A.detach().clone(), layer.B.detach().clone()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)                   # follows sizes, Adam hides them
+    for step in range(3):
+        optimizer.zero_grad()
+        x, target = inputs(shape[1], step, dtype), inputs(shape[0], step + 1000, dtype)
+        (layer(x) - target).square().mean().backward()
+        optimizer.step()
+    moved_A, moved_B = layer.A - before[0], layer.B - before[1]
+    assert (moved_A.norm(dim=1) > 1e-7).all() and (moved_B.norm(dim=0) > 1e-7).all()
+    assert torch.linalg.matrix_rank(layer.B.double() @ layer.A.double()) == 8
+
+@shapes
+def test_rows_without_a_singular_value_leave_the_product_as_it_is(shape):
+    nothing = decompose(torch.zeros(shape, dtype=torch.float64), 8, 3)
+    assert not (nothing.B @ nothing.A).any() and (nothing.A.any() or nothing.B.any())
+    W = random_weight((shape[0], 3)) @ random_weight((3, shape[1]), 1)
+    parts = decompose(W, 8, 3)
+    assert torch.equal(parts.B @ parts.A, parts.B[:, :3] @ parts.A[:3])
+
+@shapes
+def test_factors_of_a_weight_of_full_rank_are_the_roots_of_its_svd_to_the_last_bit(shape):
+    W = random_weight(shape)
+    U, sigma, Vt = lost.top_svd(W, 7)
+    parts = decompose(W, 7, 0)
+    assert torch.equal(parts.A, sigma.sqrt()[:, None] * Vt) and torch.equal(parts.B, U * sigma.sqrt())
+
+@pytest.mark.parametrize("sparsity", [0, 0.25])
+def test_diagnosis_of_a_layer_of_zeros_has_numbers(sparsity):
+    layer = LOSTLinear.from_linear(dense_layer((12, 16)), 4, sparsity)
+    for p in layer.parameters():
+        p.data.zero_()
+    found = layer.diagnose(inputs(16))
+    assert found == pytest.approx({"low_rank_share": 0, "cosine": 0, "effective_rank": 1, "norm_A": 0,
+                                   "norm_B": 0, "gamma": 0.7})
 
 @shapes
 @pytest.mark.parametrize("dtype, tolerance", [
@@ -532,8 +936,35 @@ def test_meta_device_makes_shapes_without_a_decomposition(monkeypatch):
     assert all(t.is_meta for t in model.state_dict().values()) and layer.index.dtype == torch.int32
 
 def test_meta_device_still_checks_the_sizes():
-    with pytest.raises(ValueError, match=r"rank 9 of a 12×8 weight must lie in \[1, 8\]"):
+    with pytest.raises(LOSTError, match=r"rank 9 of a 12×8 weight must lie in \[1, 8\]"):
         LOSTLinear.from_linear(nn.Linear(8, 12, device="meta"), 9, 0.25)
+
+@pytest.mark.parametrize("sparsity", [0, 0.25])
+@pytest.mark.parametrize("enabled", [False, True])
+def test_meta_device_runs_the_layer_and_its_description(sparsity, enabled):
+    linear = nn.Linear(8, 12, device="meta")
+    layer = LOSTLinear.from_linear(linear, 4, sparsity, learn_gamma=True)
+    x = torch.empty(2, 5, 8, device="meta", requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        y = layer(x)
+    y.sum().backward()
+    assert y.is_meta and y.shape == (2, 5, 12) and y.dtype == linear(x).dtype and x.grad.shape == x.shape
+    assert "learn_gamma=True" in repr(layer) and LOSTLinear(**layer.settings()).k == layer.k
+
+def test_a_weight_on_the_meta_device_has_nothing_to_decompose():
+    with pytest.raises(LOSTError, match="a weight on the meta device has no values"):
+        decompose(torch.empty(12, 8, device="meta"), 3, 2)
+
+@pytest.mark.parametrize("sparsity", [0, 0.25])
+@pytest.mark.parametrize("few_rows", [False, True])
+def test_autocast_leaves_float64_alone_as_in_nn_linear(sparsity, few_rows):
+    linear, x = dense_layer((12, 16), bias=True), inputs(16)
+    layer = LOSTLinear.from_linear(linear, 4, sparsity)
+    layer.few_rows = few_rows
+    plain = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x).dtype == torch.float64
+        assert torch.equal(layer(x), plain)
 
 @pytest.mark.parametrize("activation", ["silu", "none"])
 def test_diagnosis_equals_its_definition(activation):
