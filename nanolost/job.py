@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from nanolost.errors import UserError
 from nanolost.files import claim
+from nanolost.flags import say
 
 # seconds; machines and containers of one job come up minutes apart, whatever --timeout is
 START = 60
@@ -233,9 +234,15 @@ class Job:
         return answer[0]
 
     def claim(self, out_dir: str):
-        """Lock out_dir until the job ends, by rank 0. UserError where another run has it."""
-        if self.rank == 0:
+        """Lock out_dir until the job ends, by rank 0. UserError on all where another run has it."""
+        def lock():
             self.stack.enter_context(claim(out_dir, "trains"))
+        self.first(lock)
+
+    def say(self, text: str):
+        """Print a line, by rank 0 alone."""
+        if self.rank == 0:
+            say(text)
 
 def _catch_signals(stack: contextlib.ExitStack, asked: list[str]):
     """A signal asks for a stop, on which all agree at the end of a step; a second Ctrl-C ends at once."""

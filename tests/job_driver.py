@@ -2,8 +2,9 @@
 
     python tests/job_driver.py FOLDER [--steps N] [--timeout S] [--fault KIND:RANK:STEP]
 
-FAULT at that step of that process: raise, user (a UserError), sleep, slow_first (rank 0 works alone, long).
-FOLDER gets `status`, by rank 0, and `pid_RANK`."""
+FAULT at that step of that process: raise, once (not after a restart), user (a UserError), sleep (an hour);
+first (rank 0 works twice the time-out for all), late (the process never looks for the others). FOLDER gets
+`status`, by rank 0, `pid_RANK`, and `step_RANK` at step 20."""
 import argparse
 import os
 import sys
@@ -32,38 +33,48 @@ def write(flags, name, text):
         file.write(text)
     os.replace(f"{path}.part", path)
 
-def fail(kind, timeout):
-    if kind == "raise":
+def come_late(flags):
+    def never(*args, **kwargs):
+        write(flags, "late", "")
+        time.sleep(3600)
+    torch.distributed.rendezvous = never
+
+def fail(kind):
+    if kind == "raise" or kind == "once" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         raise RuntimeError("injected")
     if kind == "user":
         raise UserError("a bad value: use a good one")
     if kind == "sleep":
         time.sleep(3600)
 
-def steps(flags, job):
+def take_steps(flags, job):
     kind, rank, at = flags.fault.split(":")
     for step in range(1, flags.steps + 1):
-        if job.rank == int(rank) and step == int(at):
-            fail(kind, flags.timeout)
-        if kind == "slow_first" and step == int(at):
-            job.first(lambda: time.sleep(2 * flags.timeout))
+        if step == int(at):
+            if job.rank == int(rank):
+                fail(kind)
+            if kind == "first":
+                job.first(lambda: time.sleep(2 * flags.timeout))
         total = job.sum(torch.tensor([float(step)]))
         assert total.item() == step * job.world
-        if job.rank == 0 and step in (1, 10):
-            print(f"step {step}", flush=True)
         reason = job.stop_reason()
         if reason:
             return f"stopped: {reason}"
+        if step == 20:
+            write(flags, f"step_{job.rank}", "20")
         time.sleep(0.002)
     return "finished"
 
 def main():
     flags = read_flags()
+    kind, rank, _ = flags.fault.split(":")
     write(flags, f"pid_{os.environ.get('RANK', 0)}", str(os.getpid()))
+    if kind == "late" and rank == os.environ["RANK"]:
+        come_late(flags)
     with Job.start(types.SimpleNamespace(device="cpu", timeout=flags.timeout, deterministic=False)) as job:
         try:
-            job.first(lambda: job.claim(flags.folder))
-            word = steps(flags, job)
+            job.claim(flags.folder)
+            word = take_steps(flags, job)
         except BaseException as e:
             word = f"failed: {job.first_fault(f'{type(e).__name__}: {e}')}"
             raise
