@@ -37,6 +37,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def shard_header(dtype: np.dtype, tokens: int) -> bytes:
     """The first HEADER_BYTES of a shard."""
     assert tokens <= MOST_TOKENS, f"{tokens} tokens are too many for an int32"
+    # llm.c's readers take 256 words, of which three say something
     header = np.zeros(HEADER_BYTES // 4, "<i4")
     for (magic, version), kind in FORMATS.items():
         if kind == dtype:
@@ -76,6 +77,7 @@ def write_shard(path: str, tokens, vocab_size: int | None = None):
     """Write one shard atomically. tokens: (n,) integers, stored as uint16 where `vocab_size` (by default one
     more than the largest token) fits, else as uint32. UserError for tokens outside the vocabulary."""
     tokens = np.asarray(tokens)
+    # a float that is rounded, or a row of rows that is flattened, would be another text
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"tokens of shape {tokens.shape} and type {tokens.dtype}: give one row of integers")
     if len(tokens) > MOST_TOKENS:
@@ -133,6 +135,7 @@ def is_count(value) -> bool:
 def is_digest(value) -> bool:
     if not isinstance(value, str):
         return False
+    # in hashlib's spelling: digests are compared as texts
     return re.fullmatch("[0-9a-f]{64}", value) is not None
 
 def is_object(value) -> bool:
@@ -170,9 +173,9 @@ def check_entries(entries: dict, kinds: dict, required: tuple[str, ...] = ()):
     for name in required:
         if name not in entries:
             raise UserError(f"it has no {name}")
-    for name in kinds.keys() & entries.keys():
-        kind, holds = kinds[name]
-        if not holds(entries[name]):
+    # in the table's order: all ranks and all runs name the same entry
+    for name, (kind, holds) in kinds.items():
+        if name in entries and not holds(entries[name]):
             raise UserError(f"its {name} {entries[name]!r:.80} is not {kind}")
 
 def check_manifest(manifest: dict):
@@ -304,7 +307,8 @@ class SampleOrder:
         key = mix(epoch + mix(seed))
         sample = self._feistel(place, key)
         outside = sample >= self.n
-        # the domain is < 4 n: seldom many rounds
+        # cycle walking (Black & Rogaway 2002): a permutation of the larger domain, walked until it is back
+        # below n, is one of 0 … n - 1; the domain is < 4 n, so four rounds on average at most
         while outside.any():
             sample[outside] = self._feistel(sample[outside], key[outside])
             outside = sample >= self.n
@@ -361,6 +365,7 @@ class TokenDataset:
     @staticmethod
     def _choose(data_dir: str, split: str, manifest: dict | None) -> list[dict]:
         shards = manifest["shards"] if manifest else named_shards(data_dir)
+        # of both splits, whichever is asked for: a run opens one before the other
         check_disjoint(data_dir, shards)
         own = [shard for shard in shards if shard["split"] == split]
         if not own:
@@ -399,6 +404,7 @@ class TokenDataset:
         window = torch.from_numpy(self._windows(samples))
         # the targets are the inputs moved by one
         halves = window[:, :-1], window[:, 1:]
+        # a copy from pageable memory would wait for all that the GPU has still to do
         if torch.device(device).type == "cuda":
             return tuple(half.contiguous().pin_memory().to(device, non_blocking=True) for half in halves)
         return tuple(half.to(device) for half in halves)

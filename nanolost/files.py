@@ -76,7 +76,7 @@ def follow_umask(path: str):
 
 def claim(folder: str, doing: str):
     """Make `folder` and lock it: the lock lasts as long as the returned file is open, or until this process
-    ends in whatever way. doing: a verb for the other's message, such as "trains".
+    ends in whatever way. doing: what the holder of such a lock does, for the error: "trains".
 
     UserError where another process has the lock, or the folder cannot be made or written."""
     try:

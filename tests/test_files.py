@@ -29,6 +29,11 @@ def failing(number: int):
         raise OSError(number, os.strerror(number))
     return fail
 
+def lowest_free_descriptor() -> int:
+    descriptor = os.open(os.devnull, os.O_RDONLY)
+    os.close(descriptor)
+    return descriptor
+
 # --- writing ---
 
 class Killed(BaseException):
@@ -97,8 +102,7 @@ def test_a_disk_that_fails_to_sync_a_folder_is_an_error(tmp_path, monkeypatch, n
         write_atomic(str(tmp_path / "a"), b"new")
 
 def test_syncing_a_folder_leaves_no_descriptor_open(tmp_path, monkeypatch):
-    opened = os.open(tmp_path, os.O_RDONLY)
-    os.close(opened)                           # the lowest free one
+    free = lowest_free_descriptor()
     for number in (None, errno.EINVAL, errno.EIO):
         if number:
             monkeypatch.setattr(os, "fsync", failing(number))
@@ -106,9 +110,7 @@ def test_syncing_a_folder_leaves_no_descriptor_open(tmp_path, monkeypatch):
             sync_folder(str(tmp_path))
         except OSError:
             assert number == errno.EIO
-    again = os.open(tmp_path, os.O_RDONLY)
-    os.close(again)
-    assert again == opened
+    assert lowest_free_descriptor() == free
 
 @pytest.fixture
 def umask():
@@ -163,9 +165,12 @@ def test_a_second_process_is_told_who_has_the_folder_and_gets_it_when_that_one_i
 
 def test_a_lock_lasts_as_long_as_its_file_is_open(tmp_path):
     first = claim(str(tmp_path), "trains")
+    free, caught = lowest_free_descriptor(), []
     for _ in range(2):
-        with pytest.raises(UserError, match=rf"process {os.getpid()} on .* trains in .*--out_dir"):
+        with pytest.raises(UserError, match=rf"process {os.getpid()} on .* trains in .*--out_dir") as error:
             claim(str(tmp_path), "trains")
+        caught.append(error)                   # a traceback keeps what was open
+    assert lowest_free_descriptor() == free
     first.close()
     second = claim(str(tmp_path), "trains")
     assert (tmp_path / ".lock").read_text() == f"{os.getpid()} on {socket.gethostname()}"
@@ -209,9 +214,10 @@ def test_a_folder_that_cannot_be_made_or_written_is_named_with_the_cause(tmp_pat
 def test_a_disk_that_is_full_when_the_lock_is_written_leaves_no_lock(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(socket, "gethostname", failing(errno.ENOSPC))        # within the write
-        with pytest.raises(UserError, match="cannot write to .*No space left"):
+        with pytest.raises(UserError, match="cannot write to .*No space left") as caught:
             claim(str(tmp_path), "trains")
     claim(str(tmp_path), "trains").close()
+    assert caught.value.__context__, "its traceback would hold a file that was left open"
 
 def test_a_lock_that_is_a_link_empties_nobody_s_file(tmp_path):
     (tmp_path / "thesis").write_bytes(b"years")
@@ -245,16 +251,13 @@ def test_what_is_no_file_is_one_error_and_no_endless_wait(tmp_path):
             sha256_file(path)
 
 def test_reading_leaves_no_descriptor_open(tmp_path):
-    opened = os.open(tmp_path, os.O_RDONLY)
-    os.close(opened)
+    free = lowest_free_descriptor()
     for path in no_files(tmp_path):
         with pytest.raises(UserError):
             read_json(path)
     read_json(str(tmp_path / "file"))
     sha256_file(str(tmp_path / "file"))
-    again = os.open(tmp_path, os.O_RDONLY)
-    os.close(again)
-    assert again == opened
+    assert lowest_free_descriptor() == free
 
 @pytest.mark.parametrize("limit", [0, 1, 9, 10])
 def test_exactly_the_limit_is_read_and_no_byte_more(tmp_path, limit):
