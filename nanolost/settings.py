@@ -59,7 +59,7 @@ class ModelFlags:
 @dataclass
 class MethodFlags:
     linear: str = flag("lost", "kind: LOST, dense, plain low-rank or CoLA",
-                       list(METHODS), section="linear layers")
+                       METHODS, section="linear layers")
     rank: int | dict | None = flag(None, "r; by module too: q_proj=64,default=128 (by --model)")
     sparsity: float | dict = flag(0.01, "ρ, share of input channels kept in the sparse path; by module too")
     gamma: float = flag(0.7, "γ, weight of the low-rank path; the sparse path has 1 - γ")
@@ -80,7 +80,7 @@ class TrainingFlags:
     warmup: int | None = flag(None, "updates of linear warm-up (a tenth of --steps)")
     min_lr_ratio: float = flag(0.1, "end of the cosine, as a share of the peak")
     optimizer: str = flag("adamw", "adamw, or muon for the blocks' matrices and AdamW elsewhere",
-                          list(OPTIMIZERS))
+                          OPTIMIZERS)
     weight_decay: float = flag(0.01, "decoupled weight decay, on matrices and embeddings")
     betas: tuple[float, float] = flag((0.9, 0.95), "AdamW's β₁, β₂")
     momentum: float = flag(0.95, "Muon's momentum")

@@ -1,25 +1,39 @@
-"""What several test files share: prepared text and a configuration small enough for a second of training."""
+"""What several test files share: prepared text, a configuration small enough for a second of training, and
+ways to look at what a run has left."""
+import contextlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
+import nanolost  # noqa: F401  before torch: OpenMP reads its settings once
 import prepare_c4
 import train
+from nanolost import checkpoint
+from nanolost.job import Job
+from nanolost.loop import update
+from nanolost.settings import resolve, settle_device, settle_schedule, split_batch
+from nanolost.threads import use_threads
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# seconds that a process may take for what takes a few on a quiet machine: the machine may have a load of ten
+PATIENCE = 300
 SMALL = dict(model="tiny", n_layer=2, n_embd=32, n_head=2, n_ffn=48, seq_len=32, batch_tokens=256, steps=8,
              lr=1e-2, optimizer="adamw", warmup=2, eval_every=4, eval_tokens=2000, save_every=4, log_every=1,
-             device="cpu")
+             device="cpu", threads=1)
 
 LAUNCHED = []
 
 @pytest.fixture(autouse=True)
 def no_process_outlives_its_test():
     yield
-    while LAUNCHED:                            # after a failure; processes of a launcher end when it does
+    # after a failure; processes of a launcher end when it does
+    while LAUNCHED:
         LAUNCHED.pop().kill()
 
 def pytest_addoption(parser):
@@ -64,28 +78,119 @@ def small(data_dir, tmp_path):
     def make(**given):
         method = {} if given.get("linear") == "dense" else {"rank": 8}
         folders = {"data_dir": data_dir, "out_dir": str(tmp_path / "out")}
-        return train.resolve({**SMALL, **method, **folders, **given})
+        return resolve({**SMALL, **method, **folders, **given})
     return make
+
+# --- commands ---
 
 def flags_of(config) -> list[str]:
     """The command line of a Config, without the flags that have the defaults of its size and kind."""
     def text(value):
         return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
     kind = {"model": config.model, "linear": config.linear}
-    default = {**vars(train.resolve(kind)), "model": None, "linear": None}
+    default = {**vars(resolve(kind)), "model": None, "linear": None}
     return [f"--{name}={text(value)}" for name, value in vars(config).items() if value != default[name]]
+
+def default_interrupt():
+    # a shell starts a background process with SIGINT ignored, which children inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def launch(config, processes=1, fault="", flags=(), under=(), env=(), **kwargs) -> subprocess.Popen:
+    """train.py as a command of its own, under torchrun for several processes; fault: see faulty.py; flags: of
+    torchrun; under: a command that starts the command; env: more variables."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *flags]
+    script = os.path.join(ROOT, "tests/faulty.py" if fault else "train.py")
+    command = [*under, sys.executable, *(torchrun if processes > 1 else []), script, *flags_of(config)]
+    defaults = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "preexec_fn": default_interrupt}
+    kwargs = {**defaults, **kwargs}
+    # torchrun kills a process that is stopped after this grace, from torch 2.12 on; its default is 30 s
+    grace = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault, **grace, **dict(env)}
+    LAUNCHED.append(subprocess.Popen(command, text=True, env=environment, **kwargs))
+    return LAUNCHED[-1]
+
+def ended(process, code: int | None = 0) -> str:
+    """What a process printed, once it has ended with `code` (None: with any)."""
+    output = process.communicate(timeout=PATIENCE)[0]
+    assert code is None or process.returncode == code, output
+    return output
+
+def wait_for(process, start: str) -> str:
+    """Read the output up to a line that starts so; returns what was read."""
+    read = []
+    for line in process.stdout:
+        read.append(line)
+        if line.startswith(start):
+            return "".join(read)
+    raise AssertionError(f"no line {start!r} in: {''.join(read)}")
+
+def within(seconds, condition):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+# --- what a run leaves ---
 
 def status(config) -> dict:
     with open(os.path.join(config.out_dir, "status.json"), encoding="utf-8") as f:
         return json.load(f)
 
-def launch(config, processes: int = 1, fault: str = "", flags=(), under=(), **kwargs) -> subprocess.Popen:
-    """train.py as a command of its own, under torchrun for several processes; fault: see faulty.py; flags: of
-    torchrun; under: a command that starts the command."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *flags]
-    script = os.path.join(ROOT, "tests/faulty.py" if fault else "train.py")
-    command = [*under, sys.executable, *(torchrun if processes > 1 else []), script, *flags_of(config)]
-    kwargs = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **kwargs}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault}
-    LAUNCHED.append(subprocess.Popen(command, text=True, env=environment, **kwargs))
-    return LAUNCHED[-1]
+# entries of metrics.jsonl that a clock or a memory gauge says: no two runs agree in them
+MEASURED = {"time", "tokens_per_second", "step_ms", "mfu", "peak_memory_bytes"}
+
+def metrics(config, kind: str | None = None) -> list[dict]:
+    """The records of metrics.jsonl of one kind, or all."""
+    with open(os.path.join(config.out_dir, "metrics.jsonl"), encoding="utf-8") as f:
+        records = [json.loads(line) for line in f]
+    return [record for record in records if kind in (None, record["kind"])]
+
+def lines(config, kind: str | None = None) -> list[dict]:
+    """`metrics` without what is measured: two runs that compute the same have the same lines."""
+    return [{name: value for name, value in record.items() if name not in MEASURED}
+            for record in metrics(config, kind)]
+
+def losses(config) -> list[tuple[int, float]]:
+    return [(record["step"], record["loss"]) for record in metrics(config, "train")]
+
+def val_losses(config) -> list[float]:
+    return [record["val_loss"] for record in metrics(config, "eval")]
+
+def step_folder(config, step: int) -> str:
+    return os.path.join(config.out_dir, "checkpoints", f"step_{step:08d}")
+
+def files_of(config, step: int) -> dict[str, bytes]:
+    """The tensors of a checkpoint, as bytes."""
+    found = {}
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        with open(os.path.join(step_folder(config, step), name), "rb") as f:
+            found[name] = f.read()
+    return found
+
+def continue_from(config, other, step: int):
+    """Train `other`, which may be `config`, on from the checkpoint of `step` that `config` has left."""
+    if other.out_dir != config.out_dir:
+        shutil.copytree(config.out_dir, other.out_dir)
+    for folder in checkpoint.checkpoints(other.out_dir):
+        if checkpoint.step_of(folder) > step:
+            shutil.rmtree(folder)
+    train.main(other)
+
+# --- a run without its folder ---
+
+@contextlib.contextmanager
+def started(config):
+    """(config, state, texts, job) of a new run that nothing is written of."""
+    config = settle_device(config)
+    with Job.start(config) as job:
+        config.micro_batch, _ = split_batch(config, job.world)
+        texts = train.Texts(config, train.vocabulary(config))
+        settle_schedule(config, {})
+        use_threads(config.threads)
+        yield config, train.fresh(config, job), texts, job
+
+def updates(config, state, texts, job, count: int) -> list:
+    """The figures of `count` updates."""
+    micro, accumulation = split_batch(config, job.world)
+    shape = (accumulation, job.world, micro)
+    return [update(state, texts.train, texts.samples(state, shape), config, job) for _ in range(count)]
