@@ -3,16 +3,19 @@
     python bench.py --what step,decode --model 130m          # of init, layer, step, decode, data (all)
     python bench.py --device cuda --model 1b
 
-Prints a table and last one JSON object on one line. Contestants take turns and their times are medians; a
-ratio above 1 is a gain. The limit of LOST over dense is the ratio of their multiplications."""
-import itertools
+Prints a table of each part, and last one JSON object on one line. Times are medians; a ratio above 1 is a
+gain. The limit of LOST over dense is the ratio of their multiplications."""
+import nanolost  # noqa: F401, I001  before torch: OpenMP reads its settings once
+
 import json
+import math
 import os
 import platform
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,20 +23,38 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import train
 from lost import LOSTLinear, apply_lost
-from model import MODELS
+from model import MODELS, Llama
+from nanolost.budget import count_bytes, peak_flops, peak_memory
 from nanolost.counts import count_flops, count_multiplies
 from nanolost.data import SampleOrder, TokenDataset, token_dtype, write_shard
 from nanolost.decode import compile_step, generate
+from nanolost.errors import UserError
 from nanolost.flags import command, flag, parse
-from nanolost.job import pick_device
+from nanolost.job import Job, pick_device, place
+from nanolost.loop import State, update
+from nanolost.methods import build_model
+from nanolost.settings import DEVICES, autocast, resolve, settle_device, settle_schedule
+from nanolost.settings import Config as TrainConfig
+
+# the speed does not depend on the first weights, and these need no SVD
+QUICK_START = {"init": "random", "select": "weight"}
+# runs of one turn on a GPU: only the first waits for the host to launch its kernels
+GPU_RUNS = 5
+# of the shard that steps read from
+SHARD_TOKENS = 10_000_000
+# of the data part: 400 MB, which no cache of a CPU holds
+LONG_SHARD_TOKENS = 200_000_000
+# updates by the recipe that the data part reads, 131 M tokens
+READS = 1000
+# tokens before those that decode adds
+PROMPT = 32
 
 @dataclass
 class Config:
     what: str = flag("init,layer,step,decode,data", "the parts to measure")
     model: str = flag("130m", "size", list(MODELS))
-    device: str = flag("auto", "the best there is", ["auto", *train.DEVICES])
+    device: str = flag("auto", "the best there is", ["auto", *DEVICES])
     dtype: str = flag("bfloat16", "of autocast, and of the weights that decode", ["float32", "bfloat16"])
     compile: bool = flag(True, "torch.compile on every contestant")
     tokens: int = flag(2048, "of a micro-batch, in windows of --seq_len")
@@ -42,38 +63,114 @@ class Config:
     rounds: int = flag(7, "turns of each contestant")
     vocab_size: int = flag(50257, "rows of embedding and head")
 
-def race(contestants: dict, rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each function; two turns to warm up, then `rounds` turns one after the other. Each is
-    run once more before its turn, as in training a step follows one of the same model. On a GPU a turn is
-    five runs, of which only the first waits for the host."""
-    runs, wait = (5, torch.cuda.synchronize) if device.type == "cuda" else (1, lambda: None)
-    def turn(work):
-        wait()
-        started = time.perf_counter()
-        for _ in range(runs):
-            work()
-        wait()
-        return (time.perf_counter() - started) / runs
-    for work in [*contestants.values()] * 2:
+# --- taking turns ---
+
+def synchronize(device: torch.device):
+    """Wait until the device has done what it was given."""
+    # a CPU has, by the time that a call returns
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+def turn(work: Callable, device: torch.device) -> float:
+    """Seconds of one run of work()."""
+    runs = GPU_RUNS if device.type == "cuda" else 1
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(runs):
         work()
+    synchronize(device)
+    return (time.perf_counter() - started) / runs
+
+def race(contestants: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each function over `rounds` turns, one contestant after the other: a slow minute of
+    the machine meets all of them."""
+    # the first run compiles, the second may compile once more for other strides
+    for _ in range(2):
+        for work in contestants.values():
+            work()
+    # whole rounds, never all turns of one contestant
     times = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, work in contestants.items():
+            # once untimed: in training a step follows one of the same model, whose memory is in the caches
             work()
-            times[name].append(turn(work))
+            times[name].append(turn(work, device))
     return {name: statistics.median(series) for name, series in times.items()}
 
-def table(rows: list[dict]):
-    """Aligned columns, numbers with three digits."""
-    def text(value):
-        if isinstance(value, str):
-            return value
-        return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{round(value):,}"
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [names] + [[text(row.get(name, "")) for name in names] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for row in cells:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)), flush=True)
+# --- what is built for several parts ---
+
+def train_config(config: Config, linear: str, **given) -> TrainConfig:
+    """The settings of a training run by the recipe of the size, one micro-batch an update."""
+    if linear == "lost":
+        given |= QUICK_START
+    settings = resolve({
+        "model": config.model,
+        "linear": linear,
+        "vocab_size": config.vocab_size,
+        "seq_len": config.seq_len,
+        "batch_tokens": config.tokens,
+        "micro_batch": config.tokens // config.seq_len,
+        "device": config.device,
+        "dtype": config.dtype,
+        **given,
+    })
+    settings = settle_device(settings)
+    # the warm-up of a new run: `update` sets a learning rate
+    settle_schedule(settings, {})
+    return settings
+
+def transformers_llama():
+    """The module `transformers`, where it is installed."""
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("no transformers to compare with: pip install -c constraints.txt .[test]") from None
+    return transformers
+
+def as_transformers(model: Llama, cls=None) -> nn.Module:
+    """transformers' LLaMA, or a subclass `cls` of it, with the weights of a dense model."""
+    transformers = transformers_llama()
+    sizes = transformers.LlamaConfig(**model.config.to_hf(), attn_implementation="sdpa")
+    other = (cls or transformers.LlamaForCausalLM)(sizes)
+    # names and shapes are the same: both compute the same numbers
+    other.load_state_dict(model.state_dict())
+    # in bfloat16 where ours decodes in it
+    weight = model.lm_head.weight
+    return other.to(weight.device, weight.dtype)
+
+def as_trainable(model: Llama) -> nn.Module:
+    """transformers' LLaMA that is called as ours in training, so that one update serves both."""
+    class CalledAsOurs(transformers_llama().LlamaForCausalLM):
+        def forward(self, idx, targets, loss_only=True):
+            # shift_labels: the targets are the next tokens already
+            return None, super().forward(idx, labels=targets, shift_labels=targets).loss
+
+    return as_transformers(model, CalledAsOurs)
+
+def random_shard(folder: str, config: Config, tokens: int) -> TokenDataset:
+    """A training split of random ids."""
+    dtype = token_dtype(config.vocab_size)
+    # their values do not matter to the speed, only their number
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, tokens, dtype)
+    write_shard(os.path.join(folder, "train_0.bin"), ids, config.vocab_size)
+    return TokenDataset(folder, "train", config.seq_len)
+
+# --- init: the start of a run ---
+
+def bench_init(config: Config, device: torch.device) -> list[dict]:
+    """The decompositions of a whole model, as at the start of a run."""
+    # LOST by the recipe: the whole SVD of each weight, no quick start
+    settings = resolve({"model": config.model})
+    model = build_model(train_config(config, "dense"), device)
+    # all but the head
+    layers = sum(isinstance(m, nn.Linear) for m in model.modules()) - 1
+    started = time.perf_counter()
+    apply_lost(model, settings.rank, settings.sparsity)
+    synchronize(device)
+    seconds = time.perf_counter() - started
+    return [{"init": config.model, "decompositions": layers, "seconds": seconds}]
+
+# --- layer: one layer, forward and backward ---
 
 class Literal(nn.Module):
     """Equation 7 as it is printed, on the parameters of a LOSTLinear."""
@@ -83,181 +180,319 @@ class Literal(nn.Module):
         self.layer = layer
 
     def forward(self, x):
-        one = self.layer
-        low_rank = F.linear(F.silu(F.linear(x, one.A)), one.B)
-        return one.gamma * low_rank + (1 - one.gamma) * F.linear(x[..., one.index], one.W_s)
+        layer = self.layer
+        inner = F.silu(F.linear(x, layer.A))
+        low_rank = F.linear(inner, layer.B)
+        sparse = F.linear(x[..., layer.index], layer.W_s)
+        return layer.gamma * low_rank + (1 - layer.gamma) * sparse
 
-def bench_layer(config: Config, device, autocast) -> list[dict]:
-    """One layer forward and backward at the shapes of the size, weights in float32 under autocast."""
-    recipe, rows = train.resolve({"model": config.model}), []
-    width, inner = recipe.n_embd, recipe.n_ffn
-    for m, n in [(width, width), (width, inner), (inner, width)]:
-        dense = nn.Linear(m, n, bias=False, device=device)
-        lost = LOSTLinear.from_linear(dense, recipe.rank, recipe.sparsity, init="random", select="weight")
-        x = torch.randn(config.tokens // config.seq_len, config.seq_len, m, device=device, requires_grad=True)
-        out = torch.randn(*x.shape[:2], n, device=device)
-        contestants = {"dense": dense, "lost": lost, "literal": Literal(lost)}
-        def both(layer, x=x, out=out):
-            forward = torch.compile(layer, dynamic=False) if config.compile else layer
-            def work():
-                with autocast:
-                    y = forward(x)
-                torch.autograd.grad(y, [x, *layer.parameters()], out.to(y.dtype))
-            return work
-        seconds = race({name: both(layer) for name, layer in contestants.items()}, config.rounds, device)
-        limit = count_multiplies(dense) / count_multiplies(lost)
-        gain = seconds["dense"] / seconds["lost"]
-        rows.append({"layer": f"{m}→{n}", **{f"{name} ms": 1000 * s for name, s in seconds.items()},
-                     "over dense": gain, "limit": limit, "of limit": gain / limit,
-                     "over literal": seconds["literal"] / seconds["lost"]})
-    return rows
+def forward_and_backward(layer: nn.Module, x, out_grad, context, compiled: bool) -> Callable:
+    """work() for `race`: all gradients of one layer under the autocast `context`."""
+    forward = torch.compile(layer, dynamic=False) if compiled else layer
+    inputs = [x, *layer.parameters()]
+    def work():
+        with context:
+            y = forward(x)
+        # nothing is accumulated, so that a run leaves no trace for the next
+        torch.autograd.grad(y, inputs, out_grad.to(y.dtype))
+    return work
 
-def random_shard(folder: str, config: Config, tokens: int) -> TokenDataset:
-    ids = np.random.default_rng(0).integers(0, config.vocab_size, tokens, token_dtype(config.vocab_size))
-    write_shard(os.path.join(folder, "train_0.bin"), ids, config.vocab_size)
-    return TokenDataset(folder, "train", config.seq_len)
+def race_of_layers(config: Config, device: torch.device, m: int, n: int) -> dict:
+    """A row of the table: a layer from m to n features, weights in float32 under autocast."""
+    settings = train_config(config, "dense")
+    recipe = resolve({"model": config.model})
+    dense = nn.Linear(m, n, bias=False, device=device)
+    lost = LOSTLinear.from_linear(dense, recipe.rank, recipe.sparsity, **QUICK_START)
+    shape = (config.tokens // config.seq_len, config.seq_len)
+    # inside a model the input needs a gradient too
+    x = torch.randn(*shape, m, device=device, requires_grad=True)
+    out_grad = torch.randn(*shape, n, device=device)
+    contestants = {}
+    for name, layer in {"dense": dense, "lost": lost, "literal": Literal(lost)}.items():
+        context = autocast(settings)
+        contestants[name] = forward_and_backward(layer, x, out_grad, context, config.compile)
+    seconds = race(contestants, config.rounds, device)
+    row = {"layer": f"{m}→{n}"}
+    # milliseconds, as all times in tables
+    for name in contestants:
+        row[f"{name} ms"] = 1000 * seconds[name]
+    gain = seconds["dense"] / seconds["lost"]
+    # all layers' time in matrix products, each at the same speed
+    limit = count_multiplies(dense) / count_multiplies(lost)
+    row["over dense"] = gain
+    row["limit"] = limit
+    row["of limit"] = gain / limit
+    row["over literal"] = seconds["literal"] / seconds["lost"]
+    return row
 
-def bench_step(config: Config, device, autocast) -> list[dict]:
+def bench_layer(config: Config, device: torch.device) -> list[dict]:
+    """The three shapes of the layers of a size."""
+    sizes = MODELS[config.model]
+    width = sizes["n_embd"]
+    inner = sizes["n_ffn"]
+    shapes = [(width, width), (width, inner), (inner, width)]
+    return [race_of_layers(config, device, m, n) for m, n in shapes]
+
+# --- step: one update ---
+
+class ReadyBatch:
+    """Stands for a TokenDataset whose one batch is on the device already."""
+
+    def __init__(self, config: Config, device: torch.device):
+        shape = (config.tokens // config.seq_len, config.seq_len)
+        self.x = torch.randint(config.vocab_size, shape, device=device)
+
+    def batch(self, samples, device):
+        return self.x, self.x
+
+class Trainee:
+    """A model in training: `step()` is the update of train.py, on a batch that is there already or on one
+    that is read."""
+
+    def __init__(self, name: str, config: Config, device: torch.device, ready: ReadyBatch):
+        linear = "lost" if name.startswith("lost") else "dense"
+        # by the recipe 7b and 13b recompute always
+        settings = train_config(config, linear, recompute=name.endswith("recompute"))
+        model = build_model(settings, device)
+        # counted on ours also for transformers: their shapes are the same
+        self.row = {
+            "step": name,
+            "multiplications": count_multiplies(model),
+            "flops": count_flops(model, config.seq_len),
+            "bytes": sum(count_bytes(model, settings.optimizer)),
+        }
+        if name == "transformers":
+            model = as_trainable(model)
+        self.config = settings
+        self.ready = ready
+        # never started: a bench needs no handler of signals and no other process
+        self.job = Job(device.type)
+        self.state = State.of(model, settings)
+        if config.compile:
+            # in place: parameters keep their names
+            model.compile(dynamic=False)
+
+    def step(self, data=None, order=None):
+        # the next ones, as in training: a page is read once
+        numbers = np.arange(self.config.micro_batch) + self.state.samples
+        if order is not None:
+            numbers = order[numbers]
+        # one micro-batch on one process
+        numbers = numbers[None, None]
+        update(self.state, data or self.ready, numbers, self.config, self.job)
+
+    def held_bytes(self) -> int:
+        """Of what stays in memory between two updates."""
+        model = self.state.model
+        held = [*model.parameters(), *model.buffers(), self.state.gradients]
+        for optimizer in self.state.optimizers:
+            for kept in optimizer.state.values():
+                held += kept.values()
+        return sum(tensor.nbytes for tensor in held)
+
+    def measure_peak(self):
+        """Activations come on top of what is held: known on a GPU alone."""
+        if self.job.device.type != "cuda":
+            return
+        # the first update makes the optimizer state
+        self.step()
+        torch.cuda.reset_peak_memory_stats()
+        idle = torch.cuda.memory_allocated()
+        self.step()
+        # over what other contestants hold meanwhile
+        self.row["peak bytes"] = self.row["bytes"] + torch.cuda.max_memory_allocated() - idle
+
+def bench_step(config: Config, device: torch.device) -> list[dict]:
     """One update: forward, backward, clipping, optimizer. Of our models and of transformers' LLaMA, all on
     one batch that is there already, and of LOST on batches that are read as in training."""
+    ready = ReadyBatch(config, device)
+    trainees = {}
+    for name in ("dense", "lost", "lost, reading data", "lost, recompute", "transformers"):
+        if name == "lost, reading data":
+            # the same model: a second one would take the caches from the first
+            trainees[name] = trainees["lost"]
+            continue
+        # all are held at once, as they take turns
+        trainees[name] = Trainee(name, config, device, ready)
+        trainees[name].measure_peak()
     with tempfile.TemporaryDirectory() as folder:
-        return race_of_steps(config, device, autocast, random_shard(folder, config, 10_000_000))
+        data = random_shard(folder, config, SHARD_TOKENS)
+        order = SampleOrder(len(data), 0)
+        contestants = {name: trainee.step for name, trainee in trainees.items()}
+        contestants["lost, reading data"] = lambda: trainees["lost"].step(data, order)
+        seconds = race(contestants, config.rounds, device)
+    return step_rows(trainees, seconds, config.tokens, peak_flops(device))
 
-def race_of_steps(config: Config, device, autocast, data: TokenDataset) -> list[dict]:
-    micro, order, count = config.tokens // config.seq_len, SampleOrder(len(data), 0), itertools.count()
-    x = torch.randint(config.vocab_size, (micro, config.seq_len), device=device)
-    def read():
-        return data.batch(order[np.arange(micro) + micro * next(count)], device)
-    contestants, rows, kept = {}, [], {}
-    for name in ("dense", "lost", "lost, recompute", "transformers"):
-        model, run = build(config, "lost" if name.startswith("lost") else "dense", device)
-        row = {"step": name, "multiplications": count_multiplies(model), "flops": count_flops(model),
-               "bytes": sum(train.count_bytes(model, run.optimizer))}
-        model.recompute = name.endswith("recompute")
-        if name == "transformers":
-            model = as_transformers(model)
-        optimizers, gradients = train.build_optimizers(model, run), train.flat_gradients(model)
-        if config.compile:
-            model.compile(dynamic=False)
-        def update(batch=lambda: (x, x), model=model, name=name, optimizers=optimizers, gradients=gradients,
-                   clip=run.grad_clip):
-            gradients.zero_()
-            x, y = batch()
-            with autocast:
-                loss = model(x, labels=x).loss if name == "transformers" else model(x, y, loss_only=True)[1]
-            loss.backward()
-            gradients.mul_(min(1.0, clip / gradients.norm().item()))
-            for optimizer in optimizers:
-                optimizer.step()
-        if device.type == "cuda":
-            update()
-            torch.cuda.reset_peak_memory_stats()
-            idle = torch.cuda.memory_allocated()
-            update()
-            row["peak bytes"] = row["bytes"] + torch.cuda.max_memory_allocated() - idle
-        contestants[name], kept[name] = update, (model, optimizers, gradients)
-        rows.append(row)
-        if name == "lost":
-            contestants["lost, reading data"] = lambda update=update: update(read)
-            kept["lost, reading data"] = kept[name]
-            rows.append({**row, "step": "lost, reading data"})
-    seconds = race(contestants, config.rounds, device)
-    peak = train.peak_flops(device)
-    for row in rows:
-        name, flops = row["step"], row.pop("flops")
-        model, optimizers, gradients = kept[name]
-        held = [*model.parameters(), *model.buffers(), gradients]
-        held += [t for o in optimizers for state in o.state.values() for t in state.values()]
-        speed, limit = config.tokens / seconds[name], rows[0]["multiplications"] / row["multiplications"]
+def step_rows(trainees: dict[str, Trainee], seconds: dict, tokens: int, peak: float | None) -> list[dict]:
+    """peak: FLOPs a second of the device, None where unknown."""
+    dense = trainees["dense"].row["multiplications"]
+    rows = []
+    for name, trainee in trainees.items():
+        row = {**trainee.row, "step": name}
+        flops = row.pop("flops")
+        speed = tokens / seconds[name]
         gain = seconds["dense"] / seconds[name]
-        row |= {"held bytes": sum(t.nbytes for t in held), "ms": 1000 * seconds[name], "tokens/s": speed,
-                "mfu": speed * flops / peak if peak else "n/a", "over dense": gain, "limit": limit,
-                "of limit": gain / limit}
+        limit = dense / row["multiplications"]
+        # what --dry_run counts is `bytes`; what is really there must agree
+        row["held bytes"] = trainee.held_bytes()
+        row["ms"] = 1000 * seconds[name]
+        row["tokens/s"] = speed
+        row["mfu"] = speed * flops / peak if peak else "n/a"
+        row["over dense"] = gain
+        row["limit"] = limit
+        row["of limit"] = gain / limit
+        rows.append(row)
     return rows
 
-def build(config: Config, linear: str, device):
-    """(model, its resolved training config); LOST from a random start, on which the speed does not depend."""
-    quick = {"init": "random", "select": "weight"} if linear == "lost" else {}
-    run = train.resolve({"model": config.model, "vocab_size": config.vocab_size, "seq_len": config.seq_len,
-                         "linear": linear, **quick})
-    return train.build_model(run, device), run
+# --- decode: one text, token by token ---
 
-def as_transformers(model):
-    """transformers' LLaMA with the weights of a dense model."""
-    try:
-        from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError:
-        raise ValueError("no transformers to compare with: pip install -c constraints.txt .[test]") from None
-    other = LlamaForCausalLM(LlamaConfig(**model.config.to_hf(), attn_implementation="sdpa"))
-    other.load_state_dict(model.state_dict())
-    return other.to(model.lm_head.weight.device)
+def continuation(model: Llama, idx: torch.Tensor, new_tokens: int, step=None) -> Callable:
+    """work() for `race`. step: a compiled decode step."""
+    def work():
+        generate(model, idx, new_tokens, temperature=0, step=step)
+    return work
 
-def bench_decode(config: Config, device, autocast) -> list[dict]:
-    """One text continued greedily, weights in --dtype. compiled: only the step of one token is."""
-    idx, n, contestants = torch.randint(config.vocab_size, (1, 32), device=device), config.new_tokens, {}
+def continuation_by_transformers(model: Llama, idx: torch.Tensor, new_tokens: int) -> Callable:
+    other = as_transformers(model)
+    def work():
+        other.generate(
+            idx,
+            max_new_tokens=new_tokens,
+            # as many as ours, whatever end of text it meets
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    return work
+
+def bench_decode(config: Config, device: torch.device) -> list[dict]:
+    """One text continued greedily, weights in --dtype. compiled: only the decode step is, never the
+    prefill."""
+    # one row: what a person who waits for an answer has
+    idx = torch.randint(config.vocab_size, (1, PROMPT), device=device)
+    new = config.new_tokens
+    contestants = {}
     for linear in ("dense", "lost"):
-        model = build(config, linear, device)[0].to(getattr(torch, config.dtype))
-        contestants[linear] = lambda model=model: generate(model, idx, n, temperature=0)
+        model = build_model(train_config(config, linear), device)
+        # no autocast: it would cast every weight again for each token
+        model.to(getattr(torch, config.dtype))
+        contestants[linear] = continuation(model, idx, new)
         if linear == "dense":
-            other = as_transformers(model).to(model.lm_head.weight.dtype)
-            contestants["transformers"] = lambda other=other: other.generate(
-                idx, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
+            contestants["transformers"] = continuation_by_transformers(model, idx, new)
         if config.compile:
-            step = compile_step(model)
-            contestants[f"{linear}, compiled"] = lambda model=model, step=step: generate(model,
-                idx, n, temperature=0, step=step)
+            contestants[f"{linear}, compiled"] = continuation(model, idx, new, compile_step(model))
     seconds = race(contestants, config.rounds, device)
-    return [{"decode": name, "tokens/s": n / s, "over dense": seconds["dense"] / s,
-             "over transformers": seconds["transformers"] / s} for name, s in seconds.items()]
+    rows = []
+    for name in contestants:
+        rows.append({
+            "decode": name,
+            "tokens/s": new / seconds[name],
+            "over dense": seconds["dense"] / seconds[name],
+            "over transformers": seconds["transformers"] / seconds[name],
+        })
+    return rows
 
-def bench_init(config: Config, device, autocast) -> list[dict]:
-    """The decompositions of a whole model, as at the start of a run."""
-    model, settings = build(config, "dense", device)[0], train.resolve({"model": config.model})
-    layers = sum(isinstance(m, nn.Linear) for m in model.modules()) - 1
-    started = time.perf_counter()
-    apply_lost(model, settings.rank, settings.sparsity)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return [{"init": config.model, "decompositions": layers, "seconds": time.perf_counter() - started}]
+# --- data: reading samples ---
 
-def bench_data(config: Config, device, autocast) -> list[dict]:
-    """Samples in the order of training from a shard of 200 M tokens: speed, and growth of resident memory."""
+def bench_data(config: Config, device: torch.device) -> list[dict]:
+    """Samples in the order of training from a long shard: speed, and growth of resident memory."""
     with tempfile.TemporaryDirectory() as folder:
-        data = random_shard(folder, config, 200_000_000)
-        order, rows = SampleOrder(len(data), 0), []
-        update = 131_072 // config.seq_len     # samples whose order is asked for at once, as in training
-        for micro in (8, 64):
-            def read(first, micro=micro):
-                for samples in order[np.arange(first, first + update)].reshape(-1, micro):
-                    data.batch(samples)
-            read(0)
-            before, started = train.peak_memory(torch.device("cpu")), time.perf_counter()
-            for i in range(1, 1000):
-                read(i * update)
-            speed = 999 * update * config.seq_len / (time.perf_counter() - started)
-            rows.append({"data": f"batches of {micro} × {config.seq_len}", "tokens/s": speed,
-                         "growth of peak memory": train.peak_memory(torch.device("cpu")) - before})
-        return rows
+        data = random_shard(folder, config, LONG_SHARD_TOKENS)
+        return [read_samples(config, data, micro) for micro in (8, 64)]
 
-BENCHES = {"init": bench_init, "layer": bench_layer, "step": bench_step, "decode": bench_decode,
-           "data": bench_data}
+def read_samples(config: Config, data: TokenDataset, micro: int) -> dict:
+    """A row of the table: micro-batches of `micro` samples."""
+    order = SampleOrder(len(data), 0)
+    # of one update by the recipe, whose order is asked for at once; whole micro-batches
+    samples = TrainConfig.batch_tokens // config.seq_len
+    samples = micro * math.ceil(samples / micro)
+    def read(first):
+        for one in order[np.arange(first, first + samples)].reshape(-1, micro):
+            data.batch(one)
+    cpu = torch.device("cpu")
+    # the first update opens the shard
+    read(0)
+    before = peak_memory(cpu)
+    started = time.perf_counter()
+    for i in range(1, READS):
+        read(i * samples)
+    seconds = time.perf_counter() - started
+    return {
+        "data": f"batches of {micro} × {config.seq_len}",
+        "tokens/s": (READS - 1) * samples * config.seq_len / seconds,
+        "growth of peak memory": peak_memory(cpu) - before,
+    }
+
+# --- what is printed ---
+
+def cell(value) -> str:
+    if isinstance(value, str):
+        return value
+    # three digits of a ratio, every digit of a count
+    # (times above a second and bytes are read as counts)
+    if isinstance(value, float) and abs(value) < 1000:
+        return f"{value:.3g}"
+    return f"{round(value):,}"
+
+def table(rows: list[dict]):
+    """Aligned columns, numbers with three digits."""
+    # in the order of first appearance: not every row has every column
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names]
+    for row in rows:
+        values = [row.get(name, "") for name in names]
+        lines.append([cell(value) for value in values])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        padded = [text.rjust(width) for text, width in zip(line, widths, strict=True)]
+        print("  ".join(padded), flush=True)
+
+BENCHES = {
+    "init": bench_init,
+    "layer": bench_layer,
+    "step": bench_step,
+    "decode": bench_decode,
+    "data": bench_data,
+}
+
+def check(config: Config):
+    """UserError for flags that cannot be measured."""
+    # all that counts something
+    for name in ("tokens", "seq_len", "new_tokens", "rounds", "vocab_size"):
+        value = getattr(config, name)
+        if value < 1:
+            raise UserError(f"--{name} {value}: must be positive")
+    wrong = set(config.what.split(",")) - set(BENCHES)
+    if wrong:
+        raise UserError(f"--what {', '.join(sorted(wrong))}: use {', '.join(BENCHES)}")
+    if config.tokens % config.seq_len:
+        near = config.seq_len * math.ceil(config.tokens / config.seq_len)
+        raise UserError(f"--tokens {config.tokens} is no multiple of --seq_len {config.seq_len}: use {near}")
+    # several processes would measure how they disturb one another
+    _, world = place()
+    if world > 1:
+        raise UserError("bench.py measures one process: start it without torchrun")
 
 def main(config: Config):
-    what = config.what.split(",")
-    for name in ("tokens", "seq_len", "new_tokens", "rounds", "vocab_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name} {getattr(config, name)}: must be positive")
-    if wrong := set(what) - set(BENCHES):
-        raise ValueError(f"--what {', '.join(wrong)}: use {', '.join(BENCHES)}")
-    if config.tokens % config.seq_len:
-        raise ValueError(f"--tokens {config.tokens} is no multiple of --seq_len {config.seq_len}")
+    """Measure what `config` says, print tables and last the JSON line."""
+    check(config)
     device = torch.device(pick_device(config.device))
-    autocast = torch.autocast(device.type, getattr(torch, config.dtype), enabled=config.dtype != "float32")
-    chip = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    results = {"machine": f"{platform.machine()} {chip}", "torch": torch.__version__, **vars(config)}
+    # what the speed depends on
+    if device.type == "cuda":
+        chip = torch.cuda.get_device_name()
+    else:
+        chip = f"{torch.get_num_threads()} threads"
+    machine = f"{platform.machine()} {chip}"
+    # every flag too, so that the line says how it was made
+    results = {
+        "machine": machine,
+        "torch": torch.__version__,
+        **vars(config),
+    }
+    # for what is drawn beside the models, which have a seed of their own
     torch.manual_seed(0)
-    for name in what:
-        results[name] = BENCHES[name](config, device, autocast)
+    for name in config.what.split(","):
+        results[name] = BENCHES[name](config, device)
         table(results[name])
         print(flush=True)
     print(json.dumps(results))

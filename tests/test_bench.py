@@ -5,6 +5,8 @@ import sys
 import pytest
 
 import bench
+from nanolost import loop
+from nanolost.errors import UserError
 
 def run(capsys, what):
     bench.main(bench.Config(what=what, model="tiny", device="cpu", compile=False, tokens=512, rounds=1,
@@ -24,6 +26,56 @@ def test_each_part_prints_a_table_and_last_one_line_of_json(capsys):
         assert row["held bytes"] == pytest.approx(row["bytes"], rel=0.001)
         assert row["tokens/s"] == pytest.approx(512 / (row["ms"] / 1000))
 
+def small(**given):
+    return bench.Config(**{**dict(model="tiny", device="cpu", dtype="float32", compile=False, tokens=512,
+                                  seq_len=64, vocab_size=300), **given})
+
+def trainee(name, config):
+    return bench.Trainee(name, config, bench.torch.device("cpu"), bench.ReadyBatch(config, "cpu"))
+
+def test_what_is_timed_is_the_update_of_the_trainer(monkeypatch):
+    seen = []
+    def update(state, data, samples, config, job):
+        seen.append((samples.shape, config.batch_tokens, data))
+        return loop.update(state, data, samples, config, job)
+    monkeypatch.setattr(bench, "update", update)
+    one = trainee("lost", small())
+    one.step()
+    assert seen == [((1, 1, 8), 512, one.ready)]
+    assert (one.state.step, one.state.samples, one.state.tokens) == (1, 8, 512)
+
+def test_transformers_trains_on_the_same_loss_as_our_dense_model():
+    torch, config = bench.torch, small()
+    ours, theirs = trainee("dense", config), trainee("transformers", config)
+    x = torch.randint(300, (2, 64))
+    y = torch.randint(300, (2, 64))
+    loss = theirs.state.model(x, y, loss_only=True)[1]
+    torch.testing.assert_close(loss, ours.state.model(x, y, loss_only=True)[1])
+    logits = bench.as_transformers(ours.state.model)(x).logits
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()))
+    theirs.ready = ours.ready
+    for one in (ours, theirs):
+        one.step()
+    assert ours.state.norms == pytest.approx(theirs.state.norms, rel=1e-3)
+
+def test_reading_data_reads_new_samples_in_the_order_of_training(tmp_path, monkeypatch):
+    config = small()
+    data = bench.random_shard(str(tmp_path), config, 10_000)
+    order = bench.SampleOrder(len(data), 0)
+    read = []
+    monkeypatch.setattr(data, "batch", lambda samples, device: read.extend(samples) or bench.ReadyBatch(
+        config, device).batch(samples, device))
+    one = trainee("lost", config)
+    one.step(data, order)
+    one.step(data, order)
+    assert read == [order[i] for i in range(16)]
+
+def test_the_literal_equation_computes_what_the_layer_does():
+    torch = bench.torch
+    lost = bench.LOSTLinear.from_linear(torch.nn.Linear(24, 40, bias=False), 5, 0.1)
+    x = torch.randn(3, 24)
+    torch.testing.assert_close(bench.Literal(lost)(x), lost(x))
+
 def test_a_vocabulary_beyond_16_bits_has_a_shard_too(tmp_path):
     data = bench.random_shard(str(tmp_path), bench.Config(vocab_size=70_000), 10_000)
     data.check_ids(70_000)
@@ -37,14 +89,25 @@ def test_contestants_take_turns_each_after_a_run_that_warms_memory_up():
 
 @pytest.mark.parametrize("name", ["tokens", "seq_len", "new_tokens", "rounds", "vocab_size"])
 def test_a_number_below_one_is_refused(name):
-    with pytest.raises(ValueError, match=f"--{name} 0: must be positive"):
+    with pytest.raises(UserError, match=f"--{name} 0: must be positive"):
         bench.main(bench.Config(**{name: 0}))
 
 def test_without_transformers_the_repair_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match="pip install"):
+    with pytest.raises(UserError, match="pip install"):
         bench.as_transformers(None)
 
 def test_an_unknown_part_is_refused():
-    with pytest.raises(ValueError, match="--what speed: use init, layer, step, decode, data"):
+    with pytest.raises(UserError, match="--what speed: use init, layer, step, decode, data"):
         bench.main(bench.Config(what="data,speed"))
+
+def test_windows_that_do_not_fill_a_batch_are_refused_with_a_number_that_does():
+    with pytest.raises(UserError, match="--tokens 300 is no multiple of --seq_len 256: use 512"):
+        bench.main(bench.Config(tokens=300))
+
+def test_several_processes_are_refused(monkeypatch):
+    launched = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="measures one process"):
+        bench.main(bench.Config())
