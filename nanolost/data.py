@@ -416,12 +416,13 @@ class TokenDataset:
         # the number of each shard's first window
         first = np.concatenate([[0], self.ends])
         starts = (samples - first[shards]) * self.seq_len
-        for row, (shard, start) in enumerate(zip(shards, starts, strict=True)):
+        # Python's numbers index an array twice as fast as numpy's
+        places = zip(shards.tolist(), starts.tolist(), strict=True)
+        for row, (shard, start) in enumerate(places):
             tokens = self._tokens(shard)
-            # (seq_len + 1,), the last only as a target
             windows[row] = tokens[start:start + self.seq_len + 1]
         # resident memory would grow with the tokens read: a page stays until somebody asks for its room
-        for shard in np.unique(shards):
+        for shard in set(shards.tolist()):
             release(self._tokens(shard))
         return windows
 
