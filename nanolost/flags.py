@@ -236,7 +236,8 @@ def _run(main) -> int | str | None:
 def _reader_is_gone() -> bool:
     """Whether it was standard output that broke, and not a pipe to a process of ours."""
     try:
-        sys.stdout.flush()
+        # a flush would not tell: without a buffer (python -u) there is nothing left to write
+        print(flush=True)
     except OSError:
         return True
     return False
