@@ -245,7 +245,7 @@ def kept_lines(path: str, state: State) -> list[str]:
     kept = []
     with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as f:
         for line in f:
-            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 entry = json.loads(line)
                 if entry.get("kind") not in known or entry["step"] <= known[entry["kind"]]:
                     kept.append(line if line.endswith("\n") else line + "\n")
