@@ -46,12 +46,17 @@ C4 = {
     "val": [f"hf://allenai/c4/en/c4-validation.{i:05d}-of-00008.json.gz" for i in range(8)],
     "train": [f"hf://allenai/c4/en/c4-train.{i:05d}-of-01024.json.gz" for i in range(1024)],
 }
-C4_FILE = {"tokens": 150e6, "bytes": 320e6}    # of one train file, roughly
+# of one train file, roughly
+C4_FILE = {"tokens": 150e6, "bytes": 320e6}
 SPLITS = ("train", "val")
-VAL_SHARE = 50                                 # without validation files one document in 50 is validation
-BPE_CHARACTERS = 500_000_000                   # that train:N reads at the most: enough for stable merges
-BATCH = 1 << 20                                # characters that a worker tokenizes at once
-AHEAD = 4                                      # batches a worker on their way: memory stays bounded
+# without validation files one document in 50 is validation
+VAL_SHARE = 50
+# what train:N reads at the most: the merges of 32,000 ids hardly change beyond
+BPE_CHARACTERS = 500_000_000
+# characters that a worker tokenizes at once: some 50 ms, so that handing them over costs nothing
+BATCH = 1 << 20
+# batches a worker on their way: enough that none waits, and memory stays bounded
+AHEAD = 4
 
 @dataclass
 class Config:
@@ -72,6 +77,7 @@ class Config:
 
 def kind_of(source: str) -> str:
     """"json" (a document a line) or "txt" (one text, to be cut into documents)."""
+    # .json is C4's own name for JSON lines
     ending = source.removesuffix(".gz").rpartition(".")[2]
     if source == "builtin" or ending == "txt":
         return "txt"
@@ -82,6 +88,7 @@ def kind_of(source: str) -> str:
 def check_source(source: str):
     """UserError for a local source that cannot hold a document, before the first token is made."""
     kind_of(source)
+    # the one source that is no file
     if source == "builtin":
         return
     try:
@@ -138,10 +145,12 @@ def identity(source: str):
     if source == "builtin":
         # each version of Python brings another text
         return hashlib.sha256(builtin_text()).hexdigest()
+    # what make and rsync go by; a digest of each file would read 300 GB before the first token
     status = os.stat(source)
     return [status.st_size, status.st_mtime_ns]
 
 def builtin_text() -> bytes:
+    # a megabyte of module: only who asks for it pays
     from pydoc_data.topics import topics
     return "\n\n".join(topics[name] for name in sorted(topics)).encode()
 
@@ -150,6 +159,7 @@ def fetch(source: str, revisions: dict[str, str]) -> str:
     repository → commit, entered with a repository's first file, so that all others are of the same."""
     if not source.startswith("hf://"):
         return source
+    # hf://OWNER/NAME/FILE
     owner, name, file = source.removeprefix("hf://").split("/", 2)
     repository = f"{owner}/{name}"
     revision = revisions.get(repository)
@@ -187,12 +197,15 @@ class Documents:
             path = fetch(source, self.manifest["revisions"])
             for number, text in enumerate(self._texts(path)):
                 yield (s, number), text
+            # a .gz of nothing, or blank lines only: `check_source` does not look that far
             if number < 0:
                 raise UserError(f"{source} holds no document: remove it from the input")
+            # a log that still grows, say: what was written of it is a part that no run could make again
             if identity(source) != self.manifest["sources"].get(source):
                 raise UserError(f"{source} changed while it was read: begin again once it is complete")
 
     def _texts(self, path: str):
+        # lines are numbered from 1, as editors do
         lines = enumerate(self._lines(path), 1)
         if kind_of(path) == "txt":
             texts = (self._piece(raw, path, number) for number, raw in pieces(lines))
@@ -203,6 +216,7 @@ class Documents:
     def _piece(self, raw: bytes, path: str, first: int) -> str | None:
         try:
             return raw.decode()
+        # the line inside the piece
         except UnicodeDecodeError as e:
             return self._bad(path, first + raw.count(b"\n", 0, e.start), "is not UTF-8")
 
@@ -211,6 +225,7 @@ class Documents:
             entry = json.loads(raw.decode())
         except UnicodeDecodeError:
             return self._bad(path, number, "is not UTF-8")
+        # RecursionError: 100,000 brackets and no end
         except (ValueError, RecursionError):
             entry = None
         if isinstance(entry, dict) and "text" not in entry:
@@ -234,6 +249,7 @@ class Documents:
                 for number, line in enumerate(file, 1):
                     # editors of Windows put a byte-order mark in front, which is no text
                     yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        # a download that was cut, a .gz that is none, a disk that fails: the lines before are good
         except (OSError, EOFError, zlib.error) as e:
             self._bad(path, number + 1, f"cannot be read ({e})")
 
@@ -245,6 +261,8 @@ class Documents:
 def pieces(lines):
     """Text without documents, cut at the first blank line after 2,000 bytes or any after 100,000: (its first
     line's number, bytes)."""
+    # one document a book would make shards of one document, and no validation by hash; these sizes are of
+    # the pages of C4, a few hundred tokens and more
     piece = []
     size = 0
     first = 1
@@ -263,6 +281,7 @@ def pieces(lines):
 
 def split_of(text: str) -> str:
     """The split of a document by a hash of its text: the same in every run and for every order of files."""
+    # Python's own hash() differs between processes
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return "val" if int.from_bytes(digest, "little") % VAL_SHARE == 0 else "train"
 
@@ -287,6 +306,7 @@ def choose_held_out(config: Config, sources: list[str], manifest: dict) -> list[
     """None where the hash gives documents to both splits. Else (source, number, characters): validation is
     what follows the first `characters` of that document."""
     seen = set()
+    # lengths add up in characters: tokens are not known before train:N has its vocabulary
     positions = []
     starts = [0]
     for position, text in Documents(sources, config.skip_bad, manifest).read():
@@ -303,6 +323,7 @@ def choose_held_out(config: Config, sources: list[str], manifest: dict) -> list[
     # nanoGPT holds out a tenth of tiny Shakespeare; up to a fifth where that spares a document or a line
     latest = total * 9 // 10
     earliest = total * 8 // 10
+    # the last document that starts before `latest`: either in the range, or it covers all of it
     last = bisect.bisect_right(starts, latest) - 1
     characters = 0
     if starts[last] < earliest:
@@ -310,8 +331,8 @@ def choose_held_out(config: Config, sources: list[str], manifest: dict) -> list[
         text = next(text for position, text in reading if position == positions[last])
         characters = cut_between(text, earliest - starts[last], latest - starts[last])
     share = (total - starts[last] - characters) / total
-    print(f"a hash of {len(positions)} documents fills one split only: the last {share:.0%} of the text are "
-          "validation", flush=True)
+    print(f"a hash puts all documents ({len(positions):,}) into one split: the last {share:.0%} of the text "
+          "are validation instead", flush=True)
     return [*positions[last], characters]
 
 def cut_between(text: str, earliest: int, latest: int) -> int:
@@ -324,23 +345,33 @@ def cut_between(text: str, earliest: int, latest: int) -> int:
 
 # --- tokens ---
 
-def choose_tokenizer(config: Config, streams: dict[str, list[str]], manifest: dict) -> Tokenizer:
-    """The tokenizer that --tokenizer names; train:N is trained by rustbpe on the training documents."""
+def trained_size(config: Config) -> int | None:
+    """N of --tokenizer train:N. None for a tokenizer that need not be trained."""
     kind, _, size = config.tokenizer.partition(":")
     if kind != "train" or not size.isdecimal():
+        return None
+    # 256 bytes and end-of-text at least; the largest vocabularies of today have 2**18 ids
+    if not 257 <= int(size) <= 2**20:
+        raise UserError(f"--tokenizer {config.tokenizer}: from 257 (256 bytes and end-of-text) to {2**20:,}")
+    return int(size)
+
+def choose_tokenizer(config: Config, streams: dict[str, list[str]], manifest: dict) -> Tokenizer:
+    """The tokenizer that --tokenizer names; train:N is trained by rustbpe on the training documents."""
+    size = trained_size(config)
+    if size is None:
         return Tokenizer.named(expanded(config.tokenizer))
-    if int(size) < 257:
-        raise UserError(f"--tokenizer {config.tokenizer}: at least 257, for 256 bytes and end-of-text")
     print(f"training a tokenizer of {size} ids", flush=True)
     bpe = rustbpe.Tokenizer()
-    bpe.train_from_iterator(training_texts(config, streams, manifest), int(size) - 1, pattern=GPT2_PATTERN)
+    bpe.train_from_iterator(training_texts(config, streams, manifest), size - 1, pattern=GPT2_PATTERN)
+    # rustbpe counts the 256 bytes among its ids, but not end-of-text
     ranks = sorted(bpe.get_mergeable_ranks(), key=lambda entry: entry[1])
-    if len(ranks) < int(size) - 1:
+    if len(ranks) < size - 1:
         raise UserError(f"--tokenizer {config.tokenizer}: this text yields only {len(ranks) + 1} ids")
     return Tokenizer([bytes(token) for token, _ in ranks], name=config.tokenizer)
 
 def training_texts(config: Config, streams: dict[str, list[str]], manifest: dict):
     """The training documents from the first on, until BPE_CHARACTERS were read."""
+    # never validation text: its bits per byte would be too good
     stream = "both" if "both" in streams else "train"
     documents = Documents(streams[stream], config.skip_bad, manifest).read()
     left = BPE_CHARACTERS
@@ -353,6 +384,7 @@ def training_texts(config: Config, streams: dict[str, list[str]], manifest: dict
 
 def encode_all(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
     """The tokens of each text, end-of-text first."""
+    # two bytes a token instead of tiktoken's four, before they wait for their turn
     dtype = token_dtype(tokenizer.vocab_size)
     arrays = []
     for text in texts:
@@ -386,6 +418,7 @@ def encoded(documents, tokenizer: Tokenizer, pool: ThreadPoolExecutor, workers: 
         if batch:
             texts = [text for _, _, text in batch]
             waiting.append((batch, pool.submit(encode_all, tokenizer, texts)))
+        # the oldest first, whoever was ready before: the order of documents is that of the sources
         while len(waiting) > (AHEAD * workers if batch else 0):
             done, future = waiting.popleft()
             for document, tokens in zip(done, future.result(), strict=True):
@@ -415,6 +448,7 @@ class SplitWriter:
         return not self.done() and position > self.reached
 
     def append(self, position, text: str, tokens: np.ndarray):
+        # a document longer than a shard gets one of its own
         if self.shard and self.shard.tokens + len(tokens) > self.config.shard_tokens:
             self.close()
         if not self.shard:
@@ -440,6 +474,7 @@ class SplitWriter:
             "documents": self.documents,
             "sha256": self.shard.sha256,
         })
+        # shard and position go into one file at once: there is no moment at which they disagree
         self.manifest["reached"][self.split] = self.last
         self.number += 1
         self.shard = None
@@ -451,6 +486,7 @@ def write_stream(config: Config, stream: str, documents: Documents, writers: dic
     # finished before an interruption: not to be read again
     if all(writer.done() for writer in own):
         return
+    # with "both" the slower split decides where reading starts; the other passes over what it has
     reading = documents.read(min(writer.reached[0] for writer in own))
     divisions = divided(reading, stream, documents.manifest["held_out"])
     wanted = (entry for entry in divisions if writers[entry[1]].wants(entry[0]))
@@ -477,6 +513,7 @@ def save_manifest(out_dir: str, manifest: dict):
 def begin(config: Config, streams: dict[str, list[str]]) -> dict:
     """The manifest to continue, or a new one. UserError if out_dir holds shards made by other flags or from
     other text, or files that are not ours."""
+    # what the output depends on: neither --workers nor --skip_bad, which a person adds after an error
     request = {"tokenizer": config.tokenizer, "train_tokens": config.train_tokens, "input": streams,
                "val_tokens": config.val_tokens, "shard_tokens": config.shard_tokens}
     local = [s for s in itertools.chain(*streams.values()) if not s.startswith("hf://")]
@@ -492,8 +529,10 @@ def begin(config: Config, streams: dict[str, list[str]]) -> dict:
     # a try that wrote no shard binds nobody; one that goes on as it began keeps its tokenizer
     if not old["shards"] and (change or "sources" not in old):
         return new
+    # half of one text and half of another would be called complete
     if change:
         raise UserError(f"{change}; or delete {config.out_dir} and begin again")
+    # a shard that was cut or deleted meanwhile is found now, and not by the training run
     for shard in old["shards"]:
         shard_length(config.out_dir, shard)
     # some are absent from manifests of earlier versions; the order of entries stays that of `new`
@@ -519,6 +558,7 @@ def check_fields(manifest: dict, out_dir: str):
     good = good and (held_out is None or is_integers(held_out, 3))
     for name in "sources", "revisions":
         good = good and isinstance(manifest.get(name, {}), dict)
+    # no "delete the folder": the manifest.json of a checkpoint looks like this too
     if not good:
         raise UserError(f"{where} is damaged, or not one of prepare_c4.py: use another --out_dir")
 
@@ -545,6 +585,7 @@ def used_sources(manifest: dict) -> list[str]:
     reached = manifest["reached"]
     for stream, sources in manifest["request"]["input"].items():
         splits = SPLITS if stream == "both" else [stream]
+        # -1: none of this stream
         last = max(reached[split][0] if split in reached else -1 for split in splits)
         # where the cut lies follows from the length of the whole text
         everything = manifest.get("held_out") is not None
@@ -578,6 +619,7 @@ def readable(size: float) -> str:
 
 def plan(config: Config, sources: list[str]):
     """Say what will be read and written, and refuse where the disk has no room for it."""
+    # the most that can come out; less text gives less
     tokens = config.train_tokens + config.val_tokens
     download = 0
     if config.input is None:
@@ -588,6 +630,7 @@ def plan(config: Config, sources: list[str]):
         tokens = min(tokens, tokens_in(sources, config.tokenizer))
     # a megabyte more for the tokenizer and the manifest
     shards = 2 * tokens + 1e6
+    # of the file system that holds the folder; the hub's cache is mostly on the same
     free = shutil.disk_usage(config.out_dir).free
     print(f"up to {tokens:,.0f} tokens, {readable(shards)} to write into {config.out_dir}, "
           f"{readable(free)} free there", flush=True)
@@ -642,6 +685,7 @@ def prepare(config: Config, streams: dict[str, list[str]], manifest: dict):
     """Write the shards that the manifest still lacks."""
     plan(config, [source for sources in streams.values() for source in sources])
     remove_leftovers(config.out_dir)
+    # once shards are made, what is held out stays as it was
     if "both" in streams and not manifest["shards"]:
         manifest["held_out"] = choose_held_out(config, streams["both"], manifest)
     # with its manifest the folder is ours, before anything else stands in it
@@ -656,6 +700,7 @@ def prepare(config: Config, streams: dict[str, list[str]], manifest: dict):
             write_stream(config, stream, documents, writers, tokenizer, bar)
             if documents.skipped:
                 print(f"skipped {documents.skipped} bad lines", file=sys.stderr)
+    # a source without documents is an error, and both splits are known to get some
     for split, writer in writers.items():
         assert writer.total, f"no document for {split}"
     manifest["complete"] = True
@@ -668,6 +713,8 @@ def main(config: Config):
     if config.verify:
         return verify(config.out_dir)
     check_numbers(config)
+    trained_size(config)
+    # nothing is written before every file that was named is known to be there
     streams = choose_sources(config)
     manifest = begin(config, streams)
     if not manifest["complete"]:

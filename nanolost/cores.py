@@ -47,6 +47,7 @@ def _quota_v1(folder: str) -> float | None:
     return _ratio(quota.strip(), period.strip())
 
 def _ratio(quota: str, period: str) -> float | None:
+    # what stands there is the kernel's, but a container may show anything under the name
     # no limit is "max" in version 2, -1 in version 1
     if not quota.isdecimal() or not period.isdecimal():
         return None

@@ -187,6 +187,7 @@ def main(argv: list[str]):
     if not runs:
         raise UserError(f"no evaluation yet in {', '.join(folders)}: train longer, or lower --eval_every")
     runs.sort(key=lambda run: (run.linear, run.lr, run.seed))
+    # the table first: it needs no matplotlib
     print_table(runs)
     draw(runs, out)
     print(f"drawn in {out}")

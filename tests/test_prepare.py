@@ -931,10 +931,11 @@ def test_training_does_not_look_at_validation_text(tmp_path):
         prepare(tmp_path / name, **values, **with_val)
     assert files_of(tmp_path / "all")["tokenizer.json"] == files_of(tmp_path / "train")["tokenizer.json"]
 
-@pytest.mark.parametrize("size", [0, 10, 256])
-def test_a_vocabulary_smaller_than_the_bytes_is_refused(size, out):
-    with pytest.raises(UserError, match=f"train:{size}.*257"):
+@pytest.mark.parametrize("size", [0, 10, 256, 2**20 + 1, 10**11, 10**30])
+def test_a_vocabulary_smaller_than_the_bytes_or_beyond_all_is_refused(size, out):
+    with pytest.raises(UserError, match=f"train:{size}.*257.*1,048,576"):
         prepare(out, input=["builtin"], tokenizer=f"train:{size}")
+    assert not out.exists()
 
 def test_a_text_too_short_for_the_vocabulary_is_refused(tmp_path, val, out):
     source = put(tmp_path / "a.jsonl", ["two words, two words"])
