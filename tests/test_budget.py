@@ -64,7 +64,7 @@ def test_the_first_lines_of_a_run_are_those_of_its_dry_run(small, capsys):
 
 @pytest.mark.parametrize("world, accumulation", [(1, 2), (2, 1)])
 def test_the_tokens_of_a_run_are_the_product_that_is_printed(small, world, accumulation):
-    config = small(steps=20, micro_batch=4, dtype="float32", compile="false")
+    config = small(steps=10, micro_batch=4, dtype="float32", compile="false")
     row = budget.describe_batch(config, world, accumulation)[-1].replace(",", "").split()
     total, steps, processes, micro_batches, samples, length = (int(word) for word in row if word.isdigit())
     assert total == steps * processes * micro_batches * samples * length == 10 * 256
