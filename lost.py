@@ -22,6 +22,7 @@ of A, B, W_s (and γ where asked for):
 
 Not here: a Kaiming start of W (give a model that has one), channels chosen again during training."""
 import contextlib
+import inspect
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -263,7 +264,7 @@ class Inner(torch.autograd.Function):
     """x (..., in) → x Aᵀ (..., r) and x_I (..., k). The gradient of x_I is added to that of x where it
     belongs; autograd would fill a tensor of x's size with zeros for it and add two of that size."""
 
-    # forward and backward are made of operations that torch.func can batch
+    # forward and backward are operations that torch.func can batch by itself
     generate_vmap_rule = True
 
     @staticmethod
@@ -284,6 +285,9 @@ class Inner(torch.autograd.Function):
         dz = dz.reshape(-1, A.shape[0])
         x = x.reshape(-1, A.shape[1])
         return dx, dz.T @ x, None
+
+# torch asks for it at each call, and Python takes 30 µs to find it anew: half of a small layer's forward
+Inner.forward.__signature__ = inspect.signature(Inner.forward)
 
 # Autocast does not look into an autograd.Function: cast as it does for a product
 def as_autocast(tensor: Tensor) -> Tensor:
@@ -339,13 +343,13 @@ class LOSTLinear(nn.Module):
         self.activation = activation
         def empty(*shape):
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.A = empty(rank, in_features)
-        self.B = empty(out_features, rank)
+        self.A = empty(self.rank, self.in_features)
+        self.B = empty(self.out_features, self.rank)
         if k:
-            # int32 is half of torch's own kind of index, in the memory and in the file
-            self.W_s = empty(out_features, k)
-            self.register_buffer("index", torch.empty(k, device=device, dtype=torch.int32))
-        self.bias = empty(out_features) if bias else None
+            self.W_s = empty(self.out_features, self.k)
+            # int32 is half of torch's own kind of index, in memory and in the file
+            self.register_buffer("index", torch.empty(self.k, device=device, dtype=torch.int32))
+        self.bias = empty(self.out_features) if bias else None
         # a checkpoint from before γ was kept in [0, 1] may say 1.1 for a learned one
         if learn_gamma and isinstance(gamma, Real) and gamma == gamma:
             gamma = min(max(gamma, 0), 1)
@@ -404,8 +408,8 @@ class LOSTLinear(nn.Module):
 
     def take_over(self, linear: nn.Linear):
         """Mode and frozen parameters of the dense layer."""
-        # γ too: a frozen layer goes on computing what it did
         self.train(linear.training)
+        # γ too: a frozen layer goes on computing what it did
         for parameter in self.parameters():
             parameter.requires_grad_(linear.weight.requires_grad)
         if self.bias is not None:
@@ -656,8 +660,9 @@ def check_ties(model: nn.Module, names: list[str]):
         for parameter in linear.parameters(recurse=False):
             others = [other for other in holders[parameter] if other != name]
             if others:
+                other = others[0] or "the model itself"
                 raise LOSTError(
-                    f"{name}: it shares a parameter with {others[0]}, and a LOST layer would untie them: "
+                    f"{name}: it shares a parameter with {other}, and a LOST layer would untie them: "
                     f"add {name!r} to skip, or give each its own first"
                 )
 
