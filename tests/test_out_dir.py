@@ -116,6 +116,10 @@ def test_a_run_without_a_checkpoint_begins_again(here, tmp_path, traces):
 def test_checkpoints_alone_are_a_run(here):
     save(here, 2, 4)
     assert choose_checkpoint(str(here), "auto", False) == step_folder(here, 4)
+    with pytest.raises(UserError, match="not empty: continue with --resume auto"):
+        choose_checkpoint(str(here), "never", False)
+    (here / "metrics.jsonl").touch()
+    assert choose_checkpoint(str(here), "never", True) is None
 
 def test_a_damaged_config_json_does_not_take_the_checkpoints_away(here):
     a_run(here, 4)
@@ -349,8 +353,11 @@ def test_configs_do_not_grow_while_nothing_changes_or_two_take_turns(here):
 
 def test_a_config_that_cannot_be_written_leaves_the_old_one(here, monkeypatch):
     write_config(str(here), CONFIG)
-    def full(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    replace = os.replace
+    def full(source, target):
+        if target.endswith("config.json"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
         write_config(str(here), {**CONFIG, "lr": 0.2})
