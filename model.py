@@ -24,6 +24,7 @@ class ConfigError(ValueError):
 LIMITS = {
     "vocab_size": (int, 1, 2**31),
     "max_seq_len": (int, 1, 2**31),
+    # LLaMA 3.1 of 405 billion has 126
     "n_layer": (int, 1, 10_000),
     "n_head": (int, 1, 2**20),
     "n_kv_head": (int, 1, 2**20),
@@ -54,35 +55,43 @@ HF_NEEDED = ("vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_s
 # what this file computes, by `model_type`: a type that is not here may need other formulas under the same
 # names of weights (Granite scales its logits, SmolLM3 leaves positions out of layers), so no guess is made.
 # Of each type: the fields that change what is computed, with the one value that is supported
-LLAMA = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
+LLAMA = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "quantization_config": None,
+}
 MODEL_TYPES = {"llama": LLAMA, "lost_llama": LLAMA}
 
 def shown(value) -> str:
     """A value from outside, for one line: short and without an exception, however large or deep it is."""
-    if isinstance(value, int) and value.bit_length() > 64:
-        return "a number of more than 64 bits"
-    return reprlib.repr(value)
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        # Python refuses to write more, in a list as well
+        return "a number of more than 4300 digits"
+
+def refuse_multiple(sizes: dict, large: str, small: str, multiple: str, names: dict):
+    """Raises ConfigError for a size that is not such a multiple of another."""
+    whole = f"{names.get(large, large)} {sizes[large]}"
+    part = f"{names.get(small, small)} {sizes[small]}"
+    raise ConfigError(f"{whole} must be {multiple} of {part}")
 
 def check_sizes(sizes: dict, names: dict):
     """Raises ConfigError for values that cannot be. names: what the reader calls them, where not as here."""
     for name, value in sizes.items():
         kind, least, most = LIMITS[name]
-        # the type itself, as True is an int as well; JSON writes 1.0 as 1
-        fits = type(value) is kind or (kind is float and type(value) is int)
-        if not fits or not least <= value <= most:
+        # NaN fails the second comparison. The type itself, as True is an int as well; JSON may write 1.0 as 1
+        types = (int, float) if kind is float else (kind,)
+        if type(value) not in types or not least <= value <= most:
             expected = EXPECTED[kind].format(least, most)
             raise ConfigError(f"{names.get(name, name)} = {shown(value)} must be {expected}")
     # rotary positions turn the dimensions of a head in pairs
-    check_multiple(sizes, "n_embd", "n_head", names, times=2)
-    check_multiple(sizes, "n_head", "n_kv_head", names)
-
-def check_multiple(sizes: dict, large: str, small: str, names: dict, times: int = 1):
-    """Raises ConfigError unless the one is a multiple of `times` the other."""
-    if sizes[large] % (times * sizes[small]):
-        multiple = "an even multiple" if times == 2 else "a multiple"
-        whole = f"{names.get(large, large)} {sizes[large]}"
-        part = f"{names.get(small, small)} {sizes[small]}"
-        raise ConfigError(f"{whole} must be {multiple} of {part}")
+    if sizes["n_embd"] % (2 * sizes["n_head"]):
+        refuse_multiple(sizes, "n_embd", "n_head", "an even multiple", names)
+    # each head of K and V serves a group of queries' heads
+    if sizes["n_head"] % sizes["n_kv_head"]:
+        refuse_multiple(sizes, "n_head", "n_kv_head", "a multiple", names)
 
 def refuse(name: str, value, supported):
     """Raises ConfigError for a field of config.json."""
@@ -108,24 +117,45 @@ def check_rope(name: str, rope):
     """Raises ConfigError for a scaling of the rotary positions."""
     if not isinstance(rope, dict):
         refuse(name, rope, "an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    # "type" is the older name
+    kind = rope.get("type", "default")
+    kind = rope.get("rope_type", kind)
     if kind != "default":
         refuse("rope_scaling", kind, "'default'")
+    known = ("rope_theta", "rope_type", "type")
     for field, value in rope.items():
         # an unknown field may change the angles too, as partial_rotary_factor does
-        if field not in ("rope_theta", "rope_type", "type") and value is not None:
+        if field not in known and value is not None:
             refuse(f"{name}.{field}", value, "rope_theta")
 
-def read_rope(hf: dict) -> dict:
-    """rope_theta, if config.json has it. Raises ConfigError for a scaling of the rotary positions."""
+def read_rope_theta(hf: dict):
+    """The base of the rotary positions, None where config.json has none. Raises ConfigError for a scaling."""
     found = hf.get("rope_theta")
-    # transformers 5 keeps the base and the scaling in one object, 4 has them apart
+    # transformers 5 keeps base and scaling in one object, 4 has them apart
     for name in ("rope_scaling", "rope_parameters"):
         rope = hf.get(name)
         if rope is not None:
             check_rope(name, rope)
             found = rope.get("rope_theta", found)
-    return {} if found is None else {"rope_theta": found}
+    return found
+
+def read_sizes(hf: dict) -> dict:
+    """Our name of each size that config.json has → its value, whatever that is."""
+    missing = [name for name in HF_NEEDED if name not in hf]
+    if missing:
+        raise ConfigError(f"config.json lacks {', '.join(missing)}: is it a LLaMA?")
+    # a default of transformers that is not ours
+    sizes = {"max_seq_len": 2048}
+    for ours, theirs in HF_NAMES.items():
+        if theirs in hf:
+            sizes[ours] = hf[theirs]
+    theta = read_rope_theta(hf)
+    if theta is not None:
+        sizes["rope_theta"] = theta
+    # absent or null: every head has its own K and V
+    if sizes.get("n_kv_head") is None:
+        sizes["n_kv_head"] = sizes["n_head"]
+    return sizes
 
 @dataclass
 class LlamaConfig:
@@ -142,14 +172,18 @@ class LlamaConfig:
     init_std: float = 0.02                     # standard deviation of the blocks' first weights
 
     def __post_init__(self):
+        # one head of K and V for each of Q is the original LLaMA
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         check_sizes(vars(self), names={})
+        # the operation that makes the table takes no int
         self.rope_theta = float(self.rope_theta)
 
     def to_hf(self) -> dict:
         """The same sizes under the names of Hugging Face's config.json."""
-        sizes = {theirs: getattr(self, ours) for ours, theirs in HF_NAMES.items()}
+        sizes = {}
+        for ours, theirs in HF_NAMES.items():
+            sizes[theirs] = getattr(self, ours)
         # transformers 5 looks for the base here, 4 beside the sizes
         rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
         # biases are off by default
@@ -162,18 +196,13 @@ class LlamaConfig:
         if not isinstance(hf, dict):
             raise ConfigError(f"config.json must be an object, not {shown(hf)}")
         check_model_type(hf)
-        missing = [name for name in HF_NEEDED if name not in hf]
-        if missing:
-            raise ConfigError(f"config.json lacks {', '.join(missing)}: is it a LLaMA?")
-        # the default of transformers, where it is not ours
-        hf = {"max_position_embeddings": 2048, **hf, **read_rope(hf)}
-        sizes = {ours: hf[theirs] for ours, theirs in HF_NAMES.items() if theirs in hf}
-        if sizes.get("n_kv_head") is None:
-            sizes["n_kv_head"] = sizes["n_head"]
+        sizes = read_sizes(hf)
+        # before the constructor does, under the names that the file has
         try:
             check_sizes(sizes, HF_NAMES)
         except ConfigError as e:
             raise ConfigError(f"config.json: {e}") from None
+        # a model may have heads that do not add up to its width: not this one
         width = sizes["n_embd"] // sizes["n_head"]
         if hf.get("head_dim") not in (None, width):
             refuse("head_dim", hf["head_dim"], width)
@@ -198,9 +227,11 @@ MODELS = {
 def rope_table(positions: torch.Tensor, dim: int, theta: float) -> torch.Tensor:
     """cos and sin of the rotary angles, (2, T, D/2) float32: dimensions d and d + D/2 turn alike."""
     steps = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device)
+    # the first pair turns by a radian a token, the last by almost 1 / theta
     frequency = theta ** (steps / -dim)
     angle = positions[:, None] * frequency
-    return torch.stack((angle.cos(), angle.sin()))
+    table = angle.cos(), angle.sin()
+    return torch.stack(table)
 
 @rope_table.register_fake
 def _(positions, dim, theta):
@@ -210,10 +241,15 @@ def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     """Su et al. 2021 (arXiv 2104.09864), eq. 34, in the rotate-half layout. x: (B, T, H, D)."""
     cos, sin = rope[:, :, None]                                                            # (T, 1, D/2)
     a, b = x.chunk(2, dim=-1)
-    # in float32, as the table is
+    # in float32, as the table is, whatever x is
     left = a * cos - b * sin
     right = b * cos + a * sin
-    return torch.cat((left.to(x.dtype), right.to(x.dtype)), dim=-1)
+    halves = left.to(x.dtype), right.to(x.dtype)
+    return torch.cat(halves, dim=-1)
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """LLaMA's layers have no bias."""
+    return nn.Linear(inputs, outputs, bias=False)
 
 class Attention(nn.Module):
     """Causal attention; with a cache over the tokens that it holds as well."""
@@ -223,19 +259,27 @@ class Attention(nn.Module):
         self.layer = layer
         self.n_head = config.n_head
         self.n_kv_head = config.n_kv_head
-        kv_dim = config.n_embd // config.n_head * config.n_kv_head
-        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.k_proj = nn.Linear(config.n_embd, kv_dim, bias=False)
-        self.v_proj = nn.Linear(config.n_embd, kv_dim, bias=False)
-        self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        width = config.n_embd
+        # grouped queries (Ainslie et al. 2023, arXiv 2305.13245): fewer heads of K and V
+        kv_width = width // self.n_head * self.n_kv_head
+        self.q_proj = linear(width, width)
+        self.k_proj = linear(width, kv_width)
+        self.v_proj = linear(width, kv_width)
+        self.o_proj = linear(width, width)
 
     def forward(self, x, rope, cache=None):
         B, T, C = x.shape
-        q = self.q_proj(x).view(B, T, self.n_head, -1)
-        k = self.k_proj(x).view(B, T, self.n_kv_head, -1)
-        v = self.v_proj(x).view(B, T, self.n_kv_head, -1)
-        q = rotate(q, rope).transpose(1, 2)                                                # (B, H, T, D)
-        k = rotate(k, rope).transpose(1, 2)                                                # (B, n_kv, T, D)
+        q = self.q_proj(x)                                                                 # (B, T, C)
+        k = self.k_proj(x)
+        v = self.v_proj(x)
+        q = q.view(B, T, self.n_head, -1)                                                  # (B, T, H, D)
+        k = k.view(B, T, self.n_kv_head, -1)                                               # (B, T, n_kv, D)
+        v = v.view(B, T, self.n_kv_head, -1)
+        q = rotate(q, rope)
+        k = rotate(k, rope)
+        # attention wants the heads before the tokens
+        q = q.transpose(1, 2)                                                              # (B, H, T, D)
+        k = k.transpose(1, 2)
         v = v.transpose(1, 2)
         mask = None
         if cache is not None:
@@ -246,19 +290,22 @@ class Attention(nn.Module):
             is_causal=cache is None,
             enable_gqa=self.n_kv_head != self.n_head,
         )                                                                                  # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+        # back to one row a token
+        y = y.transpose(1, 2)
+        return self.o_proj(y.reshape(B, T, C))
 
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020, arXiv 2002.05202, eq. 6)."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.n_embd, config.n_ffn, bias=False)
-        self.up_proj = nn.Linear(config.n_embd, config.n_ffn, bias=False)
-        self.down_proj = nn.Linear(config.n_ffn, config.n_embd, bias=False)
+        self.gate_proj = linear(config.n_embd, config.n_ffn)
+        self.up_proj = linear(config.n_embd, config.n_ffn)
+        self.down_proj = linear(config.n_ffn, config.n_embd)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = F.silu(self.gate_proj(x))
+        return self.down_proj(gate * self.up_proj(x))
 
 class Block(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
@@ -269,17 +316,24 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, rope, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        # both add to the same stream: a norm before each, none after
+        normed = self.input_layernorm(x)
+        x = x + self.self_attn(normed, rope, cache)
+        normed = self.post_attention_layernorm(x)
+        return x + self.mlp(normed)
 
 def keep_narrow(width: int):
     """What `recompute` keeps of a block, as CoLA-M does (Liu et al. 2025, arXiv 2502.10940): products that
     are narrower than `width`, those of low rank, and attention, which is slow to compute again."""
     def policy(ctx, op, *args, **kwargs):
-        narrow = op is torch.ops.aten.mm.default and args[1].shape[1] < width
         # each backend of attention is an operation of its own
-        keep = narrow or "attention" in str(op)
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+        keep = "attention" in str(op)
+        if op is torch.ops.aten.mm.default:
+            keep = args[1].shape[1] < width
+        if keep:
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
     return create_selective_checkpoint_contexts(policy)
 
 class Llama(nn.Module):
@@ -296,13 +350,14 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
+        blocks = [Block(config, layer) for layer in range(config.n_layer)]
         # a dictionary gives the weights the names of Hugging Face's inner module
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.n_embd),
-            "layers": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+            "layers": nn.ModuleList(blocks),
             "norm": nn.RMSNorm(config.n_embd, eps=config.norm_eps),
         })
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = linear(config.n_embd, config.vocab_size)
         if config.tie_embeddings:
             self.lm_head.weight = self.model["embed_tokens"].weight
         self.init_weights()
@@ -311,6 +366,7 @@ class Llama(nn.Module):
     def init_weights(self):
         """N(0, init_std²) for the matrices of the blocks, N(0, 0.02²) for embedding and head, 1 for norms; a
         parameter that no rule names is an error."""
+        # in the order of the modules: what is drawn for one depends on those before it
         for name, p in self.named_parameters():
             if name.endswith("norm.weight"):
                 p.fill_(1.0)
@@ -322,12 +378,14 @@ class Llama(nn.Module):
                 raise ValueError(f"no rule says how to initialise {name}: add one to Llama.init_weights")
 
     def forward(self, idx, targets=None, cache=None, loss_only: bool = False):
-        x = self.hidden(idx, cache)
+        x = self.hidden(idx, cache)                                                        # (B, T, C)
         if targets is None:
+            # of a text that is read to be continued only the last position matters
             return self.lm_head(x[:, -1:]), None                                           # (B, 1, V)
         targets = targets.flatten()
         if loss_only:
-            return None, head_loss(self.lm_head, x.flatten(0, 1), targets)
+            x = x.flatten(0, 1)
+            return None, head_loss(self.lm_head, x, targets)
         logits = self.lm_head(x)                                                           # (B, T, V)
         return logits, cross_entropy(logits.flatten(0, 1), targets)
 
@@ -338,15 +396,26 @@ class Llama(nn.Module):
             positions = torch.arange(T, device=idx.device)
         else:
             positions = cache.begin(T)
-        rope = rope_table(positions, self.config.n_embd // self.config.n_head, self.config.rope_theta)
+        dim = self.config.n_embd // self.config.n_head
+        # once for all layers
+        rope = rope_table(positions, dim, self.config.rope_theta)
         x = self.model["embed_tokens"](idx)
+        # where nothing is learned, no backward pass follows that could compute it again
         twice = self.recompute and torch.is_grad_enabled() and cache is None
         for block in self.model["layers"]:
-            x = self.recomputed(block, x, rope) if twice else block(x, rope, cache)
+            if twice:
+                x = self.recomputed(block, x, rope)
+            else:
+                x = block(x, rope, cache)
         return self.model["norm"](x)
 
     def recomputed(self, block, x, rope):
         """block(x, rope), most of which the backward pass computes again."""
         keep = functools.partial(keep_narrow, self.config.n_embd)
-        # nothing is drawn in a block
-        return checkpoint(block, x, rope, use_reentrant=False, preserve_rng_state=False, context_fn=keep)
+        return checkpoint(
+            block, x, rope,
+            use_reentrant=False,
+            # nothing is drawn in a block
+            preserve_rng_state=False,
+            context_fn=keep,
+        )

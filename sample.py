@@ -34,7 +34,7 @@ def check(config: Config):
     """Raises UserError for values out of range, before anything is loaded."""
     if config.max_new_tokens < 1 or config.num_samples < 1:
         raise UserError("--max_new_tokens and --num_samples must be positive")
-    # a comparison with NaN is false, so it is refused here and below
+    # NaN compares as false, so that it is refused here and below
     if not config.temperature >= 0:
         raise UserError("--temperature must be 0 or more")
     if config.top_k is not None and config.top_k < 1:
@@ -62,9 +62,11 @@ def read_prompt(prompt: str) -> str:
 
 def load(config: Config):
     """(model, tokenizer) of --ckpt. UserError where they do not belong together."""
+    # one look for the newest checkpoint: training may add another meanwhile
     folder = checkpoint_folder(config.ckpt)
     tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
     model, _ = load_folder(folder)
+    # an id without a row ends in an index error, or on a GPU in worse
     rows = model.config.vocab_size
     if rows < tokenizer.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {rows}: "
@@ -97,11 +99,13 @@ def continuations(model, tokenizer: Tokenizer, prompt: str, config: Config):
         yield tokenizer.decode(new)
 
 def main(config: Config):
+    # what is refused is refused before the weights are read
     check(config)
     prompt = read_prompt(config.prompt)
     device = pick_device(config.device)
     model, tokenizer = load(config)
     model.to(device, getattr(torch, config.dtype))
+    # all are drawn before the first is printed: they are one batch
     for i, text in enumerate(continuations(model, tokenizer, prompt, config)):
         if i:
             print()

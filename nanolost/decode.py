@@ -24,21 +24,30 @@ class KVCache:
     def begin(self, T: int) -> torch.Tensor:
         """Count T more tokens, for which there must be room; returns their positions, (T,)."""
         device = self.length.device
-        self.positions = self.length + torch.arange(T, device=device)
-        self.mask = self.positions[:, None] >= torch.arange(self.size, device=device)      # (T, size)
+        new = torch.arange(T, device=device)
+        self.positions = self.length + new
+        # each token sees itself and what stands before it
+        places = torch.arange(self.size, device=device)
+        self.mask = self.positions[:, None] >= places                                      # (T, size)
         self.length += T
         return self.positions
 
-    def append(self, layer: int, *kv: torch.Tensor) -> list[torch.Tensor]:
+    def append(self, layer: int, *kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store k, v (B, n_kv_head, T, D) of one layer; returns its whole buffers: the mask hides the places
         that are not written yet."""
         if layer == len(self.kv):
-            self.kv.append([widened(new[:, :, :0], self.size) for new in kv])
-        return [old.index_copy_(2, self.positions, new) for old, new in zip(self.kv[layer], kv, strict=True)]
+            # now the dtype is known
+            empty = [new[:, :, :0] for new in kv]
+            self.kv.append([widened(one, self.size) for one in empty])
+        k, v = self.kv[layer]
+        k.index_copy_(2, self.positions, kv[0])
+        v.index_copy_(2, self.positions, kv[1])
+        return k, v
 
     def reserve(self, tokens: int, limit: int):
         """Make room for `tokens` in all. The size doubles, up to `limit`: a text costs what it is long, not
         what the model was made for, and a compiled step is compiled few times."""
+        # some 9 sizes to 131 072 tokens, and at most half of a buffer empty
         while self.size < tokens:
             self.size = min(2 * self.size, limit)
         # a layer at a time: never both sizes of all of them
@@ -52,8 +61,11 @@ class KVCache:
         self.length.zero_()
 
     def tensors(self) -> list[torch.Tensor]:
-        buffers = [one for pair in self.kv for one in pair]
-        return [self.length, *buffers]
+        """All that a decode step reads and writes."""
+        found = [self.length]
+        for pair in self.kv:
+            found += pair
+        return found
 
     def stay(self) -> "KVCache":
         """Tell the compiler that the tensors never move: else no CUDA graph is made that writes to them."""
@@ -81,37 +93,58 @@ def pick_token(logits, temperature, top_k=None, top_p=None, generator=None):
     logits = logits - logits.amax(-1, keepdim=True)
     logits = logits / max(temperature, 1e-30)
     if top_k is not None:
-        best = logits.topk(min(top_k, logits.shape[-1])).values
-        logits = logits.masked_fill(logits < best[:, -1:], float("-inf"))
+        k = min(top_k, logits.shape[-1])
+        best = logits.topk(k).values
+        drop = logits < best[:, -1:]
+        logits = logits.masked_fill(drop, float("-inf"))
     if top_p is not None:
-        probs, order = logits.softmax(-1).sort(descending=True)
+        probs = logits.softmax(-1)
+        probs, order = probs.sort(descending=True)
         # the sum before each one, so that the first always stays
-        drop = probs.cumsum(-1) - probs >= top_p
-        logits = logits.masked_fill(drop.scatter(1, order, drop), float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        before = probs.cumsum(-1) - probs
+        drop = before >= top_p
+        # back to the order of the vocabulary
+        drop = drop.scatter(1, order, drop)
+        logits = logits.masked_fill(drop, float("-inf"))
+    probs = logits.softmax(-1)
+    return torch.multinomial(probs, 1, generator=generator)
 
 @contextlib.contextmanager
 def few_rows(model):
     """Layers that have a form for a few rows (`few_rows`) use it inside, and afterwards what they used."""
-    before = [(layer, layer.few_rows) for layer in model.modules() if hasattr(layer, "few_rows")]
+    # asked by the attribute: this file knows no kind of layer
+    layers = [module for module in model.modules() if hasattr(module, "few_rows")]
+    before = [layer.few_rows for layer in layers]
     try:
-        for layer, _ in before:
+        for layer in layers:
             layer.few_rows = True
         yield
     finally:
-        for layer, value in before:
+        # also after Ctrl-C: training goes on with the form that it began with
+        for layer, value in zip(layers, before, strict=True):
             layer.few_rows = value
 
 def prefill(model, idx, cache, limit):
     """Read the tokens idx (B, T) into an empty cache, by pieces; logits of the last one, (B, 1, V)."""
+    # all at once: the pieces would find the buffers too small one after the other
     cache.reserve(idx.shape[1], limit)
     for piece in idx.split(PREFILL, dim=1):
         logits, _ = model(piece, cache=cache)
     return logits
 
 @torch.inference_mode()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, eot=None,
-             step=None, vocab_size=None):
+def generate(
+    model,
+    idx,
+    max_new_tokens,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    generator=None,
+    eot=None,
+    step=None,
+    vocab_size=None,
+):
     """Continue idx (B, T ≥ 1) by up to max_new_tokens; returns (B, T + new). temperature 0 takes the
     likeliest token. step: what runs the model on one token and the cache, for example the compiled model.
     vocab_size: ids from there on are never drawn (rows of a padded vocabulary).
@@ -120,25 +153,31 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     half is dropped and the rest read again from position 0, so that a token costs the same however long the
     text. With eot a row that produced it is filled up with it, until all rows have."""
     limit = model.config.max_seq_len
-    cache = KVCache(min(BLOCK, limit), idx.device)
-    # the context: of idx what the model sees
+    size = min(BLOCK, limit)
+    cache = KVCache(size, idx.device)
+    # the context is what follows here
     start = max(0, idx.shape[1] - limit)
-    done = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
+    done = torch.zeros_like(idx[:, :1], dtype=torch.bool)
     token = None
     with few_rows(model):
         for _ in range(max_new_tokens):
             length = idx.shape[1] - start
             if length > limit:
-                start = idx.shape[1] - max(1, limit // 2)
+                # one reading of half a context for every half of new tokens
+                half = max(1, limit // 2)
+                start = idx.shape[1] - half
                 token = None
             if token is None:
                 cache.clear()
                 logits = prefill(model, idx[:, start:], cache, limit)
             else:
                 cache.reserve(length, limit)
-                logits, _ = (step or model)(token, cache=cache)
-            logits = logits[:, -1, :vocab_size].float()
-            token = pick_token(logits, temperature, top_k, top_p, generator)               # (B, 1)
+                run = step or model
+                logits, _ = run(token, cache=cache)
+            logits = logits[:, -1, :vocab_size]
+            # in float32: probabilities of a large vocabulary are small
+            token = pick_token(logits.float(), temperature, top_k, top_p, generator)       # (B, 1)
+            # a finished row goes on with its end
             if eot is not None:
                 token = torch.where(done, eot, token)
                 done |= token == eot
@@ -168,7 +207,8 @@ def decompositions() -> dict:
 
     # 3 times slower than its parts for one row
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    table = {**select_decomp_table(), **get_decompositions([attention])}
+    table = dict(select_decomp_table())
+    table.update(get_decompositions([attention]))
     table[torch.ops.aten.mm.default] = one_row
     return table
 
@@ -180,20 +220,39 @@ def compile_for_cpu(model, cache, tensors):
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def run(token, length, *kv):
+        # the graph's own tensors in place of the cache's
         seen = copy.copy(cache)
         seen.length = length
-        seen.kv = list(zip(kv[::2], kv[1::2], strict=True))
-        return model(token, cache=seen)[:1]
+        seen.kv = [kv[i:i + 2] for i in range(0, len(kv), 2)]
+        logits, _ = model(token, cache=seen)
+        return [logits]
 
     # clones, as the trace writes to them
-    graph = make_fx(run)(*(tensor.clone() for tensor in tensors))
+    clones = [tensor.clone() for tensor in tensors]
+    graph = make_fx(run)(*clones)
+    # the weights become constants, so that what is made of them is made once
     with torch._inductor.config.patch(freezing=True):
         return compile_fx(graph, tensors, decompositions=decompositions())
+
+def compile_for_gpu(model: Llama):
+    """`compile_step` by CUDA graphs."""
+    # a graph for each size of the cache, of which a long text has more than dynamo's 8
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(64, dynamo.recompile_limit)
+    # coordinate descent: a product with one row becomes a sum that is tuned, as gpt-fast has it
+    options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+    graphs = torch.compile(model, fullgraph=True, dynamic=False, options=options)
+
+    def step(token, cache):
+        return graphs(token, cache=cache.stay())
+
+    return step
 
 def compile_step(model: Llama):
     """The decode step compiled, for `generate(step=…)`; the model must not change any more. On a CPU its
     weights become constants; of several texts at once they are laid out anew, in as much memory again."""
-    if next(model.parameters()).device.type != "cpu":
+    first = next(model.parameters())
+    if first.device.type != "cpu":
         return compile_for_gpu(model)
     # by what the cache's growth, its dtype and the number of texts change
     made = {}
@@ -204,15 +263,7 @@ def compile_step(model: Llama):
         key = token.shape, last.shape, last.dtype
         if key not in made:
             made[key] = compile_for_cpu(model, cache, tensors)
-        return made[key](*tensors)[0], None
+        logits, = made[key](*tensors)
+        return logits, None
 
     return step
-
-def compile_for_gpu(model: Llama):
-    """`compile_step` by CUDA graphs."""
-    # a graph for each size of the cache, of which a long text has more than dynamo's 8
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    # coordinate descent: a product with one row becomes a sum that is tuned, as gpt-fast has it
-    options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
-    graphs = torch.compile(model, fullgraph=True, dynamic=False, options=options)
-    return lambda token, cache: graphs(token, cache=cache.stay())

@@ -3,34 +3,27 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+# few slices, as each costs a pass over the gradient of the weight; a slice of 512 rows and 50 000 words is
+# 100 MB of logits
+SLICES = 4
+LEAST_ROWS = 512
+
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy in nats of logits (N, V), in float32. A negative target is left out; the mean of
     nothing is 0, so that a batch of padding alone has no gradient."""
     targets = targets.clamp(min=-1)
     loss = F.cross_entropy(logits.float(), targets, ignore_index=-1)
     # torch's mean of nothing is 0 / 0
-    return torch.where((targets >= 0).any(), loss, 0.0)
+    some = (targets >= 0).any()
+    return torch.where(some, loss, 0.0)
 
-def room_for_gradients(x, weight, bias):
-    """Tensors for the gradients of the three; None for a bias that is none."""
-    grad_b = None if bias is None else torch.zeros_like(bias)
-    # each row of the first is written once, to the others all slices are added
-    return [torch.empty_like(x), torch.zeros_like(weight), grad_b]
-
-def softmax_minus_target(logits, norm, log_p, target, share, dtype):
-    """The derivative of the loss by the logits, (rows, V) in `dtype`: (softmax − one-hot) · share."""
-    p = ((logits - norm).exp() * share).to(dtype)
-    # written, not subtracted: in bfloat16 the difference would lose the last bits of a p close to 1
-    p.scatter_(-1, target, ((log_p.exp() - 1) * share).to(dtype))
-    return p
-
-def add_gradients(grads, part, error, x, w):
-    """What the rows `part` add to the gradients of x, of W and of b."""
-    grad_x, grad_w, grad_b = grads
-    grad_x[part].copy_(error @ w)
-    grad_w += error.T @ x[part]
-    if grad_b is not None:
-        grad_b += error.sum(0)
+def shares_of_the_mean(targets):
+    """(N, 1) float32: 1 / n for each of the n targets that count, 0 for the others."""
+    known = targets >= 0
+    # at least 1: without a target all shares are 0, not 0 / 0
+    n = known.sum().clamp(min=1)
+    share = known / n
+    return share[:, None]
 
 class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of x Wᵀ + b for x (N, C), W (V, C), b (V,) or None and targets (N,), without the
@@ -42,55 +35,89 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, targets, train):
         w = weight.to(x.dtype)
-        b = None if bias is None else bias.to(x.dtype)
-        grads = room_for_gradients(x, weight, bias) if train else [None] * 3
-        known = targets >= 0
-        # a row's share of the mean; of nothing it is 0
-        share = (known / known.sum().clamp(min=1))[:, None]                                # (N, 1)
-        # few slices, as each costs a pass over the gradient of W
-        rows = max(512, len(x) // 4)
+        b = None
+        grad_x = None
+        grad_w = None
+        grad_b = None
+        if bias is not None:
+            b = bias.to(x.dtype)
+        # each row of the one is written once, to the other all slices are added
+        if train:
+            grad_x = torch.empty_like(x)
+            grad_w = torch.zeros_like(weight)
+        if train and bias is not None:
+            grad_b = torch.zeros_like(bias)
         loss = x.new_zeros((), dtype=torch.float32)
+        shares = shares_of_the_mean(targets)
+        # any word will do for a target that is left out: its share is 0
+        words = targets.clamp(min=0)[:, None]
+        rows = max(LEAST_ROWS, len(x) // SLICES)
         for start in range(0, len(x), rows):
             part = slice(start, start + rows)
-            # any row will do for a target that is left out: its share is 0
-            target = targets[part].clamp(min=0)[:, None]
-            logits = F.linear(x[part], w, b).float()                                       # (rows, V)
+            word = words[part]
+            share = shares[part]
+            logits = F.linear(x[part], w, b)
+            logits = logits.float()                                                        # (rows, V)
+            # log of the softmax's denominator
             norm = logits.logsumexp(-1, keepdim=True)
-            log_p = logits.gather(-1, target) - norm                                       # (rows, 1)
+            log_p = logits.gather(-1, word) - norm                                         # (rows, 1)
             # not in place: torch 2.11 drops it when it compiles
-            loss = loss - (log_p * share[part]).sum()
-            if train:
-                error = softmax_minus_target(logits, norm, log_p, target, share[part], x.dtype)
-                add_gradients(grads, part, error, x, w)
-        ctx.save_for_backward(*grads)
+            loss = loss - (log_p * share).sum()
+            # an evaluation needs no more
+            if not train:
+                continue
+            # the derivative by the logits: (softmax − one-hot) · share
+            error = (logits - norm).exp() * share
+            error = error.to(x.dtype)
+            # written, not subtracted: in bfloat16 the difference loses the last bits of a p close to 1
+            at_word = (log_p.exp() - 1) * share
+            error.scatter_(-1, word, at_word.to(x.dtype))
+            grad_x[part].copy_(error @ w)
+            grad_w += error.T @ x[part]
+            if grad_b is not None:
+                grad_b += error.sum(0)
+        ctx.save_for_backward(grad_x, grad_w, grad_b)
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        # dynamo traces this with gradients on, and refuses a second derivative by itself
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("the loss without logits has no second derivative: ask the model for its "
-                               "logits as well, with loss_only=False")
-        grads = [None if g is None else g * grad for g in ctx.saved_tensors]
-        return *grads, None, None
+        # the compiler traces this with gradients on, and refuses a second derivative by itself
+        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if twice:
+            raise RuntimeError(
+                "the loss without logits has no second derivative: ask the model for its logits as well, "
+                "with loss_only=False"
+            )
+        # made for a factor of 1: gradient accumulation and a mean over processes bring theirs
+        grad_x, grad_w, grad_b = ctx.saved_tensors
+        if grad_b is not None:
+            grad_b = grad_b * grad
+        return grad_x * grad, grad_w * grad, grad_b, None, None
 
 def is_plain_linear(head: nn.Module) -> bool:
     """Whether the head computes x Wᵀ + b. A subclass that keeps the formula counts (sharding makes one)."""
-    return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    if not isinstance(head, nn.Linear):
+        return False
+    return type(head).forward is nn.Linear.forward
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype of a product with x, which autocast does not see inside an autograd.Function."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
 
 def head_loss(head: nn.Module, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy in nats of head(x) for x (N, C) and targets (N,), of which negative ones are left
     out. A head that is no plain linear makes its logits. ValueError for float16 where gradients are made."""
     if not is_plain_linear(head):
         return cross_entropy(head(x), targets)
-    x, train = x.to(autocast_dtype(x)), torch.is_grad_enabled()
+    x = x.to(autocast_dtype(x))
+    train = torch.is_grad_enabled()
+    # gradients are made before a scaler's factor is known, and p / N is less than the least float16
     if train and x.dtype == torch.float16:
-        # they are made before a scaler's factor is known: p / N is below the smallest number of float16
-        raise ValueError("the loss without logits has no gradients in float16, where most of them would be "
-                         "zero: use bfloat16 or float32, or ask for the logits with loss_only=False")
+        raise ValueError(
+            "the loss without logits has no gradients in float16, where most of them would be zero: use "
+            "bfloat16 or float32, or ask for the logits with loss_only=False"
+        )
     return HeadLoss.apply(x, head.weight, head.bias, targets, train)

@@ -10,6 +10,7 @@ from small_models import all_logits, largest_difference, small, small_lost, spre
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.utils import run_and_get_code
 
+from lost import LOSTLinear, apply_lost
 from nanolost.decode import KVCache, compile_for_cpu, compile_step, generate, pick_token
 
 # --- the cache ---
@@ -130,6 +131,83 @@ def test_generator_decides_the_text():
         return generate(model, idx, 20, generator=torch.Generator().manual_seed(seed)).tolist()
     assert text(3) == text(3) != text(4)
 
+class Watched(KVCache):
+    """Remembers the sizes that its buffers had, and their dtypes."""
+
+    made = []
+
+    def begin(self, T):
+        self.made.append((int(self.length) + T, self.size, {one.dtype for pair in self.kv for one in pair}))
+        return super().begin(T)
+
+@pytest.fixture
+def watched(monkeypatch):
+    monkeypatch.setattr("nanolost.decode.KVCache", Watched)
+    monkeypatch.setattr(Watched, "made", [])
+    return Watched.made
+
+def test_cache_holds_what_the_text_is_long_not_what_the_model_was_made_for(watched):
+    model = small(max_seq_len=2**31)
+    text = generate(model, tokens(1, 5), 600, temperature=0)
+    assert text.shape == (1, 605) and watched[-1][1] <= 1024
+    assert all(length <= size <= max(256, 2 * length) for length, size, _ in watched)
+
+@pytest.mark.parametrize("block, piece", [(1, 1), (3, 4), (256, 2048)])
+def test_growing_cache_and_pieces_of_a_prompt_change_no_token(block, piece, watched, monkeypatch):
+    monkeypatch.setattr("nanolost.decode.BLOCK", block)
+    monkeypatch.setattr("nanolost.decode.PREFILL", piece)
+    model, idx = small(n_kv_head=2, max_seq_len=21), tokens(2, 9)
+    text = generate(model, idx, 40, temperature=0)
+    assert text.tolist() == [greedy_literally(model, row, 40) for row in idx.tolist()]
+    assert max(size for _, size, _ in watched) == 21
+
+def test_decode_step_is_compiled_once_for_each_doubling_of_the_cache(monkeypatch):
+    sizes = []
+    def uncompiled(model, cache, tensors):
+        sizes.append(tensors[-1].shape[2])
+        return lambda token, *rest: [model(token, cache=cache)[0]]
+    monkeypatch.setattr("nanolost.decode.compile_for_cpu", uncompiled)
+    monkeypatch.setattr("nanolost.decode.BLOCK", 4)
+    model, idx = small(max_seq_len=50), tokens(1, 3)
+    text = generate(model, idx, 90, temperature=0, step=compile_step(model))
+    assert sizes == [4, 8, 16, 32, 50]
+    assert torch.equal(text, generate(model, idx, 90, temperature=0))
+
+@pytest.mark.parametrize("make", [small, small_lost])
+def test_generation_works_under_autocast(make, watched):
+    model, idx = make(), tokens(2, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        text = generate(model, idx, 20, temperature=0)
+        expected = [greedy_literally(model, row, 20) for row in idx.tolist()]
+    assert text.tolist() == expected
+    assert watched[-1][2] == {torch.bfloat16}
+
+def test_model_with_a_lost_head_generates():
+    model, idx = apply_lost(small(), 6, 0.1, skip=()), tokens(2, 5)
+    text = generate(model, idx, 20, temperature=0)
+    assert text.tolist() == [greedy_literally(model, row, 20) for row in idx.tolist()]
+
+def test_form_for_few_rows_is_used_inside_alone_whatever_ends_it():
+    model, used = small_lost(), []
+    layers = [layer for layer in model.modules() if isinstance(layer, LOSTLinear)]
+    layers[0].few_rows = True
+    def look(module, given, x):
+        used.append({layer.few_rows for layer in layers})
+        if len(used) == 3:
+            raise KeyboardInterrupt
+    model.model["embed_tokens"].register_forward_hook(look)
+    generate(model, tokens(1, 5), 2)
+    before = [layer.few_rows for layer in layers]
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, tokens(1, 5), 2)
+    after = [layer.few_rows for layer in layers]
+    assert used == [{True}] * 3 and before == after == [True] + [False] * (len(layers) - 1)
+
+def test_ids_beyond_the_vocabulary_are_never_drawn():
+    model, idx = small(), tokens(2, 5) % 7
+    text = generate(model, idx, 200, temperature=100.0, vocab_size=7)
+    assert {*text.flatten().tolist()} == {*range(7)}
+
 # --- picking a token ---
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.5, -3.0, 0.0])
@@ -180,6 +258,10 @@ def test_a_draw_stays_inside_what_top_k_and_top_p_leave(scores, temperature, top
     nucleus = smallest_set_reaching(probabilities.tolist(), percent / 100 + 1e-6)
     assert set(draws(300, logits, temperature=temperature, top_p=percent / 100).tolist()) <= nucleus
     assert set(draws(5, logits, temperature=0, top_k=top_k).tolist()) == {logits.argmax().item()}
+
+@pytest.mark.parametrize("temperature", [1e-20, 1e-44, 1e-50, 5e-324])
+def test_temperature_near_zero_takes_the_likeliest(temperature):
+    assert {*draws(50, temperature=temperature).tolist()} == {0}
 
 def test_pick_token_gives_one_token_a_row():
     logits = torch.tensor([[0.0, 50.0, 0.0], [50.0, 0.0, 0.0]])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lost import apply_lost
+from lost import LOSTLinear, apply_lost
 from model import Llama, LlamaConfig
 from nanolost.checkpoint import load_model, save_checkpoint
 from nanolost.decode import generate
@@ -21,13 +21,13 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TOKENIZER = Tokenizer.named("byte")
 SIZES = dict(vocab_size=TOKENIZER.vocab_size, max_seq_len=16, n_layer=1, n_head=2, n_embd=16, n_ffn=24)
 
-def save_step(out_dir, step, **sizes):
+def save_step(out_dir, step, skip=("lm_head",), **sizes):
     torch.manual_seed(step)
     model = Llama(LlamaConfig(**{**SIZES, **sizes}))
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(10)                         # far from flat: greedy text varies
-    apply_lost(model, 4, 0.2)
+    apply_lost(model, 4, 0.2, skip=skip)
     return save_checkpoint(str(out_dir), step, model, [], {"step": step}, TOKENIZER, keep=2)
 
 @pytest.fixture(scope="module")
@@ -61,9 +61,10 @@ def refused(capsys):
         return err
     return run
 
-def process(*argv):
+def process(*argv, environment=None):
     program = [sys.executable, os.path.join(ROOT, "sample.py"), *argv]
-    return subprocess.run(program, capture_output=True, timeout=120, cwd=os.path.dirname(ROOT))
+    return subprocess.run(program, capture_output=True, timeout=600, cwd=os.path.dirname(ROOT),
+                          env=environment)
 
 def flip_byte(path):
     with open(path, "r+b") as f:
@@ -71,6 +72,14 @@ def flip_byte(path):
         last = f.read(1)[0]
         f.seek(-1, os.SEEK_END)
         f.write(bytes([last ^ 1]))
+
+def model_alone(checkpoint, place):
+    """The model of a checkpoint in a folder that is none of a run's."""
+    folder = place / "alone"
+    folder.mkdir()
+    for file in ("model.safetensors", "config.json", "tokenizer.json"):
+        shutil.copy(os.path.join(checkpoint, file), folder)
+    return str(folder)
 
 def literal_text(folder, prompt, seed, count, **how):
     """One sample from first principles: the model's continuation up to its end of text."""
@@ -144,6 +153,25 @@ def test_text_ends_where_the_model_ends_the_document(trained, sample):
     assert len(lengths) == 8 and min(lengths) < 200 and len(set(lengths)) > 4
     assert "endoftext" not in text
 
+def test_byte_order_mark_of_a_prompt_file_is_no_part_of_the_text(trained, sample, tmp_path, monkeypatch):
+    (tmp_path / "prompt.txt").write_text("Ein Anfang", encoding="utf-8-sig")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert sample(trained[0], prompt="FILE:~/prompt.txt") == sample(trained[0], prompt="Ein Anfang")
+
+def test_model_with_a_lost_head_is_sampled(sample, tmp_path):
+    folder = save_step(tmp_path, 1, skip=())
+    assert isinstance(load_model(folder)[0].lm_head, LOSTLinear)
+    text = sample(folder, prompt="A", temperature=0.0)
+    assert text == literal_text(folder, "A", seed=0, count=40, temperature=0.0) and len(text) > 3
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_text_reaches_a_standard_output_of_another_encoding(trained, sample, encoding):
+    text = sample(trained[0], prompt="ü → ☃", seed=3)
+    done = process("--ckpt", trained[0], "--prompt=ü → ☃", "--seed=3", "--max_new_tokens=40", "--device=cpu",
+                   environment={**os.environ, "PYTHONIOENCODING": encoding})
+    assert done.returncode == 0 and done.stderr == b""
+    assert done.stdout == text.encode(encoding, "backslashreplace")
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_ids_beyond_the_tokenizer_are_never_drawn(sample, tmp_path, tied):
     folder = save_step(tmp_path, 1, vocab_size=2 * TOKENIZER.vocab_size, tie_embeddings=tied)
@@ -188,22 +216,20 @@ def test_missing_file_is_refused(refused, copied):
 
 @pytest.mark.parametrize("file, message", [
     ("model.safetensors", "cannot read .*model.safetensors"), ("config.json", "cannot read .*config.json"),
-    ("tokenizer.json", "tokenizer.json is no tokenizer: give a tokenizer.json"),
+    ("tokenizer.json", "tokenizer.json is no tokenizer: .*give a tokenizer.json"),
 ])
-def test_cut_file_of_a_folder_without_a_manifest_is_refused(refused, copied, file, message):
-    for ours in ("manifest.json", "state.json"):
-        os.remove(os.path.join(copied[2], ours))
-    path = os.path.join(copied[2], file)
+def test_cut_file_of_a_folder_without_a_manifest_is_refused(refused, copied, file, message, tmp_path):
+    folder = model_alone(copied[2], tmp_path)
+    path = os.path.join(folder, file)
     os.truncate(path, os.path.getsize(path) // 2)
-    assert re.search(message, refused("--ckpt", copied[2]))
+    assert re.search(message, refused("--ckpt", folder))
 
-def test_weights_that_do_not_fit_are_refused_on_one_line(refused, copied):
-    os.remove(os.path.join(copied[2], "manifest.json"))
-    os.remove(os.path.join(copied[2], "state.json"))
-    path = Path(copied[2], "config.json")
+def test_weights_that_do_not_fit_are_refused_on_one_line(refused, copied, tmp_path):
+    folder = model_alone(copied[2], tmp_path)
+    path = Path(folder, "config.json")
     path.write_text(path.read_text().replace('"num_hidden_layers": 1', '"num_hidden_layers": 2'))
-    message = refused("--ckpt", copied[2])
-    assert "do not fit its config.json: " in message and "model.layers.1.mlp.up_proj.weight" in message
+    message = refused("--ckpt", folder)
+    assert "do not fit its config.json: " in message and "model.layers.1.self_attn.q_proj.weight is missing" in message
 
 def test_out_dir_of_damaged_checkpoints_ends_with_code_two(copied, capsys):
     for folder in copied[1:]:
@@ -226,10 +252,10 @@ def test_out_dir_of_damaged_checkpoints_ends_with_code_two(copied, capsys):
     (["--dtype", "float8"], "--dtype: invalid choice: 'float8'"),
     (["--max_new_tokens", "0"], "--max_new_tokens and --num_samples must be positive"),
     (["--num_samples=0"], "--max_new_tokens and --num_samples must be positive"),
-    (["--temperature=-0.1"], "--temperature not negative"),
-    (["--top_k=0"], "--top_k must be positive, --top_p in (0, 1]"),
-    (["--top_p=0"], "--top_p in (0, 1]"), (["--top_p=1.5"], "--top_p in (0, 1]"),
-    (["--top_p=nan"], "--top_p in (0, 1]"), (["--temperature=nan"], "--temperature"),
+    (["--temperature=-0.1"], "--temperature must be 0 or more"),
+    (["--top_k=0"], "--top_k must be positive"),
+    (["--top_p=0"], "--top_p must lie in (0, 1]"), (["--top_p=1.5"], "--top_p must lie in (0, 1]"),
+    (["--top_p=nan"], "--top_p must lie in (0, 1]"), (["--temperature=nan"], "--temperature"),
     (["--prompt", "FILE:absent.txt"], "cannot read the prompt: "),
 ])
 def test_wrong_flag_is_refused(refused, trained, argv, message):
@@ -240,6 +266,14 @@ def test_prompt_that_is_not_utf_8_is_refused(refused, trained, tmp_path):
     path.write_bytes("äöü".encode("latin-1"))
     message = refused("--ckpt", trained[0], "--prompt", f"FILE:{path}")
     assert "cannot read the prompt: 'utf-8' codec" in message
+
+def test_tokenizer_of_another_model_is_refused(refused, tmp_path):
+    folder = save_step(tmp_path, 1, vocab_size=100)
+    message = refused("--ckpt", folder, "--device=cpu")
+    assert f"the tokenizer has {TOKENIZER.vocab_size} tokens, the model only 100" in message
+
+def test_prompt_of_undecodable_bytes_is_refused(refused, trained):
+    assert "--prompt is no text" in refused("--ckpt", trained[0], "--prompt", "\udcff\udc80")
 
 def test_absent_device_is_refused(refused, trained):
     absent = "mps" if torch.cuda.is_available() else "cuda"                   # no machine has both
