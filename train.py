@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import os
 import sys
+import traceback
 
 import numpy as np
 import torch
@@ -159,19 +160,38 @@ def dry_run(config: Config):
     if rank == 0:
         say("\n".join(lines))
 
+def passed_the_compiler(error: BaseException) -> bool:
+    """Whether an error came through torch.compile, or through loading it, which torch's optimizers do too."""
+    parts = [frame.f_code.co_filename.split(os.sep) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any("_inductor" in part or "_dynamo" in part for part in parts)
+
+def is_of_the_compiler(error: BaseException) -> bool:
+    # to import the module takes seconds, and fails where the cache folder does
+    known = sys.modules.get("torch._dynamo.exc")
+    return known is not None and isinstance(error, known.BackendCompilerFailed)
+
 @contextlib.contextmanager
 def failures_with_their_repair():
-    """The two failures of a machine that a flag mends, in one line each."""
+    """The failures of a machine that a flag or a variable mends, in one line each."""
+    cache = "a cache folder that you may write by TORCHINDUCTOR_CACHE_DIR"
     try:
         yield
     except torch.OutOfMemoryError as e:
         cause = str(e).partition(" Of the allocated")[0]
         raise MemoryError(f"{cause} With a smaller --micro_batch or --recompute true the same command "
                           "continues, with the same samples") from e
-    except torch._dynamo.exc.BackendCompilerFailed as e:
-        cause = str(e).strip().splitlines()[0]
-        raise UserError(f"torch.compile failed ({cause}): use --compile false, or name a C++ compiler by the "
-                        "variable CXX and a cache folder by TORCHINDUCTOR_CACHE_DIR") from e
+    except OSError as e:
+        if not passed_the_compiler(e):
+            raise
+        raise UserError(f"torch cannot use the cache folder of its compiler ({e}): name {cache}") from e
+    except RuntimeError as e:
+        if not is_of_the_compiler(e):
+            raise
+        # torch 2.13 wraps some causes, in words over several lines, and not others
+        cause = getattr(e, "inner_exception", e)
+        line = str(cause).strip().partition("\n")[0]
+        raise UserError(f"torch.compile failed ({line}): use --compile false, or name a C++ compiler by the "
+                        f"variable CXX and {cache}") from e
 
 def train(state: State, texts: Texts, config: Config, job: Job, report: Report, save) -> str:
     """Update, evaluate and save until the last step, or until a signal: returns its name, "" at the end."""
@@ -206,7 +226,8 @@ def main(config: Config):
     """Train as `config` (from `resolve`) says. Returns when the run is finished, or stopped by a signal."""
     config = settle_device(config)
     if config.dry_run:
-        return dry_run(config)
+        with failures_with_their_repair():
+            return dry_run(config)
     with Job.start(config) as job, Report(config, job) as report, failures_with_their_repair():
         config.micro_batch, accumulation = split_batch(config, job.world)
         # everything that can be refused is looked at before anything is written
@@ -225,6 +246,8 @@ def main(config: Config):
             # in place: parameters keep their names
             state.model.compile()
 
+        # only now, when nothing can refuse any more, does --overwrite delete anything
+        job.first(lambda: out_dir.make_way(config.out_dir, folder, config.resume, config.overwrite))
         report.begin(state)
         job.first(lambda: out_dir.write_config(config.out_dir, dataclasses.asdict(config)))
         def save():
