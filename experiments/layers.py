@@ -1,0 +1,126 @@
+"""Layers that are controls only, registered as kinds: they train, save, resume and load as LOST does.
+
+    python experiments/layers.py --linear sltrain --rank 20 …     # train.py, with these kinds too
+
+To load what it has saved, import this file before `checkpoint.load_model` is called."""
+import os
+import sys
+
+# this file is started by its path, so that Python looks for modules beside it only
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import nanolost  # noqa: F401, I001  before torch: OpenMP reads its settings once
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from lost import LOSTError, by_module
+from nanolost.errors import as_user_error
+from nanolost.methods import LOST_FLAGS, METHODS, Method, convert_to_lost, register
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """What a method replaces: every linear layer but the head."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            found[name] = module
+    return found
+
+# --- SLTrain ---
+
+# α / r of their 60M model: 16 / 64 … 32 / 128
+SCALE = 0.25
+
+class SLTrainLinear(nn.Module):
+    """x (scale · B A + S)ᵀ with S on a random support of `count` of the out × in places (Han et al. 2024,
+    arXiv 2406.02214). The constructor leaves all empty, to be filled by `from_linear` or from a checkpoint.
+
+    A (rank, in), B (out, rank), values (count,); support (count,), places of a flattened (out, in)."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, count: int, scale: float = SCALE):
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.count = count
+        self.scale = scale
+        self.A = nn.Parameter(torch.empty(rank, in_features))
+        self.B = nn.Parameter(torch.empty(out_features, rank))
+        # a vector: the optimizer's group of vectors has it, without decay
+        self.values = nn.Parameter(torch.empty(count))
+        self.register_buffer("support", torch.empty(count, dtype=torch.int64))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, rank: int, density: float) -> "SLTrainLinear":
+        """A layer of the same shape with the published start, which is not the dense layer's weight."""
+        out_features, in_features = linear.weight.shape
+        count = int(density * out_features * in_features)
+        with torch.device(linear.weight.device):
+            layer = cls(in_features, out_features, rank, count)
+        if not linear.weight.is_meta:
+            layer.fill()
+        return layer
+
+    @torch.no_grad()
+    def fill(self):
+        """A and S uniform in ±in^-½, B zero, as published."""
+        bound = self.in_features ** -0.5
+        self.A.uniform_(-bound, bound)
+        self.B.zero_()
+        self.values.uniform_(-bound, bound)
+        places = torch.randperm(self.in_features * self.out_features, device=self.support.device)
+        # in the order of memory, which is the quicker one to add in
+        self.support.copy_(places[:self.count].sort().values)
+
+    def settings(self) -> dict:
+        """The constructor's arguments, from which a checkpoint rebuilds the layer."""
+        names = ("in_features", "out_features", "rank", "count", "scale")
+        return {name: getattr(self, name) for name in names}
+
+    def forward(self, x):
+        # (out, in); bfloat16 under autocast
+        W = self.scale * (self.B @ self.A)
+        flat = W.flatten().index_add(0, self.support, self.values.to(W.dtype))
+        return F.linear(x, flat.view_as(W))
+
+def convert_to_sltrain(model: nn.Module, config, part: tuple[int, int]):
+    # every process fills all layers: it has to make all draws of the one generator anyway
+    for name, linear in linears(model).items():
+        with as_user_error(LOSTError):
+            rank = by_module(config.rank, name)
+            density = by_module(config.sparsity, name)
+        model.set_submodule(name, SLTrainLinear.from_linear(linear, rank, density))
+
+register("sltrain", SLTrainLinear, convert_to_sltrain, switches={"sparsity": 0.03},
+         uses=("rank", "sparsity"), low_rank=("A", "B"), sparse=("values",))
+
+# --- LOST with random factors that have the size of the SVD's ---
+
+@torch.no_grad()
+def convert_to_scaled(model: nn.Module, config, part: tuple[int, int]):
+    """LOST from random factors, shrunk so that ‖B A‖_F is that of the best rank-r part of W: what the scale
+    of the start is worth without its directions."""
+    norms = {}
+    for name, linear in linears(model).items():
+        if not linear.weight.is_meta:
+            sigma = torch.linalg.svdvals(linear.weight)
+            norms[name] = sigma[:by_module(config.rank, name)].norm()
+    convert_to_lost(model, config, part)
+    for name, norm in norms.items():
+        layer = model.get_submodule(name)
+        # half of it for each factor
+        shrink = (norm / (layer.B @ layer.A).norm()).sqrt()
+        layer.A *= shrink
+        layer.B *= shrink
+
+# a method without a kind of its own: its modules are LOST's
+METHODS["scaled"] = Method(convert_to_scaled, {"init": "random"}, LOST_FLAGS)
+
+if __name__ == "__main__":
+    # here, because --linear offers what is registered when the settings are read
+    import train
+    from nanolost.flags import command, parse
+    from nanolost.settings import Config, resolve
+
+    command(lambda: train.main(resolve(parse(Config, sys.argv[1:], train.__doc__))))
