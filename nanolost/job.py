@@ -8,6 +8,7 @@ that hangs or is stopped lets their exchange time out. Nothing here watches or k
 import contextlib
 import datetime
 import os
+import re
 import signal
 import threading
 import time
@@ -23,6 +24,8 @@ from nanolost.flags import say
 START = 60
 # seconds for a word to the store, which a stopped process may hold: see Job.first_fault
 LAST_WORD = 5
+# seconds that rank 0 holds the store after a failure
+LINGER = 2
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # torchrun, SLURM, Open MPI, MPICH and Intel MPI: the number of a process on its machine
 LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
@@ -46,6 +49,7 @@ def _variable(name: str, low: int, high: int) -> int:
     text = os.environ.get(name, "")
     if not text:
         raise _half_set(f"{name} is missing")
+    # int() would take " 1", "1_0" and other alphabets' digits
     if not (text.isascii() and text.isdecimal() and low <= int(text) <= high):
         raise _half_set(f"{name} is {text!r}, not a number from {low} to {high}")
     return int(text)
@@ -56,6 +60,7 @@ def _half_set(what: str) -> UserError:
 
 def pick_device(name: str) -> str:
     """"auto" is the best of cuda, mps and cpu that is here. Raises UserError for one that is not."""
+    # from the fastest to the slowest
     here = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()]
     here.append("cpu")
     if name == "auto":
@@ -80,6 +85,9 @@ def _device(kind: str, local_rank: int) -> torch.device:
         raise UserError(f"this machine has {count} GPUs: start torchrun with --nproc_per_node={count}")
     return torch.device(kind, local_rank % count)
 
+def _under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
 # --- the job ---
 
 class Job:
@@ -93,7 +101,9 @@ class Job:
         self.rank, self.world = place()
         self.local_rank = _local_rank(self.rank)
         self.device = _device(kind, self.local_rank)
+        # filled by signal handlers, read at the end of a step
         self.asked = []
+        # the store stays None, and every exchange a no-op, in a job of one process
         self.store = self.patient = None
         self.stack = contextlib.ExitStack()
 
@@ -115,20 +125,24 @@ class Job:
         return self
 
     def __exit__(self, kind, error, trace):
-        if self.world > 1:
+        with self.stack:
+            if self.world == 1:
+                return
             if error is None:
                 self._part()
             else:
+                # told before this process closes its connections: what the others then feel comes second
                 self.first_fault(f"{kind.__name__}: {error}")
-        self.stack.close()
+                if self.rank == 0 and not _under_torchrun():
+                    # the store ends with this process, and the others are asking it for the cause
+                    time.sleep(LINGER)
 
     def _meet(self, timeout: int):
         """Find the others: through a store that torchrun holds, or else rank 0."""
         _end_with_launcher()
         wait = datetime.timedelta(seconds=max(timeout, START))
         # torchrun has its store before its processes start: one that is not there will never be
-        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-        connect = datetime.timedelta(seconds=START) if under_torchrun else wait
+        connect = datetime.timedelta(seconds=START) if _under_torchrun() else wait
         try:
             store, _, _ = next(dist.rendezvous("env://", self.rank, self.world, timeout=connect))
             # what a process that was left over, or an attempt before a restart, says is not meant for us
@@ -151,6 +165,7 @@ class Job:
         """ConnectionError names those who have not come."""
         # they come minutes apart, and the exchange that follows allows no more than --timeout
         keys = [f"here/{rank}" for rank in range(self.world)]
+        # the value says nothing; that the key is there does
         self.store.set(keys[self.rank], "")
         try:
             self.store.wait(keys, wait)
@@ -172,13 +187,14 @@ class Job:
         try:
             yield
         except RuntimeError as e:
-            raise ConnectionError(self.first_fault(f"lost another process ({e})")) from e
+            raise ConnectionError(self.first_fault(f"lost another process ({_cause(e)})")) from e
 
     def first(self, work):
         """Run work() on rank 0 alone, for up to ten times --timeout. All return its result, or raise the
         UserError or OSError that it raised."""
         answer = [None, None]
         if self.rank == 0:
+            # any other error ends rank 0, and with its connections the others
             try:
                 answer[0] = work()
             except (UserError, OSError) as error:
@@ -244,6 +260,11 @@ class Job:
         if self.rank == 0:
             say(text)
 
+def _cause(error: Exception) -> str:
+    # gloo begins with a place in its source and ends with advice, NCCL goes on for pages
+    line = str(error).partition("\n")[0]
+    return re.sub(r"^\[\S+\] ", "", line).partition(". ")[0] or type(error).__name__
+
 def _catch_signals(stack: contextlib.ExitStack, asked: list[str]):
     """A signal asks for a stop, on which all agree at the end of a step; a second Ctrl-C ends at once."""
     # Python allows handlers in the main thread alone; a notebook's own thread is stopped by the notebook
@@ -269,12 +290,14 @@ def _set_up_device(stack: contextlib.ExitStack, device: torch.device, determinis
 def _end_with_launcher():
     """Where `kill -9` of torchrun leaves its processes behind, end this one: it would train on unseen, and
     hold the lock that the same command needs."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not _under_torchrun():
         # srun and mpirun end theirs themselves; a shell may leave on purpose
         return
     launcher = os.getppid()
     def watch():
+        # an orphan gets another parent
         while os.getppid() == launcher:
             time.sleep(1)
+        # the main thread may wait for another orphan for as long as --timeout; a checkpoint is whole anyway
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
