@@ -567,9 +567,10 @@ def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch, 
 @pytest.mark.parametrize("changed", ["input", "tokenizer", "train_tokens"])
 def test_a_first_try_that_wrote_no_shard_binds_nobody(tmp_path, changed, out):
     bad = tmp_path / "bad.jsonl"
-    bad.write_bytes(GOOD + b"not JSON\n")
-    with pytest.raises(UserError, match="bad.jsonl:2"):
+    bad.write_bytes(json_lines(some_texts(300, 1)) + b"not JSON\n")
+    with pytest.raises(UserError, match="bad.jsonl:301"):
         prepare(out, input=[str(bad)])
+    assert "tokenizer" in manifest_of(out) and not manifest_of(out)["shards"]
     values = {"input": [put(tmp_path / "a.jsonl", some_texts(300))]}
     values |= {"tokenizer": {"tokenizer": "train:300"}, "train_tokens": {"train_tokens": 99}}.get(changed, {})
     prepare(out, **values)
