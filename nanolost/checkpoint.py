@@ -45,6 +45,7 @@ INDEX = "model.safetensors.index.json"
 MOMENTS = "optimizer.safetensors"
 STATE = "state.json"
 MANIFEST = "manifest.json"
+# every version of this program has written these beside the weights
 NEEDED = (MOMENTS, "config.json", STATE, "tokenizer.json")
 
 # --- which folders there are, and whose ---
@@ -127,6 +128,7 @@ def retain(out_dir: str, step: int, keep: int):
     """Delete all but the newest `keep` checkpoints up to `step`, and damaged ones of later steps."""
     found = checkpoints(out_dir)
     earlier = [folder for folder in found if step_of(folder) <= step]
+    # what a save has put aside is not one of `keep`
     doomed = [folder for folder in earlier if is_aside(folder)]
     doomed += [folder for folder in earlier if not is_aside(folder)][:-keep]
     # the run went back past a damaged one; a good one is a future that nobody has given up
@@ -178,6 +180,7 @@ def newest_checkpoint(out_dir: str) -> str | None:
             return folder
         # said at each look: it is the user's last chance to save the others
         print(f"WARNING: {folder} is damaged ({fault}): looking for an earlier one", file=sys.stderr)
+    # to begin at step 0 is the user's to say
     if found:
         raise UserError(f"all {len(found)} checkpoints of {out_dir} are damaged: restore one, or start "
                         "again with --resume never --overwrite")
@@ -266,6 +269,7 @@ def write_tensors(folder: str, name: str, tensors: dict[str, torch.Tensor], note
 
 def write(folder: str, model: Llama, optimizers: list, state: dict, tokenizer: Tokenizer):
     """All files of a checkpoint and their manifest, on the disk for certain when it returns."""
+    # before the folder is made: an optimizer that is refused leaves nothing behind
     values = optimizer_values(model, optimizers)
     os.makedirs(folder)
     write_tensors(folder, WEIGHTS, model_tensors(model), {"format": "pt"})
@@ -353,6 +357,7 @@ def saved_states(path: str) -> tuple[list | None, dict[str, dict]]:
         raise UserError(f"cannot read {path}: its numbers do not stand by parameter")
     states = dict(values)
     for name, tensor in tensors.items():
+        # names of parameters have dots, torch's names of their state have none
         parameter, _, key = name.rpartition(".")
         states.setdefault(parameter, {})[key] = tensor
     return kinds, states
@@ -406,6 +411,7 @@ def checkpoint_folder(path: str) -> str:
 def read_index(folder: str) -> dict[str, str]:
     """File name by tensor name, from Hugging Face's index of a model in several files."""
     path = os.path.join(folder, INDEX)
+    # beside it stands metadata: a total size that nothing here needs
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"cannot read {path}: it has no weight_map")
@@ -486,6 +492,7 @@ def load_folder(folder: str) -> tuple[Llama, dict]:
     if tied:
         # assigning made two parameters of one
         model.lm_head.weight = model.model["embed_tokens"].weight
+    # a model alone has none, which is no state to train on but enough to sample from
     path = os.path.join(folder, STATE)
     return model, read_json(path) if os.path.exists(path) else {}
 

@@ -134,6 +134,7 @@ def refuse_later(out_dir: str, folder: str, overwrite: bool):
 
 def refuse_old_run(out_dir: str, overwrite: bool):
     """UserError if a run would have to go and may not, or something that is no run's."""
+    # --overwrite would not help with a folder of somebody else: that is said first
     if not overwrite:
         refuse_foreign(out_dir)
         if not is_empty(out_dir):
@@ -196,6 +197,7 @@ def check_space(out_dir: str, keep: int, size: int):
     home = os.path.join(out_dir, "checkpoints")
     # it may be a link to another disk
     free = shutil.disk_usage(home if os.path.isdir(home) else out_dir).free
+    # the old ones stay until the new one verifies
     more = max(1, keep + 1 - len(checkpoints(out_dir)))
     if free < more * size:
         raise UserError(f"{out_dir} has {free:,} bytes free for {more} more checkpoints of {size:,}: make "
