@@ -14,27 +14,24 @@ import os
 import sys
 
 # this file is started by its path, so that Python looks for modules beside it only
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
 
-import dataclasses
 import functools
 import itertools
 import math
 import statistics
 from dataclasses import dataclass
 
+import numpy as np
+
 # first of ours: it imports nanolost before torch, and registers kinds before --linear lists them
-from experiments import layers  # noqa: F401
-from experiments.runs import Experiment, Run, Settings, chosen, drive
+from experiments import layers
+from experiments.runs import Experiment, Key, Rates, Run, Settings, chosen, drive, extra, folder_of, shapes
 from experiments.tables import fill, markdown, pyplot, save_figure, spread
 from model import MODELS, Llama
 from nanolost.counts import count_flops, count_parameters
-from nanolost.errors import UserError
-from nanolost.flags import flag, parse, say
-from nanolost.methods import build_model
-from nanolost.settings import Config as TrainConfig
-from nanolost.settings import resolve
-from nanolost.tokenizer import Tokenizer
+from nanolost.flags import flag, say
 
 # a budget that is spent on rank alone, at CoLA's scale
 NO_SPARSE = {"sparsity": 0, "gamma": 1}
@@ -92,12 +89,17 @@ SWEPT["random start, random channels"] = "random start"
 # row → the one that it is held against, LOST for the others
 AGAINST = {"γ learned, aux_lr 0.003": "aux_lr 0.003"}
 
+COLUMNS = (
+    "", "lr", "seeds", "loss", "loss − LOST's, in pairs", "perplexity", "bits per byte",
+    "parameters", "FLOPs a token",
+)
 # what `lost.diagnose` says of a layer
 INSIDE = ("low_rank_share", "cosine", "effective_rank", "norm_A", "norm_B", "gamma")
 
 @dataclass(frozen=True)
 class Config(Settings):
-    lrs: tuple[float, ...] = flag((3e-3, 6e-3, 1.2e-2, 2.4e-2), "learning rates of every sweep")
+    # factors of 2 around the best of most rows
+    lrs: Rates = flag((3e-3, 6e-3, 1.2e-2, 2.4e-2), "learning rates of every sweep")
     model: str = flag("tiny", "size", list(MODELS))
     width: int | None = flag(None, "another n_embd, with n_embd / 32 heads and layers, rank n_embd / 4")
 
@@ -109,42 +111,40 @@ def shape(config: Config) -> dict:
         return {}
     # a head has 32 features at every width, as `tiny` has
     count = config.width // 32
-    inner = 8 * math.ceil(config.width / 3)
-    return {"n_embd": config.width, "n_ffn": inner, "n_head": count, "n_layer": count}
-
-@functools.cache
-def extra(config: Settings) -> dict:
-    """The flags in --extra. UserError for one that the driver sets itself."""
-    given = parse(TrainConfig, config.extra.split())
-    ours = {f.name for f in dataclasses.fields(config)} | {"lr", "seed"}
-    clash = sorted(given.keys() & ours)
-    if clash:
-        raise UserError(f"--extra must not set {', '.join(clash)}: the driver does")
-    return given
+    return {
+        "n_embd": config.width,
+        "n_ffn": 8 * math.ceil(config.width / 3),
+        "n_head": count,
+        "n_layer": count,
+    }
 
 def build(config: Config, flags: dict) -> Llama:
     """The model of a row, shapes only."""
-    full = resolve({"model": config.model, **extra(config), **shape(config), **flags})
-    full.vocab_size = Tokenizer.load(os.path.join(config.data_dir, "tokenizer.json")).vocab_size
-    return build_model(full, "meta")
+    # what a row says of its size comes last, as on its command line
+    sizes = shape(config)
+    return shapes(config, {"model": config.model, **sizes, **flags})
 
-def prices(model: Llama) -> dict[int, list[str]]:
+def modules_by_price(model: Llama) -> dict[int, list[str]]:
     """Parameters that one more rank costs in a module (in + out) → the modules of that price."""
     found = {}
     for name, module in model.named_modules():
+        # the factors, in every kind of layer that has them
         if hasattr(module, "A"):
-            price = module.A.shape[1] + module.B.shape[0]
-            found.setdefault(price, []).append(name)
+            inputs = module.A.shape[1]
+            outputs = module.B.shape[0]
+            found.setdefault(inputs + outputs, []).append(name)
     return found
 
 def raised(modules: dict[int, list[str]], rest: int) -> list[str]:
     """Modules that get one more rank: as many of each price, the first ones, as bring the sum nearest to
     `rest`, never above it."""
     def total(counts):
-        return sum(count * price for count, price in zip(counts, modules, strict=True))
+        each = zip(counts, modules, strict=True)
+        return sum(count * price for count, price in each)
     # a model has few shapes, so that all choices are few
-    choices = itertools.product(*(range(len(names) + 1) for names in modules.values()))
-    best = max((counts for counts in choices if total(counts) <= rest), key=total)
+    numbers = [range(len(names) + 1) for names in modules.values()]
+    choices = itertools.product(*numbers)
+    best = max(filter(lambda counts: total(counts) <= rest, choices), key=total)
     more = []
     for count, names in zip(best, modules.values(), strict=True):
         more += names[:count]
@@ -156,17 +156,21 @@ def matched(config: Config, row: str) -> dict:
     flags = ROWS[row]
     if flags.get("linear") == "dense":
         return flags
+    # counted, not computed: kinds of layers differ in what they hold
     def count(rank):
         return count_parameters(build(config, {**flags, "rank": rank}))
+    # `tiny` has width 128 and rank 32
     lost = {"rank": config.width // 4} if config.width else {}
     budget = count_parameters(build(config, lost))
     # each rank more costs the same
     one = count(1)
     rank = 1 + (budget - one) // (count(2) - one)
     model = build(config, {**flags, "rank": rank})
-    more = raised(prices(model), budget - count_parameters(model))
+    rest = budget - count_parameters(model)
+    more = raised(modules_by_price(model), rest)
     if not more:
         return {**flags, "rank": rank}
+    # as --rank reads it: a number for some modules, another for all others
     by_module = dict.fromkeys(more, rank + 1)
     by_module["default"] = rank
     return {**flags, "rank": by_module}
@@ -178,32 +182,40 @@ def flops(config: Config, row: str) -> int:
 
 # --- its runs ---
 
-def flags_of(config: Config, row: str, lr: float, seed: int) -> dict:
+def flags_of(config: Config, key: Key) -> dict:
     """All flags of a run, but out_dir."""
     flags = {
         # whatever the size's recipe says: a row that wants Muon says so
         "optimizer": "adamw",
+        # one checkpoint and one evaluation, at the end
         "keep": 1,
         "save_every": config.steps,
         "eval_every": config.steps,
         "eval_tokens": 200_000,
     }
     flags |= extra(config)
-    flags |= {"model": config.model, "steps": config.steps, "lr": lr, "seed": seed}
+    flags["model"] = config.model
+    flags["steps"] = config.steps
+    flags["lr"] = key.lr
+    flags["seed"] = key.seed
     flags["data_dir"] = os.path.abspath(config.data_dir)
     # the row has the last word, and its size
-    return {**flags, **shape(config), **matched(config, row)}
+    flags |= shape(config)
+    return flags | matched(config, key.row)
 
-def run_of(config: Config, row: str, lr: float, seed: int) -> Run:
-    folder = os.path.abspath(os.path.join(config.out_dir, row, f"{lr:g}-{seed}"))
-    flags = {**flags_of(config, row, lr, seed), "out_dir": folder}
-    ours = flags.get("linear") in ("sltrain", "scaled")
-    return Run(folder, flags, "experiments/layers.py" if ours else "train.py")
+def run_of(config: Config, key: Key) -> Run:
+    flags = flags_of(config, key)
+    folder = folder_of(config, key)
+    if flags.get("linear") in layers.NAMES:
+        return Run(folder, flags, "experiments/layers.py")
+    return Run(folder, flags)
 
 def experiment(config: Config) -> Experiment:
-    def run(row, lr, seed):
-        return run_of(config, row, lr, seed)
-    return Experiment(config, run, SWEPT, lambda row: config.lrs)
+    def run(key):
+        return run_of(config, key)
+    def rates(row):
+        return config.lrs
+    return Experiment(config, run, SWEPT, rates)
 
 def train(config: Config):
     """Train what is missing of the chosen rows, and of the sweeps that they go by."""
@@ -213,15 +225,19 @@ def train(config: Config):
 
 def sweep_table(found: Experiment, rows: list[str]) -> str:
     """Losses of seed 0, rows by learning rates, the best of each in bold."""
-    sweeps = {row: found.sweep(row) for row in found.sweeps(rows)}
-    lrs = sorted({lr for losses in sweeps.values() for lr in losses})
+    sweeps = found.sweeps(rows)
+    # some have gone on where others ended
+    rates = sorted(set().union(*sweeps.values()))
     body = []
     for row, losses in sweeps.items():
         best = found.best_lr(row)
-        body.append([row, *(sweep_cell(losses.get(lr), lr == best) for lr in lrs)])
-    return markdown(["", *(f"{lr:g}" for lr in lrs)], body)
+        cells = [sweep_cell(losses.get(lr), lr == best) for lr in rates]
+        body.append([row, *cells])
+    head = [f"{lr:g}" for lr in rates]
+    return markdown(["", *head], body)
 
 def sweep_cell(loss: float | None, best: bool) -> str:
+    # where another row's sweep has gone on, or this one has not been yet
     if loss is None:
         return ""
     shown = f"{loss:.3f}" if loss < math.inf else "diverged"
@@ -231,11 +247,14 @@ def difference(found: Experiment, row: str) -> str:
     """Of the losses to those of the row that it is held against, seed by seed: the same first weights before
     the decomposition, and the same batches."""
     against = AGAINST.get(row, "LOST")
+    # to itself there is none
     if row == against:
         return ""
     others = found.finished(against)
     own = found.finished(row)
-    pairs = [own[seed]["val_loss"] - others[seed]["val_loss"] for seed in own if seed in others]
+    pairs = []
+    for seed in own.keys() & others.keys():
+        pairs.append(own[seed]["val_loss"] - others[seed]["val_loss"])
     if not pairs:
         return ""
     shown = spread(pairs, "+.3f")
@@ -243,10 +262,13 @@ def difference(found: Experiment, row: str) -> str:
 
 def main_row(config: Config, found: Experiment, row: str) -> list:
     finished = list(found.finished(row).values())
+    count = str(len(finished))
     diverged = len(found.results(row)) - len(finished)
-    count = f"{len(finished)}, {diverged} diverged" if diverged else f"{len(finished)}"
+    if diverged:
+        count += f", {diverged} diverged"
     def all_of(name):
         return [result[name] for result in finished]
+    # in the order of COLUMNS
     return [
         row,
         f"{found.best_lr(row):g}",
@@ -262,10 +284,16 @@ def main_row(config: Config, found: Experiment, row: str) -> list:
 
 def inside_row(found: Experiment, row: str) -> list | None:
     """Of what the layers do at the end the mean over seeds, None for a row without layers that say it."""
-    seen = [result["layers"] for result in found.finished(row).values() if "layers" in result]
+    results = found.finished(row).values()
+    # dense has none, and SLTrain's say nothing
+    seen = [result["layers"] for result in results if "layers" in result]
     if not seen:
         return None
-    return [row, *(f"{statistics.mean(one[name] for one in seen):.3f}" for name in INSIDE)]
+    cells = [row]
+    for name in INSIDE:
+        mean = statistics.mean(one[name] for one in seen)
+        cells.append(f"{mean:.3f}")
+    return cells
 
 def tables(config: Config) -> str:
     """The three tables as Markdown."""
@@ -273,16 +301,18 @@ def tables(config: Config) -> str:
     rows = chosen(config, ROWS)
     # of a row that has not begun there is nothing to say
     begun = [row for row in rows if found.finished(row)]
+    body = [main_row(config, found, row) for row in begun]
     inside = [inside_row(found, row) for row in begun]
-    head = ["", "lr", "seeds", "loss", "loss − LOST's, in pairs", "perplexity", "bits per byte", "parameters",
-            "FLOPs a token", f"tokens/s of {config.jobs} at a time"]
+    inside = [cells for cells in inside if cells]
+    # runs side by side share the machine: their speed is no benchmark
+    head = [*COLUMNS, f"tokens/s of {config.jobs} at a time"]
     return "\n".join([
         f"{config.model}, {config.steps} steps. Validation loss of seed 0 at each learning rate\n",
         sweep_table(found, rows),
         "Mean ± standard deviation over seeds, at the best learning rate of the row that was swept\n",
-        markdown(head, [main_row(config, found, row) for row in begun]),
+        markdown(head, body),
         "Inside the layers at the end, mean over layers and seeds\n",
-        markdown(["", *INSIDE], [cells for cells in inside if cells]),
+        markdown(["", *INSIDE], inside),
     ])
 
 def table(config: Config):
@@ -294,33 +324,45 @@ def table(config: Config):
 
 # --- the figure ---
 
-def mean_curve(runs: list[list[dict]]) -> tuple[list[int], list[float]]:
+def mean_curve(runs: list[list[dict]]) -> tuple[list, list]:
     """(tokens, loss) of the updates of several runs, the loss as mean over runs."""
     tokens = [line["tokens"] for line in runs[0]]
-    losses = [statistics.mean(line["loss"] for line in lines) for lines in zip(*runs, strict=True)]
+    losses = []
+    # an update of all seeds at a time
+    for lines in zip(*runs, strict=True):
+        mean = statistics.mean(line["loss"] for line in lines)
+        losses.append(mean)
     return tokens, losses
 
 def plot(config: Config):
     """Training loss against tokens and FLOPs, mean over seeds, of each row with a sweep of its own."""
     found = experiment(config)
-    figure, (by_tokens, by_flops) = pyplot().subplots(1, 2, figsize=(12, 5), sharey=True)
+    figure, axes = pyplot().subplots(1, 2, figsize=(12, 5), sharey=True)
+    by_tokens, by_flops = axes
     for row in chosen(config, ROWS):
         finished = found.finished(row)
+        # rows without a sweep of their own lie on that of another
         if SWEPT[row] != row or not finished:
             continue
-        runs = [run_of(config, row, found.best_lr(row), seed).records("train") for seed in finished]
+        keys = [Key(row, found.best_lr(row), seed) for seed in finished]
+        runs = [run_of(config, key).records("train") for key in keys]
         tokens, losses = mean_curve(runs)
-        cost = flops(config, row)
-        by_tokens.plot([n / 1e6 for n in tokens], losses, label=row)
-        by_flops.plot([n * cost / 1e12 for n in tokens], losses, label=row)
-    # above 6 lies the start of every run, which would press what differs into a corner
-    by_tokens.set(xlabel="training tokens, millions", ylabel="training loss (nats a token)", ylim=(None, 6))
-    by_flops.set(xlabel="training compute, 10¹² FLOPs")
+        tokens = np.array(tokens)
+        compute = tokens * flops(config, row)
+        by_tokens.plot(tokens / 1e6, losses, label=row)
+        by_flops.plot(compute / 1e12, losses, label=row)
+    by_tokens.set_xlabel("training tokens, millions")
+    by_tokens.set_ylabel("training loss (nats a token)")
+    by_flops.set_xlabel("training compute, 10¹² FLOPs")
+    # above it lies the start of every run, which would press what differs into a corner
+    by_tokens.set_ylim(top=6)
     for axes in (by_tokens, by_flops):
         axes.grid(alpha=0.3)
+    # beside it: there are up to 20 lines
     by_flops.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(f"{config.model}, {config.steps} steps, each at its best learning rate")
     return save_figure(figure, config.out_dir, "controls.png")
 
 if __name__ == "__main__":
-    drive({"run": train, "table": table, "plot": plot}, Config, __doc__)
+    verbs = {"run": train, "table": table, "plot": plot}
+    drive(verbs, Config, __doc__)

@@ -9,7 +9,8 @@ import os
 import sys
 
 # this file is started by its path, so that Python looks for modules beside it only
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
 
 import dataclasses
 import math
@@ -20,7 +21,7 @@ import numpy as np
 
 # first of ours: it imports nanolost before torch
 from experiments import controls
-from experiments.runs import chosen, drive
+from experiments.runs import Rates, chosen, drive
 from experiments.tables import fill, markdown, pyplot, save_figure, spread
 from model import MODELS
 from nanolost.counts import count_parameters
@@ -32,7 +33,7 @@ T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447}
 
 @dataclass(frozen=True)
 class Config(controls.Config):
-    widths: tuple[float, ...] = flag((64, 96, 128, 192), "n_embd of each size")
+    widths: Rates = flag((64, 96, 128, 192), "n_embd of each size")
 
 @dataclass
 class Point:
@@ -42,6 +43,13 @@ class Point:
     parameters: int
     flops: float
     losses: list[float]
+
+    def mean(self) -> float:
+        return statistics.mean(self.losses)
+
+    def noise(self) -> float:
+        """Deviation over seeds; one seed has none that could be seen."""
+        return statistics.stdev(self.losses) if len(self.losses) > 1 else 0.0
 
 def at_width(config: Config, width: float) -> controls.Config:
     """The flags of experiments/controls.py for one size."""
@@ -59,28 +67,35 @@ def sizes(config: Config) -> list[controls.Config]:
     if config.results:
         raise UserError("--results means nothing to a ladder: each size has a file of its own in out_dir")
     # 32 features a head
-    wrong = [width for width in config.widths if width < 32 or width % 32]
-    if wrong:
-        raise UserError(f"--widths {wrong[0]:g}: must be a multiple of 32")
+    for width in config.widths:
+        if width < 32 or width % 32:
+            raise UserError(f"--widths {width:g}: must be a multiple of 32")
     return [at_width(config, width) for width in config.widths]
 
 def train(config: Config):
+    # one size after the other: the small ones show first whether rates and rows make sense
     for size in sizes(config):
         controls.train(size)
 
 # --- the fit ---
 
-def fit_line(x: list[float], y: list[float]) -> tuple[float, float, float]:
+Fit = tuple[float, float, float]
+
+def fit_line(x: list[float], y: list[float]) -> Fit:
     """Slope and constant of the line of least squares, and half the 95 % interval of the slope."""
+    # all sizes weigh the same: their noise is not well enough known to weigh by
     slope, fixed = np.polyfit(x, y, 1)
     free = len(x) - 2
     # through two points goes a line without any error
     if free < 1:
         return slope, fixed, math.inf
-    error = np.array(y) - fixed - slope * np.array(x)
-    variance = np.square(error).sum() / free / (len(x) * np.var(x))
+    error = np.array(y) - np.polyval([slope, fixed], x)
+    noise = np.square(error).sum() / free
+    # the standard error of a slope, by any book on regression
+    deviation = math.sqrt(noise / (len(x) * np.var(x)))
     # with more degrees of freedom t is smaller: too wide an interval, not too narrow
-    return slope, fixed, T_95[min(free, max(T_95))] * math.sqrt(variance)
+    t = T_95[min(free, max(T_95))]
+    return slope, fixed, t * deviation
 
 def point(size: controls.Config, width: float, row: str) -> Point:
     """UserError where the row diverged or has not been trained."""
@@ -88,18 +103,26 @@ def point(size: controls.Config, width: float, row: str) -> Point:
     finished = found.finished(row)
     if not finished:
         raise UserError(f"{row} has no result at width {width:g}: run first, with the same flags")
+    # a mean over some seeds here and over all there would bend the line
     if len(finished) < len(found.results(row)):
         raise UserError(f"{row} diverged at width {width:g}: give other --lrs, or --rows without it")
     model = controls.build(size, controls.matched(size, row))
-    tokens = next(iter(finished.values()))["tokens"]
-    losses = [result["val_loss"] for result in finished.values()]
-    total = controls.flops(size, row) * tokens
-    return Point(int(width), found.best_lr(row), count_parameters(model), total, losses)
+    results = list(finished.values())
+    # all seeds read as many
+    tokens = results[0]["tokens"]
+    return Point(
+        width=int(width),
+        lr=found.best_lr(row),
+        parameters=count_parameters(model),
+        flops=controls.flops(size, row) * tokens,
+        losses=[result["val_loss"] for result in results],
+    )
 
-def fit_points(points: list[Point]) -> tuple[float, float, float]:
+def fit_points(points: list[Point]) -> Fit:
     """`fit_line` of log loss over log FLOPs."""
+    # a power law is a line there
     x = [math.log(one.flops) for one in points]
-    y = [math.log(statistics.mean(one.losses)) for one in points]
+    y = [math.log(one.mean()) for one in points]
     return fit_line(x, y)
 
 # --- what is shown ---
@@ -109,29 +132,41 @@ def tables(points: dict[str, list[Point]]) -> str:
     fits = []
     for row, own in points.items():
         for one in own:
-            loss = spread(one.losses, ".3f")
-            compute = f"{one.flops / 1e12:.3g}"
-            body.append([row, one.width, f"{one.lr:g}", f"{one.parameters:,}", compute, loss])
+            body.append([
+                row,
+                one.width,
+                f"{one.lr:g}",
+                f"{one.parameters:,}",
+                f"{one.flops / 1e12:.3g}",
+                spread(one.losses, ".3f"),
+            ])
         slope, fixed, half = fit_points(own)
-        fits.append([row, f"{-slope:.4f} ± {half:.4f}", f"{math.exp(fixed):.2f}"])
+        # b is positive where more compute helps
+        exponent = f"{-slope:.4f} ± {half:.4f}"
+        fits.append([row, exponent, f"{math.exp(fixed):.2f}"])
+    head = ["", "width", "lr", "parameters", "10¹² FLOPs", "loss"]
     return "\n".join([
-        markdown(["", "width", "lr", "parameters", "10¹² FLOPs", "loss"], body),
+        markdown(head, body),
         "loss = a · FLOPs^-b through the means of the sizes, b with its 95 % interval\n",
         markdown(["", "b", "a"], fits),
     ])
 
 def draw(points: dict[str, list[Point]], config: Config):
+    # as wide as the text of a page
     figure, axes = pyplot().subplots(figsize=(6.5, 4.5))
     for row, own in points.items():
         x = np.array([one.flops for one in own])
         slope, fixed, _ = fit_points(own)
-        line, = axes.loglog(x / 1e12, np.exp(fixed) * x ** slope, label=row)
-        means = [statistics.mean(one.losses) for one in own]
-        # one seed has no deviation
-        noise = [statistics.stdev(one.losses) if len(one.losses) > 1 else 0 for one in own]
-        axes.errorbar(x / 1e12, means, noise, fmt="o", capsize=3, color=line.get_color())
-    axes.set(xlabel="training compute, 10¹² FLOPs", ylabel="validation loss (nats a token)",
-             title=f"{len(config.widths)} sizes, {config.steps} steps each")
+        fitted = np.exp(fixed) * x ** slope
+        line, = axes.loglog(x / 1e12, fitted, label=row)
+        # the points that it was fitted to, in its colour
+        means = [one.mean() for one in own]
+        noise = [one.noise() for one in own]
+        color = line.get_color()
+        axes.errorbar(x / 1e12, means, noise, fmt="o", capsize=3, color=color)
+    axes.set_xlabel("training compute, 10¹² FLOPs")
+    axes.set_ylabel("validation loss (nats a token)")
+    axes.set_title(f"{len(config.widths)} sizes, {config.steps} steps each")
     # plain numbers: 3.9, not 3.9 · 10⁰
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
@@ -142,10 +177,11 @@ def draw(points: dict[str, list[Point]], config: Config):
 
 def table(config: Config):
     """Print the tables, or put them between the markers of a document, and draw the figure."""
+    # checked before anything is read
+    each = dict(zip(config.widths, sizes(config), strict=True))
     points = {}
     for row in chosen(config, controls.ROWS):
-        pairs = zip(sizes(config), config.widths, strict=True)
-        points[row] = [point(size, width, row) for size, width in pairs]
+        points[row] = [point(each[width], width, row) for width in each]
     if config.fill:
         fill(config.fill, "ladder", tables(points))
     else:

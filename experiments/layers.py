@@ -7,7 +7,8 @@ import os
 import sys
 
 # this file is started by its path, so that Python looks for modules beside it only
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
 
 import nanolost  # noqa: F401, I001  before torch: OpenMP reads its settings once
 
@@ -18,6 +19,9 @@ import torch.nn.functional as F
 from lost import LOSTError, by_module
 from nanolost.errors import as_user_error
 from nanolost.methods import LOST_FLAGS, METHODS, Method, convert_to_lost, register
+
+# what --linear offers here beside train.py's own
+NAMES = ("sltrain", "scaled")
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """What a method replaces: every linear layer but the head."""
@@ -38,7 +42,14 @@ class SLTrainLinear(nn.Module):
 
     A (rank, in), B (out, rank), values (count,); support (count,), places of a flattened (out, in)."""
 
-    def __init__(self, in_features: int, out_features: int, rank: int, count: int, scale: float = SCALE):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        count: int,
+        scale: float = SCALE,
+    ):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
@@ -49,7 +60,8 @@ class SLTrainLinear(nn.Module):
         self.B = nn.Parameter(torch.empty(out_features, rank))
         # a vector: the optimizer's group of vectors has it, without decay
         self.values = nn.Parameter(torch.empty(count))
-        self.register_buffer("support", torch.empty(count, dtype=torch.int64))
+        support = torch.empty(count, dtype=torch.int64)
+        self.register_buffer("support", support)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, rank: int, density: float) -> "SLTrainLinear":
@@ -58,6 +70,7 @@ class SLTrainLinear(nn.Module):
         count = int(density * out_features * in_features)
         with torch.device(linear.weight.device):
             layer = cls(in_features, out_features, rank, count)
+        # there are no values to draw on the meta device
         if not linear.weight.is_meta:
             layer.fill()
         return layer
@@ -69,9 +82,11 @@ class SLTrainLinear(nn.Module):
         self.A.uniform_(-bound, bound)
         self.B.zero_()
         self.values.uniform_(-bound, bound)
-        places = torch.randperm(self.in_features * self.out_features, device=self.support.device)
+        size = self.in_features * self.out_features
+        places = torch.randperm(size, device=self.support.device)
         # in the order of memory, which is the quicker one to add in
-        self.support.copy_(places[:self.count].sort().values)
+        places = places[:self.count].sort().values
+        self.support.copy_(places)
 
     def settings(self) -> dict:
         """The constructor's arguments, from which a checkpoint rebuilds the layer."""
@@ -81,7 +96,9 @@ class SLTrainLinear(nn.Module):
     def forward(self, x):
         # (out, in); bfloat16 under autocast
         W = self.scale * (self.B @ self.A)
-        flat = W.flatten().index_add(0, self.support, self.values.to(W.dtype))
+        values = self.values.to(W.dtype)
+        # the whole W is made: that is what it costs in time, not in parameters
+        flat = W.flatten().index_add(0, self.support, values)
         return F.linear(x, flat.view_as(W))
 
 def convert_to_sltrain(model: nn.Module, config, part: tuple[int, int]):
@@ -92,8 +109,16 @@ def convert_to_sltrain(model: nn.Module, config, part: tuple[int, int]):
             density = by_module(config.sparsity, name)
         model.set_submodule(name, SLTrainLinear.from_linear(linear, rank, density))
 
-register("sltrain", SLTrainLinear, convert_to_sltrain, switches={"sparsity": 0.03},
-         uses=("rank", "sparsity"), low_rank=("A", "B"), sparse=("values",))
+register(
+    "sltrain",
+    SLTrainLinear,
+    convert_to_sltrain,
+    # their δ
+    switches={"sparsity": 0.03},
+    uses=("rank", "sparsity"),
+    low_rank=("A", "B"),
+    sparse=("values",),
+)
 
 # --- LOST with random factors that have the size of the SVD's ---
 
@@ -102,20 +127,24 @@ def convert_to_scaled(model: nn.Module, config, part: tuple[int, int]):
     """LOST from random factors, shrunk so that ‖B A‖_F is that of the best rank-r part of W: what the scale
     of the start is worth without its directions."""
     norms = {}
+    # before the weights are gone
     for name, linear in linears(model).items():
         if not linear.weight.is_meta:
+            rank = by_module(config.rank, name)
             sigma = torch.linalg.svdvals(linear.weight)
-            norms[name] = sigma[:by_module(config.rank, name)].norm()
+            norms[name] = sigma[:rank].norm()
     convert_to_lost(model, config, part)
     for name, norm in norms.items():
         layer = model.get_submodule(name)
+        product = layer.B @ layer.A
         # half of it for each factor
-        shrink = (norm / (layer.B @ layer.A).norm()).sqrt()
+        shrink = (norm / product.norm()).sqrt()
         layer.A *= shrink
         layer.B *= shrink
 
 # a method without a kind of its own: its modules are LOST's
-METHODS["scaled"] = Method(convert_to_scaled, {"init": "random"}, LOST_FLAGS)
+START = {"init": "random"}
+METHODS["scaled"] = Method(convert_to_scaled, START, LOST_FLAGS)
 
 if __name__ == "__main__":
     # here, because --linear offers what is registered when the settings are read
@@ -123,4 +152,8 @@ if __name__ == "__main__":
     from nanolost.flags import command, parse
     from nanolost.settings import Config, resolve
 
-    command(lambda: train.main(resolve(parse(Config, sys.argv[1:], train.__doc__))))
+    def main():
+        given = parse(Config, sys.argv[1:], train.__doc__)
+        train.main(resolve(given))
+
+    command(main)

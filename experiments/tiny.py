@@ -10,19 +10,18 @@ import os
 import sys
 
 # this file is started by its path, so that Python looks for modules beside it only
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
 
 from dataclasses import dataclass
 
 # first of ours: it imports nanolost before torch
 from experiments import controls
-from experiments.runs import Experiment, Run, Settings, chosen, drive
+from experiments.runs import Experiment, Key, Rates, Run, Settings, chosen, drive, extra, folder_of, shapes
 from experiments.tables import fill, markdown, spread
 from nanolost.counts import count_parameters
 from nanolost.flags import flag, say
-from nanolost.methods import build_model
-from nanolost.settings import RECIPES, resolve
-from nanolost.tokenizer import Tokenizer
+from nanolost.settings import RECIPES
 
 # flags of train.py
 ROWS = {
@@ -36,17 +35,21 @@ LRS = {
     "adamw": (1e-3, 3e-3, 6e-3, 1e-2, 2e-2),
     "muon": (3e-3, 6e-3, 1.2e-2, 2.4e-2),
 }
+COLUMNS = [
+    "at its best learning rate", "seeds", "parameters", "without embedding and head",
+    "loss", "perplexity", "bits per byte",
+]
 
 @dataclass(frozen=True)
 class Config(Settings):
     data_dir: str = flag("data/tiny", "folder of token shards")
     out_dir: str = flag("out/tiny", "folder of the runs: ROW/lr-seed")
     steps: int = flag(RECIPES["tiny"]["steps"], "updates of each run, a tenth of them warm-up")
-    lrs: tuple[float, ...] | None = flag(None, "learning rates of every sweep (each optimizer has its own)")
+    lrs: Rates | None = flag(None, "learning rates of every sweep (each optimizer has its own)")
 
-def run_of(config: Config, row: str, lr: float, seed: int) -> Run:
-    folder = os.path.abspath(os.path.join(config.out_dir, row, f"{lr:g}-{seed}"))
+def run_of(config: Config, key: Key) -> Run:
     flags = {
+        # the quickest on one core
         "dtype": "bfloat16",
         "compile": "true",
         "micro_batch": 8,
@@ -56,19 +59,25 @@ def run_of(config: Config, row: str, lr: float, seed: int) -> Run:
         "eval_every": max(1, config.steps // 4),
         "keep": 1,
     }
-    flags |= controls.extra(config)
-    flags |= {"model": "tiny", "steps": config.steps, "lr": lr, "seed": seed}
-    flags |= ROWS[row]
+    flags |= extra(config)
+    # the row has the last word
+    flags |= ROWS[key.row]
+    flags["model"] = "tiny"
+    flags["steps"] = config.steps
+    flags["lr"] = key.lr
+    flags["seed"] = key.seed
     flags["data_dir"] = os.path.abspath(config.data_dir)
-    flags["out_dir"] = folder
-    return Run(folder, flags)
+    return Run(folder_of(config, key), flags)
 
 def experiment(config: Config) -> Experiment:
-    def run(row, lr, seed):
-        return run_of(config, row, lr, seed)
-    def lrs(row):
-        return config.lrs or LRS[ROWS[row]["optimizer"]]
-    return Experiment(config, run, {row: row for row in ROWS}, lrs)
+    def run(key):
+        return run_of(config, key)
+    def rates(row):
+        optimizer = ROWS[row]["optimizer"]
+        return config.lrs or LRS[optimizer]
+    # each row has a sweep of its own
+    swept = {row: row for row in ROWS}
+    return Experiment(config, run, swept, rates)
 
 def train(config: Config):
     experiment(config).train(chosen(config, ROWS))
@@ -77,10 +86,10 @@ def train(config: Config):
 
 def sizes(config: Config, row: str) -> tuple[str, str]:
     """Parameters, and those of the blocks: embedding and head are most of so small a model."""
-    settings = resolve({"model": "tiny", **controls.extra(config), **ROWS[row]})
-    settings.vocab_size = Tokenizer.load(os.path.join(config.data_dir, "tokenizer.json")).vocab_size
-    model = build_model(settings, "meta")
-    outer = model.model["embed_tokens"].weight.numel() + model.lm_head.weight.numel()
+    model = shapes(config, {"model": "tiny", **ROWS[row]})
+    # once where they are tied
+    outer = {model.model["embed_tokens"].weight, model.lm_head.weight}
+    outer = sum(p.numel() for p in outer)
     total = count_parameters(model)
     return f"{total:,}", f"{total - outer:,}"
 
@@ -88,6 +97,7 @@ def main_row(config: Config, found: Experiment, row: str) -> list:
     finished = list(found.finished(row).values())
     def all_of(name):
         return [result[name] for result in finished]
+    # in the order of COLUMNS
     return [
         f"{row}, {found.best_lr(row):g}",
         len(finished),
@@ -104,12 +114,12 @@ def tables(config: Config) -> str:
     parts = []
     for optimizer in LRS:
         own = [row for row in rows if ROWS[row]["optimizer"] == optimizer]
+        # their learning rates are not the same ones
         if own:
             parts.append(controls.sweep_table(found, own))
-    head = ["at its best learning rate", "seeds", "parameters", "without embedding and head", "loss",
-            "perplexity", "bits per byte"]
-    body = [main_row(config, found, row) for row in rows if found.finished(row)]
-    return "\n".join([*parts, markdown(head, body)])
+    begun = [row for row in rows if found.finished(row)]
+    body = [main_row(config, found, row) for row in begun]
+    return "\n".join([*parts, markdown(COLUMNS, body)])
 
 def table(config: Config):
     """Print the tables, or put them between the markers of a document."""

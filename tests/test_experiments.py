@@ -23,6 +23,7 @@ from nanolost.errors import UserError
 from nanolost.flags import parse
 from nanolost.methods import count_by_path
 from nanolost.settings import Config as TrainConfig
+from nanolost.settings import resolve
 
 def config(data_dir, **given):
     return controls.Config(data_dir=data_dir, **given)
@@ -50,7 +51,7 @@ def test_random_factors_get_the_norm_of_the_best_low_rank_part():
     model = nn.Sequential(nn.Linear(24, 40, bias=False))
     sigma = torch.linalg.svdvals(model[0].weight)
     given = {"linear": "scaled", "rank": 5, "sparsity": 0.0, "gamma": 1.0}
-    layers.convert_to_scaled(model, controls.resolve(given), (0, 1))
+    layers.convert_to_scaled(model, resolve(given), (0, 1))
     product = model[0].B @ model[0].A
     torch.testing.assert_close(product.norm(), sigma[:5].norm())
     assert not torch.allclose(torch.linalg.svdvals(product)[:5], sigma[:5], rtol=0.01)
@@ -101,8 +102,9 @@ def test_sltrain_counts_the_products_of_a_whole_weight(data_dir):
 
 def test_a_learned_gamma_at_its_own_rate_differs_from_its_reference_in_nothing_else(data_dir):
     given = config(data_dir)
-    flags = controls.flags_of(given, "γ learned, aux_lr 0.003", 1.2e-2, 0)
-    reference = controls.flags_of(given, controls.AGAINST["γ learned, aux_lr 0.003"], 1.2e-2, 0)
+    flags = controls.flags_of(given, runs.Key("γ learned, aux_lr 0.003", 1.2e-2, 0))
+    against = controls.AGAINST["γ learned, aux_lr 0.003"]
+    reference = controls.flags_of(given, runs.Key(against, 1.2e-2, 0))
     assert flags["aux_lr"] == 3e-3 and flags["learn_gamma"]
     differs = {name for name in flags.keys() | reference.keys() if flags.get(name) != reference.get(name)}
     assert differs <= {"learn_gamma", "rank"}
@@ -116,7 +118,7 @@ def test_more_flags_than_train_has_or_the_driver_leaves_are_refused(data_dir, tm
 
 def test_more_flags_reach_the_runs_and_change_no_size_of_a_ladder(data_dir):
     given = config(data_dir, extra="--betas=0.8,0.9 --n_layer=5", width=64)
-    flags = controls.flags_of(given, "LOST", 1e-3, 0)
+    flags = controls.flags_of(given, runs.Key("LOST", 1e-3, 0))
     assert runs.text(flags["betas"]) == "0.8,0.9" and flags["n_layer"] == 2
 
 def test_more_flags_count_in_the_budget(data_dir):
@@ -129,7 +131,7 @@ def made_up(lrs, widen, loss_of, swept=None):
     """An experiment of which every run has the loss loss_of(lr)."""
     given = runs.Settings(lrs=lrs, widen=widen)
     found = runs.Experiment(given, None, swept or {"row": "row"}, lambda row: given.lrs)
-    found.loss = lambda row, lr, seed=0: loss_of(lr)
+    found.loss = lambda key: loss_of(key.lr)
     return found
 
 def test_a_sweep_goes_on_where_its_best_learning_rate_is_at_an_end():
@@ -145,7 +147,7 @@ def test_a_sweep_goes_on_where_its_best_learning_rate_is_at_an_end():
 
 def test_a_row_without_a_sweep_takes_the_learning_rate_of_the_one_that_it_goes_by():
     found = made_up((1e-3, 2e-3, 4e-3), 0, lambda lr: abs(lr - 2e-3), {"a": "a", "b": "a"})
-    assert found.sweeps(["b"]) == ["a"]
+    assert list(found.sweeps(["b"])) == ["a"]
     assert found.best_lr("b") == 2e-3
 
 # --- a whole pass ---
@@ -317,8 +319,9 @@ def test_tiny_fills_the_table_of_a_document(data_dir, tmp_path):
 
 def test_a_row_of_tiny_is_the_recipe_with_another_optimizer(data_dir, tmp_path):
     for row in tiny.ROWS:
-        run = tiny.run_of(tiny.Config(data_dir=data_dir, out_dir=str(tmp_path)), row, 6e-3, 1)
-        resolved = controls.resolve(parse(TrainConfig, run.command()[2:]))
+        given = tiny.Config(data_dir=data_dir, out_dir=str(tmp_path))
+        run = tiny.run_of(given, runs.Key(row, 6e-3, 1))
+        resolved = resolve(parse(TrainConfig, run.command()[2:]))
         recipe = tiny.RECIPES["tiny"]
         assert resolved.rank == recipe["rank"] and resolved.steps == recipe["steps"]
         assert (resolved.lr, resolved.seed) == (6e-3, 1)
