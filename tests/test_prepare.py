@@ -356,7 +356,8 @@ def flip_a_byte(path):
 
 def another_tokenizer(out_dir):
     t = Tokenizer.named("byte")
-    Tokenizer(t.tokens[::-1], t.pattern, t.name).save(out_dir / "tokenizer.json")
+    vocabulary = t.engine.vocabulary
+    Tokenizer.of(vocabulary.tokens()[::-1], vocabulary.pattern).save(out_dir / "tokenizer.json")
 
 DAMAGES = {
     "train_00001.bin flipped": lambda out: flip_a_byte(out / "train_00001.bin"),
@@ -634,6 +635,21 @@ def test_a_manifest_that_is_none_of_ours_is_refused(tmp_path, monkeypatch, odd, 
         with pytest.raises(UserError) as error:
             prepare(out, **values, **more)
         assert "\n" not in str(error.value) and str(out) in str(error.value)
+
+@pytest.mark.parametrize("lacks", ["shards", "a digest"])
+def test_a_finished_folder_without_shards_or_digests_is_not_verified(tmp_path, lacks, out):
+    values = {"input": [put(tmp_path / "a.jsonl", some_texts(300))]}
+    manifest = prepare(out, **values)
+    if lacks == "shards":
+        manifest["shards"] = []
+    else:
+        shard = manifest["shards"][0]
+        del shard["sha256"]
+        (out / shard["name"]).unlink()
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    for more in ({}, {"verify": True}):
+        with pytest.raises(UserError):
+            prepare(out, **values, **more)
 
 @pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="needs /dev/zero")
 def test_verify_does_not_follow_a_shard_to_a_device(tmp_path, out):
