@@ -22,6 +22,7 @@ from nanolost.budget import peak_flops, peak_memory
 from nanolost.counts import count_flops
 from nanolost.data import TokenDataset
 from nanolost.files import write_atomic
+from nanolost.loss import head_loss
 from nanolost.optim import build_optimizers, clip, flat_gradients, set_rates
 from nanolost.settings import autocast
 
@@ -166,11 +167,31 @@ class Validation:
     micro: int
     token_bytes: torch.Tensor
 
+    @classmethod
+    def of(cls, data: TokenDataset, tokens: int | None, micro: int, tokenizer, rows: int) -> "Validation":
+        """The first `tokens` of `data`, None for all, for a model with `rows` words."""
+        samples = len(data)
+        if tokens is not None:
+            samples = min(samples, max(1, tokens // data.seq_len))
+        # ids of a padded vocabulary stand for no text, and none of a text is above a smaller one's
+        padding = (0, rows - tokenizer.vocab_size)
+        token_bytes = F.pad(torch.from_numpy(tokenizer.token_bytes()), padding)
+        return cls(data, samples, micro, token_bytes)
+
+def window_losses(model: Llama, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean loss that the model's forward gives, bit for bit, and the sum over each window, (B,)."""
+    nats = torch.zeros(y.numel(), device=y.device)
+    hidden = model.hidden(x).flatten(0, 1)
+    loss = head_loss(model.lm_head, hidden, y.flatten(), nats)
+    # MPS has no float64
+    return loss, nats.view(y.shape).cpu().double().sum(1)
+
 @torch.no_grad()
-def evaluate(model: Llama, text: Validation, context, job) -> dict | None:
+def evaluate(model: Llama, text: Validation, context, job, windows: list | None = None) -> dict | None:
     """Mean loss over a text: every token weighs the same for any micro-batch and number of processes. Bits
     per byte: the bits of all tokens, end-of-text too, over the bytes of text. context: the autocast of the
-    run. None if a process was asked to stop meanwhile."""
+    run. windows: takes (nats, targets, bytes) of each window that this process reads. None if a process was
+    asked to stop meanwhile."""
     nats, tokens, text_bytes = 0.0, 0, 0
     # each process takes every world-th micro-batch
     mine = range(job.rank * text.micro, text.samples, job.world * text.micro)
@@ -179,14 +200,24 @@ def evaluate(model: Llama, text: Validation, context, job) -> dict | None:
             break
         last = min(first + text.micro, text.samples)
         x, y = text.data.batch(np.arange(first, last))
-        count = y.numel()
-        text_bytes += text.token_bytes[y].sum().item()
+        # a target below 0 is none
+        known = y >= 0
+        counts = known.sum(1)
+        sizes = (text.token_bytes[y.clamp(min=0)] * known).sum(1)
+        count = counts.sum().item()
+        text_bytes += sizes.sum().item()
         # filled up to a whole micro-batch, as another shape would compile again; -1 is no target
         fill = (0, 0, 0, text.micro - len(y))
         x = F.pad(x, fill).to(job.device)
         y = F.pad(y, fill, value=-1).to(job.device)
         with context:
-            loss = model(x, y, loss_only=True)[1]
+            if windows is None:
+                loss = model(x, y, loss_only=True)[1]
+            else:
+                loss, nats_of = window_losses(model, x, y)
+                # without the windows that fill up
+                rows = nats_of[:len(counts)].tolist()
+                windows += zip(rows, counts.tolist(), sizes.tolist(), strict=True)
         # back to a sum, so that a last micro-batch that is not full weighs no more than its tokens
         nats += loss.item() * count
         tokens += count

@@ -29,11 +29,13 @@ class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of x Wᵀ + b for x (N, C), W (V, C), b (V,) or None and targets (N,), without the
     logits of more than a slice of rows, which would be the largest tensor of a training step.
 
+    nats (N,), where it is given, takes the loss of each row, 0 where there is no target.
+
     With `train` the gradients are computed together with the loss, from logits that a backward pass would
     have to make again. They have no derivative of their own: a second derivative raises RuntimeError."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, targets, train):
+    def forward(ctx, x, weight, bias, targets, train, nats):
         w = weight.to(x.dtype)
         b = None
         grad_x = None
@@ -63,6 +65,8 @@ class HeadLoss(torch.autograd.Function):
             log_p = logits.gather(-1, word) - norm                                         # (rows, 1)
             # not in place: torch 2.11 drops it when it compiles
             loss = loss - (log_p * share).sum()
+            if nats is not None:
+                nats[part] = torch.where(share > 0, -log_p, 0)[:, 0]
             # an evaluation needs no more
             if not train:
                 continue
@@ -92,7 +96,7 @@ class HeadLoss(torch.autograd.Function):
         grad_x, grad_w, grad_b = ctx.saved_tensors
         if grad_b is not None:
             grad_b = grad_b * grad
-        return grad_x * grad, grad_w * grad, grad_b, None, None
+        return grad_x * grad, grad_w * grad, grad_b, None, None, None
 
 def is_plain_linear(head: nn.Module) -> bool:
     """Whether the head computes x Wᵀ + b. A subclass that keeps the formula counts (sharding makes one)."""
@@ -107,11 +111,21 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype:
         return torch.get_autocast_dtype(kind)
     return x.dtype
 
-def head_loss(head: nn.Module, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def head_loss(
+    head: nn.Module,
+    x: torch.Tensor,
+    targets: torch.Tensor,
+    nats: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Mean cross-entropy in nats of head(x) for x (N, C) and targets (N,), of which negative ones are left
-    out. A head that is no plain linear makes its logits. ValueError for float16 where gradients are made."""
+    out. A head that is no plain linear makes its logits. nats (N,) float32, for an evaluation: takes the loss
+    of each row. ValueError for float16 where gradients are made."""
     if not is_plain_linear(head):
-        return cross_entropy(head(x), targets)
+        logits = head(x)
+        if nats is not None:
+            known = targets.clamp(min=-1)
+            nats.copy_(F.cross_entropy(logits.float(), known, ignore_index=-1, reduction="none"))
+        return cross_entropy(logits, targets)
     x = x.to(autocast_dtype(x))
     train = torch.is_grad_enabled()
     # gradients are made before a scaler's factor is known, and p / N is less than the least float16
@@ -120,4 +134,4 @@ def head_loss(head: nn.Module, x: torch.Tensor, targets: torch.Tensor) -> torch.
             "the loss without logits has no gradients in float16, where most of them would be zero: use "
             "bfloat16 or float32, or ask for the logits with loss_only=False"
         )
-    return HeadLoss.apply(x, head.weight, head.bias, targets, train)
+    return HeadLoss.apply(x, head.weight, head.bias, targets, train, nats)
