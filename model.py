@@ -176,8 +176,6 @@ class LlamaConfig:
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         check_sizes(vars(self), names={})
-        # the operation that makes the table takes no int
-        self.rope_theta = float(self.rope_theta)
 
     def to_hf(self) -> dict:
         """The same sizes under the names of Hugging Face's config.json."""
