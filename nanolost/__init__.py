@@ -7,6 +7,9 @@ the default's speed, and to sleep at once (OMP_WAIT_POLICY=PASSIVE) costs 40 %. 
 1.6 and 2.1 times its speed, and with more neighbours the default stands still."""
 import os
 
+# who started this process, noted before the seconds that torch takes to load, in which a launcher may die
+PARENT = os.getppid()
+
 WAITING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 OWN = {"OMP_WAIT_POLICY", "KMP_LIBRARY", *WAITING}
 

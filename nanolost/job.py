@@ -16,6 +16,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from nanolost import PARENT
 from nanolost.errors import UserError
 from nanolost.files import claim
 from nanolost.flags import say
@@ -134,8 +135,7 @@ class Job:
                 # told before this process closes its connections: what the others then feel comes second
                 self.first_fault(f"{kind.__name__}: {error}")
                 if self.rank == 0 and not _under_torchrun():
-                    # the store ends with this process, and the others are asking it for the cause
-                    time.sleep(LINGER)
+                    self._linger()
 
     def _meet(self, timeout: int):
         """Find the others: through a store that torchrun holds, or else rank 0."""
@@ -179,6 +179,14 @@ class Job:
         with self._together():
             dist.barrier(group=self.patient)
         dist.destroy_process_group()
+
+    def _linger(self):
+        """Hold the store, which ends with this process, while the others ask it for the cause."""
+        if self.device.type != "cuda":
+            # they feel it now; NCCL's would first wait for its kernels, which may never end
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
+        time.sleep(LINGER)
 
     # --- what the processes say to each other ---
 
@@ -293,10 +301,9 @@ def _end_with_launcher():
     if not _under_torchrun():
         # srun and mpirun end theirs themselves; a shell may leave on purpose
         return
-    launcher = os.getppid()
     def watch():
         # an orphan gets another parent
-        while os.getppid() == launcher:
+        while os.getppid() == PARENT:
             time.sleep(1)
         # the main thread may wait for another orphan for as long as --timeout; a checkpoint is whole anyway
         os._exit(1)

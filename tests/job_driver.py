@@ -13,6 +13,7 @@ import types
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import nanolost  # noqa: E402, F401, I001  before torch, as the commands do
 import torch  # noqa: E402
 
 from nanolost.errors import UserError  # noqa: E402

@@ -282,7 +282,9 @@ def test_a_reader_that_has_seen_enough_ends_a_command_quietly(lines, unbuffered,
     code, error = with_broken_output(f"command(lambda: print('a line\\n' * {lines}))", "gone")
     assert code in (0, 1) and error == ""
 
-def test_output_that_is_lost_to_a_full_disk_is_an_error():
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_is_lost_to_a_full_disk_is_an_error(unbuffered, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     code, error = with_broken_output("command(lambda: print('a line'))", "full")
     assert code == 1 and error == "error: [Errno 28] No space left on device\n"
 

@@ -311,6 +311,12 @@ def test_processes_end_when_their_launcher_is_killed_before_they_met(start):
     job.processes[0].kill()
     assert within(60, lambda: gone(job.pid(0)) and gone(job.pid(1)))
 
+def test_a_process_ends_whose_launcher_was_killed_while_torch_was_loaded():
+    script = ("import time, nanolost\nnanolost.PARENT = -1\nfrom nanolost import job\n"
+              "job._end_with_launcher()\ntime.sleep(60)")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHELASTIC_RUN_ID": "1"}
+    assert subprocess.run([sys.executable, "-c", script], env=environment).returncode == 1
+
 def test_no_process_is_killed_by_a_number(tmp_path):
     """Process ids that came over a network, or that are old, may be anybody's."""
     for path in (ROOT / "nanolost").glob("*.py"):
