@@ -67,7 +67,10 @@ class Config:
                                    "key) or .txt, each also with .gz; or builtin, text of Python's library")
     val_input: list[str] | None = flag(None, "files for validation, left out of --input; else a hash of each "
                                        "document decides, or its position in a text of a few documents")
-    tokenizer: str = flag("gpt2", "gpt2, byte, train:N (a BPE of N ids), a tokenizer.json or .tiktoken file")
+    tokenizer: str = flag("gpt2", "gpt2, byte, train:N (a BPE of N ids), a folder of Hugging Face, a "
+                          "tokenizer.json or a .tiktoken file")
+    split_pattern: str | None = flag(None, "regular expression that cuts a text before merging, for a "
+                                     ".tiktoken file that is not OpenAI's")
     shard_tokens: int = flag(100_000_000, "most tokens of a shard")
     workers: int = flag(usable_cores(), "tokenizer threads; the output does not depend on it")
     skip_bad: bool = flag(False, "skip lines that are not documents, and count them, instead of stopping")
@@ -359,7 +362,7 @@ def choose_tokenizer(config: Config, streams: dict[str, list[str]], manifest: di
     """The tokenizer that --tokenizer names; train:N is trained by rustbpe on the training documents."""
     size = trained_size(config)
     if size is None:
-        return Tokenizer.named(expanded(config.tokenizer))
+        return Tokenizer.named(expanded(config.tokenizer), config.split_pattern)
     print(f"training a tokenizer of {size} ids", flush=True)
     bpe = rustbpe.Tokenizer()
     bpe.train_from_iterator(training_texts(config, streams, manifest), size - 1, pattern=GPT2_PATTERN)
@@ -367,7 +370,7 @@ def choose_tokenizer(config: Config, streams: dict[str, list[str]], manifest: di
     ranks = sorted(bpe.get_mergeable_ranks(), key=lambda entry: entry[1])
     if len(ranks) < size - 1:
         raise UserError(f"--tokenizer {config.tokenizer}: this text yields only {len(ranks) + 1} ids")
-    return Tokenizer([bytes(token) for token, _ in ranks], name=config.tokenizer)
+    return Tokenizer.of([bytes(token) for token, _ in ranks], name=config.tokenizer)
 
 def training_texts(config: Config, streams: dict[str, list[str]], manifest: dict):
     """The training documents from the first on, until BPE_CHARACTERS were read."""
@@ -383,17 +386,10 @@ def training_texts(config: Config, streams: dict[str, list[str]], manifest: dict
             yield text
 
 def encode_all(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
-    """The tokens of each text, end-of-text first."""
+    """The tokens of each text, behind what begins a document."""
     # two bytes a token instead of tiktoken's four, before they wait for their turn
     dtype = token_dtype(tokenizer.vocab_size)
-    arrays = []
-    for text in texts:
-        ids = tokenizer.encode_array(text)
-        tokens = np.empty(1 + len(ids), dtype)
-        tokens[0] = tokenizer.eot
-        tokens[1:] = ids
-        arrays.append(tokens)
-    return arrays
+    return [tokenizer.document(text).astype(dtype) for text in texts]
 
 def batches(documents):
     """Lists of documents, each of about BATCH characters of text."""
@@ -514,7 +510,8 @@ def begin(config: Config, streams: dict[str, list[str]]) -> dict:
     """The manifest to continue, or a new one. UserError if out_dir holds shards made by other flags or from
     other text, or files that are not ours."""
     # what the output depends on: neither --workers nor --skip_bad, which a person adds after an error
-    request = {"tokenizer": config.tokenizer, "train_tokens": config.train_tokens, "input": streams,
+    request = {"tokenizer": config.tokenizer, "split_pattern": config.split_pattern,
+               "train_tokens": config.train_tokens, "input": streams,
                "val_tokens": config.val_tokens, "shard_tokens": config.shard_tokens}
     local = [s for s in itertools.chain(*streams.values()) if not s.startswith("hf://")]
     sources = {source: identity(source) for source in local}
@@ -650,12 +647,14 @@ def tokens_in(sources: list[str], tokenizer: str) -> int:
     # with a trained vocabulary some 4 bytes make a token
     return text // (1 if tokenizer == "byte" else 4)
 
-def check_numbers(config: Config):
+def check_flags(config: Config):
     for name in "train_tokens", "val_tokens", "shard_tokens", "workers":
         value = getattr(config, name)
         # llm.c's header counts a shard's tokens in an int32
         if value < 1 or name == "shard_tokens" and value >= 2**31:
             raise UserError(f"--{name} {value}: must be positive, shards below 2**31 tokens")
+    if config.split_pattern and not config.tokenizer.endswith(".tiktoken"):
+        raise UserError("--split_pattern is for a .tiktoken file: every other --tokenizer has its own")
 
 def remove_leftovers(out_dir: str):
     """Delete the temporary files of an interrupted run, and no others."""
@@ -674,11 +673,17 @@ def the_tokenizer(config: Config, streams: dict[str, list[str]], manifest: dict)
         return Tokenizer.load(path)
     tokenizer = choose_tokenizer(config, streams, manifest)
     tokenizer.save(path)
+    # of a foreign one: chat template and roles of special tokens, which a model that is trained here inherits
+    for name, data in tokenizer.files_beside.items():
+        write_atomic(os.path.join(config.out_dir, name), data)
     manifest["tokenizer"] = {
         "name": config.tokenizer,
         "sha256": sha256_file(path),
+        "identity": tokenizer.identity(),
         "vocab_size": tokenizer.vocab_size,
         "eot": tokenizer.eot,
+        # ids that each document begins with
+        "start": tokenizer.start,
     }
     save_manifest(config.out_dir, manifest)
     return tokenizer
@@ -714,7 +719,7 @@ def main(config: Config):
     config = dataclasses.replace(config, out_dir=expanded(config.out_dir))
     if config.verify:
         return verify(config.out_dir)
-    check_numbers(config)
+    check_flags(config)
     trained_size(config)
     # nothing is written before every file that was named is known to be there
     streams = choose_sources(config)

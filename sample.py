@@ -68,8 +68,9 @@ def load(config: Config):
     model, _ = load_folder(folder)
     # an id without a row ends in an index error, or on a GPU in worse
     rows = model.config.vocab_size
-    if rows < tokenizer.vocab_size:
-        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {rows}: "
+    needed = tokenizer.rows_needed()
+    if rows < needed:
+        raise UserError(f"{folder}: the tokenizer has {needed} tokens, the model only {rows}: "
                         "give the folder the tokenizer.json that the model was trained with")
     return model.eval(), tokenizer
 
@@ -77,7 +78,10 @@ def continuations(model, tokenizer: Tokenizer, prompt: str, config: Config):
     """The samples' texts after the prompt."""
     device = next(model.parameters()).device
     # as every document in training begins
-    start = [tokenizer.eot, *tokenizer.encode(prompt)]
+    start = tokenizer.document(prompt).tolist()
+    # a vocabulary may have holes, and a model more rows than its tokenizer has ids (--vocab_size), or fewer
+    known = torch.from_numpy(tokenizer.known()[:model.config.vocab_size])
+    ends = sorted(tokenizer.ends)
     rows = generate(
         model,
         torch.tensor([start] * config.num_samples, device=device),
@@ -86,17 +90,16 @@ def continuations(model, tokenizer: Tokenizer, prompt: str, config: Config):
         config.top_k,
         config.top_p,
         generator=torch.Generator(device).manual_seed(config.seed),
-        eot=tokenizer.eot,
+        eot=ends,
         step=compile_step(model) if config.compile else None,
-        # a model may have more rows than its tokenizer has tokens (--vocab_size)
         vocab_size=tokenizer.vocab_size,
+        known=None if known.all() else known.to(device),
     )
     for row in rows.tolist():
         new = row[len(start):]
-        # a sample that ended early is filled up with end-of-text
-        if tokenizer.eot in new:
-            new = new[:new.index(tokenizer.eot)]
-        yield tokenizer.decode(new)
+        # a sample that ended early is filled up with its end
+        length = next((i for i, number in enumerate(new) if number in tokenizer.ends), len(new))
+        yield tokenizer.continuation(start, new[:length])
 
 def main(config: Config):
     # what is refused is refused before the weights are read

@@ -10,7 +10,6 @@ import nanolost  # noqa: F401, I001  before torch: OpenMP reads its settings onc
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import sys
 import traceback
@@ -47,9 +46,10 @@ def vocabulary(config: Config) -> Tokenizer | None:
     config.tokenizer = config.tokenizer or beside
     tokenizer = Tokenizer.named(config.tokenizer)
     config.vocab_size = config.vocab_size or tokenizer.vocab_size
-    # more rows than ids is fine: kernels like multiples of 64
-    if config.vocab_size < tokenizer.vocab_size:
-        raise UserError(f"--vocab_size {config.vocab_size} is below the tokenizer's {tokenizer.vocab_size}")
+    # more rows than ids is fine: kernels like multiples of 64; fewer only where no text has an id above
+    needed = tokenizer.rows_needed()
+    if config.vocab_size < needed:
+        raise UserError(f"--vocab_size {config.vocab_size} is below the tokenizer's {needed}")
     return tokenizer
 
 class Texts:
@@ -58,13 +58,14 @@ class Texts:
     def __init__(self, config: Config, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         self.tokenizer_file = config.tokenizer
-        self.digest = hashlib.sha256(tokenizer.to_json()).hexdigest()
+        self.digest = tokenizer.identity()
         self.train = TokenDataset(config.data_dir, "train", config.seq_len)
         self.order = SampleOrder(len(self.train), config.seed)
         val = TokenDataset(config.data_dir, "val", config.seq_len)
         wanted = max(1, config.eval_tokens // config.seq_len)
         samples = min(len(val), wanted)
-        # ids of a padded vocabulary stand for no text
+        self.rows = config.vocab_size
+        # ids of a padded vocabulary stand for no text, and none of a text is above a smaller one's
         padding = (0, config.vocab_size - tokenizer.vocab_size)
         token_bytes = F.pad(torch.from_numpy(tokenizer.token_bytes()), padding)
         self.validation = Validation(val, samples, config.micro_batch, token_bytes)
@@ -75,10 +76,11 @@ class Texts:
     def check(self, data_dir: str):
         """Read every token once: UserError for shards of another tokenizer."""
         for data in self.splits():
-            if data.tokenizer_sha256 not in (None, self.digest):
+            known = data.tokenizer_sha256
+            if known is not None and not self.tokenizer.matches(known):
                 raise UserError(f"{self.tokenizer_file} is not the tokenizer that {data_dir} was made with: "
                                 "use its tokenizer.json as it was, or prepare the text again")
-            data.check_ids(self.tokenizer.vocab_size)
+            data.check_ids(min(self.tokenizer.vocab_size, self.rows))
 
     def samples(self, state: State, shape: tuple[int, int, int]) -> np.ndarray:
         """Numbers of the samples of the next update, (micro-batches, processes, samples)."""
@@ -138,6 +140,10 @@ def resumed(config: Config, job: Job, texts: Texts, folder: str, report: Report)
         raise UserError(f"{folder} has no training state to continue from: it is a model alone")
     settle(config, saved["config"])
     now = identity(config, texts.splits(), texts.digest, job.world)
+    before = saved["config"].get("tokenizer_sha256")
+    # earlier versions named the file, not the vocabulary
+    if before is not None and texts.tokenizer.matches(before):
+        saved["config"]["tokenizer_sha256"] = texts.digest
     job.first(lambda: check_same_run(saved["config"], now, report.say))
     report.say(f"continuing from {folder}")
     state = State.of(model.to(job.device), config)

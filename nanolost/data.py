@@ -164,6 +164,7 @@ SHARD = {
 }
 TOKENIZER = {
     "sha256": ("a SHA-256", is_digest),
+    "identity": ("a SHA-256", is_digest),
     "vocab_size": ("a number of ids", is_count),
     "eot": ("an id", is_count),
 }
@@ -359,7 +360,8 @@ class TokenDataset:
         self.tokenizer_sha256 = None
         if manifest:
             tokenizer = manifest.get("tokenizer", {})
-            self.tokenizer_sha256 = tokenizer.get("sha256")
+            # of the vocabulary, or in older manifests of its file
+            self.tokenizer_sha256 = tokenizer.get("identity", tokenizer.get("sha256"))
         self.maps = {}
 
     @staticmethod

@@ -144,20 +144,23 @@ def generate(
     eot=None,
     step=None,
     vocab_size=None,
+    known=None,
 ):
     """Continue idx (B, T ≥ 1) by up to max_new_tokens; returns (B, T + new). temperature 0 takes the
     likeliest token. step: what runs the model on one token and the cache, for example the compiled model.
-    vocab_size: ids from there on are never drawn (rows of a padded vocabulary).
+    vocab_size: ids from there on are never drawn (rows of a padded vocabulary), known (vocab_size,) bool: nor
+    are those that it leaves out (a vocabulary with holes). eot: the id that ends a text, or several.
 
     The context is never longer than the max_seq_len that the model was made for: when it is full, its older
     half is dropped and the rest read again from position 0, so that a token costs the same however long the
-    text. With eot a row that produced it is filled up with it, until all rows have."""
+    text. With eot a row that produced it is filled up with it (the first of several), until all rows have."""
     limit = model.config.max_seq_len
     size = min(BLOCK, limit)
     cache = KVCache(size, idx.device)
     # the context is what follows here
     start = max(0, idx.shape[1] - limit)
     done = torch.zeros_like(idx[:, :1], dtype=torch.bool)
+    ends = None if eot is None else torch.tensor(eot, device=idx.device).reshape(-1)
     token = None
     with few_rows(model):
         for _ in range(max_new_tokens):
@@ -175,15 +178,17 @@ def generate(
                 run = step or model
                 logits, _ = run(token, cache=cache)
             logits = logits[:, -1, :vocab_size]
+            if known is not None:
+                logits = logits.masked_fill(~known, -torch.inf)
             # in float32: probabilities of a large vocabulary are small
             token = pick_token(logits.float(), temperature, top_k, top_p, generator)       # (B, 1)
             # a finished row goes on with its end
-            if eot is not None:
-                token = torch.where(done, eot, token)
-                done |= token == eot
+            if ends is not None:
+                token = torch.where(done, ends[0], token)
+                done |= torch.isin(token, ends)
             idx = torch.cat((idx, token), dim=1)
             # without eot a GPU never waits for the answer
-            if eot is not None and done.all():
+            if ends is not None and done.all():
                 break
     return idx
 

@@ -1,198 +1,197 @@
-"""Text to ids and back: byte-pair encoding by tiktoken over a vocabulary that is one file."""
-import base64
-import collections
+"""Text to ids and back. A vocabulary is one file, Hugging Face's tokenizer.json (hf_tokenizer.py).
+
+tiktoken encodes whatever it provably encodes alike: our own vocabularies, GPT-2's, Llama-3's, Qwen's,
+SmolLM2's. Any other file (SentencePiece's kind, T5's) goes through the `tokenizers` library, imported only
+then. Special tokens that a text spells are ordinary text."""
+import codecs
 import contextlib
+import hashlib
 import json
 import os
 
 import numpy as np
 import tiktoken
 
+from nanolost import hf_tokenizer as hf
 from nanolost.errors import UserError
 from nanolost.files import expanded, parse_json, read_bounded, write_atomic
+from nanolost.hf_tokenizer import BYTE_PATTERN, GPT2_PATTERN
+from nanolost.tokenizer_engines import Library, Tiktoken, compare, silent_stderr, well_formed
+from nanolost.tokenizer_formats import (
+    END_OF_TEXT,
+    OLD_FORMAT,
+    check_vocabulary,
+    known_pattern,
+    old_digest,
+    read_old,
+    read_tiktoken,
+)
 
-# tiktoken's faster spelling of GPT-2's split pattern (tiktoken_ext/openai_public.py): the same pieces
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-END_OF_TEXT = "<|endoftext|>"
-FORMAT = "nanolost-tokenizer-1"
-PIECE = 400_000                                # characters encoded at once
-FILE_LIMIT = 64 << 20                          # bytes; o200k, the largest of OpenAI's, has 3.6 MB
+FILE_LIMIT = 64 << 20                          # bytes; Gemma's, the largest known here, has 33 MB
 
-# what a split pattern may forget: each character of ASCII between others and alone, runs of whitespace,
-# and beyond ASCII letters, digits, marks, spaces that are not ASCII's, and characters of four bytes
-ASCII = "".join(map(chr, range(128)))
-SAMPLE = ASCII + " ".join(ASCII) + "a".join(ASCII) + (
-    "I'll  say \n\n \t\r\n  x'S 1234567 3.14\u00a0\u0085\u2003\u2028\ufeff\u200b\u0301é ß Ω жар 漢字 かな "
-    "عربي ١٢٣ ½ ₂ Ⅷ € — … 🙂👩\u200d💻 \U0010ffff\n \n  ")
+# --- what stands beside a tokenizer.json ---
 
-@contextlib.contextmanager
-def failures_mended(cause: str):
-    """An error or a panic of tiktoken's Rust code inside becomes a UserError that names the cause."""
-    try:
-        yield
-    except BaseException as e:
-        # a panic's class is derived from BaseException, and no module exports it
-        panic = type(e).__name__ == "PanicException"
-        if not panic and not isinstance(e, ValueError):
-            raise
-        raise UserError(f"{cause} ({e})") from None
+CONFIG = "tokenizer_config.json"
+GENERATION = "generation_config.json"
+TEMPLATE = "chat_template.jinja"
+BESIDE = (CONFIG, "special_tokens_map.json", TEMPLATE, GENERATION)
+# transformers 5 builds the class that a folder names, past the file's own pre-tokenizer: 4 ids where 7 are
+# right. The entries add_… replace the file's post-processor, and code does not travel.
+NOT_PASSED_ON = {"tokenizer_class", "add_bos_token", "add_eos_token", "auto_map", "backend", "tokenizer_file"}
+# where no file says which special token ends a text: the usual names, ours first
+ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<｜end▁of▁sentence｜>")
 
-@contextlib.contextmanager
-def silent_stderr():
-    """Rust prints a panic to file descriptor 2 before Python can catch it."""
-    try:
-        kept = os.dup(2)
-    except OSError:
-        # closed: nobody to be spared
-        yield
-        return
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(silence)
+def read_beside(folder: str) -> dict[str, bytes]:
+    """The files of a folder that say more of its tokenizer."""
+    found = {}
+    for name in BESIDE:
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            found[name] = read_bounded(path, FILE_LIMIT)
+    return found
 
-def check_vocabulary(tokens: list[bytes]):
-    """UserError unless each token has a text of its own and each byte has a token."""
-    # tiktoken takes all of these and panics, or loses text, at the first text that meets them
-    counts = collections.Counter(tokens)
-    if b"" in counts:
-        raise UserError(f"its token {tokens.index(b'')} is empty")
-    if len(counts) < len(tokens):
-        (token, times), = counts.most_common(1)
-        raise UserError(f"it holds the token {token!r} {times} times")
-    missing = [byte for byte in range(256) if bytes([byte]) not in counts]
-    # byte-pair encoding starts from single bytes: a text with this one could not be encoded
-    if missing:
-        raise UserError(f"it has no token for {len(missing)} of the 256 bytes, such as 0x{missing[0]:02x}")
+def json_beside(files: dict[str, bytes], name: str) -> dict:
+    return parse_json(files.get(name, b"{}"), name)
 
-def decoded(token, number: int) -> bytes:
-    try:
-        return base64.b64decode(token, validate=True)
-    except (TypeError, ValueError):
-        raise UserError(f"its token {number} is not in base64") from None
+def tokens_by_role(files: dict[str, bytes]) -> dict[str, str]:
+    """Special tokens by what they are for: "eos_token", "bos_token", "pad_token", …"""
+    found = {}
+    for name in CONFIG, "special_tokens_map.json":
+        for role, token in json_beside(files, name).items():
+            # older files describe a token with its flags
+            text = token.get("content") if isinstance(token, dict) else token
+            if role.endswith("_token") and isinstance(text, str):
+                found.setdefault(role, text)
+    return found
 
-def read_ours(data: bytes, name: str) -> tuple[list[bytes], str, str]:
-    """Tokens, split pattern and name of a tokenizer.json, whatever the file's name is."""
-    content = parse_json(data, name)
-    # Hugging Face's files have the same name, and JSON inside as well
-    if content.get("format") != FORMAT:
-        raise UserError(f"its format is not {FORMAT}")
-    pattern, name = content.get("pattern"), content.get("name")
-    if not isinstance(pattern, str) or not isinstance(name, str):
-        raise UserError("its pattern and name must be texts")
-    tokens = content.get("tokens")
-    if not isinstance(tokens, list):
-        raise UserError("its tokens must be a list")
-    return [decoded(token, i) for i, token in enumerate(tokens)], pattern, name
-
-def read_tiktoken(data: bytes, name: str) -> tuple[list[bytes], str, str]:
-    """The same of OpenAI's format, a token a line: base64, a space and the rank."""
-    # an editor may have put a byte-order mark in front
-    lines = data.removeprefix(b"\xef\xbb\xbf").splitlines()
-    tokens = []
-    for line in filter(None, lines):
-        # ids are places in a list here: a gap in the ranks would shift all that follow
-        words = line.split()
-        if len(words) != 2 or words[1] != b"%d" % len(tokens):
-            raise UserError(f"where rank {len(tokens)} should follow stands {line[:40]!r}")
-        tokens.append(decoded(words[0], len(tokens)))
-    return tokens, GPT2_PATTERN, name
+def end_of_text(special: dict[str, int], roles: dict[str, str]) -> int:
+    for text in roles.get("eos_token"), *ENDS:
+        if text in special:
+            return special[text]
+    raise UserError("no file says which token ends a text: put a tokenizer_config.json with an eos_token "
+                    "beside it")
 
 class Tokenizer:
-    """tokens: the byte string of each id from 0; end-of-text is the id after the last. pattern: the regular
-    expression that cuts a text before merging. Special tokens in a text are ordinary text, so that
-    `decode(encode(text)) == text` for any text. UserError for tokens or a pattern that cannot do that."""
+    """Text ↔ ids. UserError for a vocabulary that cannot do it.
 
-    def __init__(self, tokens: list[bytes], pattern: str = GPT2_PATTERN, name: str = ""):
-        check_vocabulary(tokens)
-        self.tokens = tokens
-        self.pattern = pattern
-        self.name = name
-        self.eot = len(tokens)
-        self.vocab_size = len(tokens) + 1
-        # end-of-text stands for no byte of a text, so bits a byte may be summed over whole documents
-        self.lengths = np.array([*map(len, tokens), 0])
-        ranks = {token: rank for rank, token in enumerate(tokens)}
-        special = {END_OF_TEXT: self.eot}
-        with failures_mended("its split pattern is no regular expression"):
-            self.bpe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    vocab_size: the largest id and one. eot: the id that ends a text; ends: all ids at which a sample ends;
+    pad: fills a row up. start: ids that each document of a stream begins with. before, after: ids around the
+    text of a row, to the letter of the file's post-processor. name: for messages."""
 
-    def encode_array(self, text: str) -> np.ndarray:
-        """The ids of a text, (n,) uint32. Other threads run meanwhile. UserError where the split pattern
-        cannot cope with the text."""
-        try:
-            size = len(text.encode())
-        except UnicodeEncodeError:
-            # half surrogate pairs have no UTF-8; each becomes U+FFFD, as in tiktoken
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            size = len(text.encode())
-        # in pieces, as tiktoken's regular expressions overflow on a run of a million spaces
-        starts = range(0, len(text), PIECE)
-        with failures_mended(f"the split pattern of the tokenizer {self.name} fails on this text"):
-            pieces = [self.bpe.encode_to_numpy(text[i:i + PIECE], disallowed_special=()) for i in starts]
-        ids = np.concatenate([np.empty(0, np.uint32), *pieces])
-        # tiktoken leaves out what the pattern does not match, and says nothing
-        lost = size - int(self.lengths[ids].sum())
-        if lost:
-            raise UserError(f"the split pattern of the tokenizer {self.name} drops {lost} of {size} bytes of "
-                            "text: use another tokenizer")
-        return ids
+    def __init__(
+        self,
+        engine: Tiktoken | Library,
+        special: dict[str, int],
+        edges: tuple[list[int], list[int]],
+        files: dict[str, bytes] | None = None,
+        data: bytes | None = None,
+    ):
+        """special: id of each special token; edges: before and after; files: what stands beside the
+        tokenizer.json, by name; data: its bytes, None where they are still to be written."""
+        self.engine = engine
+        self.special = special
+        self.before, self.after = edges
+        self.files_beside = files or {}
+        self.data = data
+        self.name = engine.name
+        self.lengths = engine.lengths
+        self.vocab_size = len(engine.lengths)
+        roles = tokens_by_role(self.files_beside)
+        self.eot = end_of_text(special, roles)
+        self.pad = special.get(roles.get("pad_token"), self.eot)
+        self.start = self.before or [self.eot]
+        # generation_config.json names several for a model that chats
+        ends = json_beside(self.files_beside, GENERATION).get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [ends]
+        self.ends = {self.eot, *filter(hf.is_id, ends)}
+        self.foreign = False
+        self.old_digest = None
 
-    def encode(self, text: str) -> list[int]:
-        return self.encode_array(text).tolist()
-
-    def decode(self, ids) -> str:
-        """Text of some ids; bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
-        # tiktoken wants ints, and gets tensors and arrays
-        return self.bpe.decode([int(i) for i in ids], errors="replace")
-
-    def token_bytes(self) -> np.ndarray:
-        """(vocab_size,) int64: UTF-8 bytes of text behind each id; none behind end-of-text."""
-        return self.lengths
-
-    def to_json(self) -> bytes:
-        content = {
-            "format": FORMAT,
-            "name": self.name,
-            "pattern": self.pattern,
-            "end_of_text": END_OF_TEXT,
-            "tokens": [base64.b64encode(token).decode() for token in self.tokens],
-        }
-        # a token a line; these bytes are what manifests hash
-        return json.dumps(content, indent=0).encode()
-
-    def save(self, path: str):
-        write_atomic(os.fspath(path), self.to_json())
+    # --- where tokenizers come from ---
 
     @classmethod
-    def load(cls, path: str) -> "Tokenizer":
-        """From a tokenizer.json of ours, or a .tiktoken file (it has no split pattern: GPT-2's is taken).
-        UserError for any other file, and for one whose tokens or pattern lose text."""
+    def of(cls, tokens: list[bytes], pattern: str = GPT2_PATTERN, name: str = "") -> "Tokenizer":
+        """A vocabulary of our own. tokens: the byte string of each id from 0; end-of-text is the id after the
+        last. pattern: the regular expression that cuts a text before merging."""
+        check_vocabulary(tokens)
+        ranks = {token: rank for rank, token in enumerate(tokens)}
+        eot = len(tokens)
+        vocabulary = hf.ByteLevel(ranks, hf.SPELLINGS.get(pattern, pattern), {END_OF_TEXT: eot})
+        return cls(Tiktoken(vocabulary, name), vocabulary.special, ([eot], []))
+
+    @classmethod
+    def load(cls, path: str, split_pattern: str | None = None) -> "Tokenizer":
+        """From a folder of Hugging Face, a tokenizer.json (theirs, or our older format), or a .tiktoken file,
+        whose split pattern must be known here or given. UserError for any other file, and for one whose
+        tokens or pattern lose text."""
         path = expanded(os.fspath(path))
-        data = read_bounded(path, FILE_LIMIT)
-        # nothing of the content decides how it is read: no pickle, no class by name
-        read = read_tiktoken if path.endswith(".tiktoken") else read_ours
         try:
             with silent_stderr():
-                tokenizer = cls(*read(data, os.path.basename(path)))
-                # now, and not hours later at a rare text
-                tokenizer.encode_array(SAMPLE)
+                return cls._read(path, split_pattern)
         except UserError as e:
-            raise UserError(f"{path} is no tokenizer: {e}; give a tokenizer.json of prepare_c4.py or a "
-                            ".tiktoken file with ranks 0, 1, 2, …") from None
+            raise UserError(f"{path} is no tokenizer: {e}; give a tokenizer.json, a folder of Hugging Face, "
+                            "or a .tiktoken file with ranks 0, 1, 2, …") from None
+
+    @classmethod
+    def _read(cls, path: str, split_pattern: str | None) -> "Tokenizer":
+        file = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
+        data = read_bounded(file, FILE_LIMIT)
+        # nothing of the content decides how it is read: no pickle, no class by name
+        if file.endswith(".tiktoken"):
+            return cls._of_tiktoken(data, os.path.basename(file), split_pattern)
+        if split_pattern:
+            raise UserError("a split pattern belongs to a .tiktoken file, this one has its own")
+        content = parse_json(data, os.path.basename(file))
+        if content.get("format") != OLD_FORMAT:
+            return cls._of_json(data, content, file)
+        tokenizer = cls.of(*read_old(content))
+        tokenizer.engine.try_out()
+        # whatever has written it: a manifest names these bytes
+        tokenizer.old_digest = hashlib.sha256(data).hexdigest()
         return tokenizer
 
     @classmethod
-    def named(cls, name: str) -> "Tokenizer":
-        """"byte" (256 bytes), "gpt2" (tiktoken fetches its vocabulary once from the network), or a file."""
+    def _of_tiktoken(cls, data: bytes, name: str, split_pattern: str | None) -> "Tokenizer":
+        tokens = read_tiktoken(data)
+        check_vocabulary(tokens)
+        pattern = split_pattern or known_pattern(tokens)
+        if pattern is None:
+            raise UserError("it holds no split pattern, and that of this vocabulary is not known here: name "
+                            "it by prepare_c4.py --split_pattern REGEX")
+        tokenizer = cls.of(tokens, pattern, name)
+        tokenizer.foreign = split_pattern is not None
+        tokenizer.engine.try_out()
+        return tokenizer
+
+    @classmethod
+    def _of_json(cls, data: bytes, content: dict, file: str) -> "Tokenizer":
+        if not isinstance(content.get("model"), dict):
+            raise UserError("it is not in Hugging Face's format, nor in ours")
+        special = hf.special_tokens(content)
+        files = read_beside(os.path.dirname(file))
+        engine = cls._engine(data, content, file)
+        return cls(engine, special, hf.edges(content), files, data.removeprefix(codecs.BOM_UTF8))
+
+    @staticmethod
+    def _engine(data: bytes, content: dict, name: str) -> Tiktoken | Library:
+        vocabulary = hf.read_byte_level(content)
+        if vocabulary:
+            # a pattern that does not match all of a text: the library keeps what is between the matches
+            with contextlib.suppress(UserError):
+                engine = Tiktoken(vocabulary, name, data)
+                engine.try_out()
+                return engine
+        engine = Library(data, content, name)
+        engine.try_out()
+        return engine
+
+    @classmethod
+    def named(cls, name: str, split_pattern: str | None = None) -> "Tokenizer":
+        """"byte" (256 bytes), "gpt2" (tiktoken fetches its vocabulary once from the network), or a path."""
         if name == "byte":
-            return cls([bytes([byte]) for byte in range(256)], r"(?s:.{1,64})", name)
+            return cls.of([bytes([byte]) for byte in range(256)], BYTE_PATTERN, name)
         if name != "gpt2":
-            return cls.load(name)
+            return cls.load(name, split_pattern)
         try:
             gpt2 = tiktoken.get_encoding(name)
         # of many kinds: no network, no such host, a damaged cache
@@ -203,4 +202,129 @@ class Tokenizer:
                 "use --tokenizer train:N (trained on your text) or byte") from None
         # built anew, so that it can be saved like any other
         tokens = [gpt2.decode_single_token_bytes(i) for i in range(gpt2.eot_token)]
-        return cls(tokens, name=name)
+        return cls.of(tokens, name=name)
+
+    # --- text ↔ ids ---
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """The ids of a text and nothing around it, (n,) uint32. Other threads run meanwhile. UserError where
+        the split pattern cannot cope with the text."""
+        return self.engine.encode(well_formed(text))
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_array(text).tolist()
+
+    def encode_special(self, text: str) -> list[int]:
+        """The ids of a text in which special tokens are what they say: one that a chat template has made."""
+        return self.engine.encode_special(well_formed(text))
+
+    def document(self, text: str) -> np.ndarray:
+        """A document of a stream, (n,) uint32: what begins one, then the text."""
+        return np.concatenate([np.array(self.start, np.uint32), self.encode_array(text)])
+
+    def row(self, text: str, length: int | None = None) -> np.ndarray:
+        """A text between what the post-processor puts around it, (n,) uint32; of at most `length` ids, for
+        which the text is cut."""
+        ids = self.encode_array(text)
+        if length is not None:
+            ids = ids[:max(0, length - len(self.before) - len(self.after))]
+        return np.concatenate([np.array(self.before, np.uint32), ids, np.array(self.after, np.uint32)])
+
+    def decode(self, ids) -> str:
+        """Text of some ids; bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
+        # both engines want ints, and get tensors and arrays
+        return self.engine.decode([int(i) for i in ids])
+
+    def continuation(self, before, ids) -> str:
+        """The text that `ids` add behind the ids `before`."""
+        # SentencePiece's kind takes a space from the front of whatever it decodes
+        if isinstance(self.engine, Tiktoken):
+            return self.decode(ids)
+        known = self.decode(before)
+        whole = self.decode([*before, *ids])
+        return whole.removeprefix(known) if whole.startswith(known) else self.decode(ids)
+
+    def token_bytes(self) -> np.ndarray:
+        """(vocab_size,) int64: UTF-8 bytes of text behind each id; none behind special tokens."""
+        return self.lengths
+
+    def known(self) -> np.ndarray:
+        """(vocab_size,) bool: which ids have a token."""
+        mask = np.zeros(self.vocab_size, bool)
+        mask[list(self.engine.sizes)] = True
+        return mask
+
+    def rows_needed(self) -> int:
+        """Rows of an embedding that texts need: the largest id that can stand in one, and one. T5's file has
+        100 special tokens behind its 32,000, which no text holds."""
+        special = set(self.special.values())
+        ordinary = (number for number in self.engine.sizes if number not in special)
+        return 1 + max(*ordinary, *self.start, *self.before, *self.after, self.pad)
+
+    # --- files ---
+
+    def to_json(self) -> bytes:
+        """The tokenizer.json: as it was read, or written for a vocabulary of our own once it is proved that
+        `tokenizers` reads it as tiktoken does."""
+        if self.data is None:
+            vocabulary = self.engine.vocabulary
+            content = hf.write_byte_level(vocabulary, END_OF_TEXT)
+            data = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+            if self.foreign or vocabulary.pattern not in (GPT2_PATTERN, BYTE_PATTERN):
+                compare(self.engine, data)
+            else:
+                # the proof needs no library
+                assert hf.read_byte_level(content) == vocabulary, self.name
+            self.data = data
+        return self.data
+
+    def save(self, path: str):
+        """Write the tokenizer.json alone: all that is needed to encode and decode."""
+        write_atomic(os.fspath(path), self.to_json())
+
+    def files(self, longest: int | None = None) -> dict[str, bytes]:
+        """All files of a folder that Hugging Face's AutoTokenizer loads, by name, with what the source had
+        beside them. longest: tokens that the model can read, where the source does not say."""
+        config = self._config()
+        if longest is not None:
+            config.setdefault("model_max_length", longest)
+        text = json.dumps(config, indent=1, ensure_ascii=False)
+        return {"tokenizer.json": self.to_json(), **self.files_beside, CONFIG: text.encode()}
+
+    def _config(self) -> dict:
+        config = json_beside(self.files_beside, CONFIG)
+        config = {name: value for name, value in config.items() if name not in NOT_PASSED_ON}
+        names = {number: text for text, number in self.special.items()}
+        roles = tokens_by_role(self.files_beside)
+        defaults = {
+            "bos_token": names.get(self.start[0]),
+            "eos_token": names[self.eot],
+            # transformers 4 hands token_type_ids to models that have none, unless these are named
+            "model_input_names": ["input_ids", "attention_mask"],
+        }
+        config = {**defaults, **roles, **config}
+        # null in the source, where its generation_config.json or a usual name says it
+        config["eos_token"] = config["eos_token"] or defaults["eos_token"]
+        # a chat template writes special tokens as text, which must stay what they are
+        if TEMPLATE not in self.files_beside and "chat_template" not in config:
+            config["split_special_tokens"] = True
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config["clean_up_tokenization_spaces"] = False
+        return config
+
+    # --- which vocabulary it is ---
+
+    def identity(self) -> str:
+        """SHA-256 of what decides the ids, whatever file says it: tokens, split pattern, normalizer, special
+        tokens, and merges where they decide."""
+        return self.engine.identity()
+
+    def matches(self, digest: str) -> bool:
+        """Whether a manifest or a checkpoint names this vocabulary: by its identity or, from before there was
+        one, by the hash of the file."""
+        if digest in (self.identity(), self.old_digest):
+            return True
+        if self.special != {END_OF_TEXT: self.vocab_size - 1} or not isinstance(self.engine, Tiktoken):
+            return False
+        vocabulary = self.engine.vocabulary
+        return digest == old_digest(vocabulary.tokens(), vocabulary.pattern, self.name)
