@@ -168,11 +168,12 @@ class Validation:
     token_bytes: torch.Tensor
 
     @classmethod
-    def of(cls, data: TokenDataset, tokens: int | None, micro: int, tokenizer, rows: int) -> "Validation":
-        """The first `tokens` of `data`, None for all, for a model with `rows` words."""
-        samples = len(data)
-        if tokens is not None:
-            samples = min(samples, max(1, tokens // data.seq_len))
+    def of(cls, data: TokenDataset, samples: int | None, micro: int, tokenizer, rows: int) -> "Validation":
+        """The first windows of `data`, None for all, for a model with `rows` words."""
+        if samples is None:
+            samples = len(data)
+        # a text may be shorter than what is asked for, but is never nothing
+        samples = max(1, min(samples, len(data)))
         # ids of a padded vocabulary stand for no text, and none of a text is above a smaller one's
         padding = (0, rows - tokenizer.vocab_size)
         token_bytes = F.pad(torch.from_numpy(tokenizer.token_bytes()), padding)
