@@ -229,7 +229,8 @@ def test_weights_that_do_not_fit_are_refused_on_one_line(refused, copied, tmp_pa
     path = Path(folder, "config.json")
     path.write_text(path.read_text().replace('"num_hidden_layers": 1', '"num_hidden_layers": 2'))
     message = refused("--ckpt", folder)
-    assert "do not fit its config.json: " in message and "model.layers.1.self_attn.q_proj.weight is missing" in message
+    assert "do not fit its config.json: " in message
+    assert "model.layers.1.self_attn.q_proj.weight is missing" in message
 
 def test_out_dir_of_damaged_checkpoints_ends_with_code_two(copied, capsys):
     for folder in copied[1:]:
