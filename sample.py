@@ -64,6 +64,7 @@ def load(config: Config):
     """(model, tokenizer) of --ckpt. UserError where they do not belong together."""
     # one look for the newest checkpoint: training may add another meanwhile
     folder = checkpoint_folder(config.ckpt)
+    # before the weights, which take longer to read and to refuse
     tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
     model, _ = load_folder(folder)
     # an id without a row ends in an index error, or on a GPU in worse
