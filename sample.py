@@ -50,6 +50,7 @@ def read_prompt(prompt: str) -> str:
             # editors on Windows begin a file with a byte-order mark, which is no part of the text
             with open(path, encoding="utf-8-sig") as f:
                 return f.read()
+        # bytes that are no UTF-8 are a ValueError
         except (OSError, ValueError) as e:
             raise UserError(f"cannot read the prompt: {e}") from None
     try:
