@@ -5,7 +5,6 @@
     raise:R:S  … raises an error
     memory:R:S … has too little memory on its GPU
     sleep:R:S  … sleeps for an hour, as a reader of a dead disk does
-    late:R     process R sleeps for an hour before it looks for the others
     slow:S     each save takes S seconds longer"""
 import os
 import runpy
@@ -15,24 +14,29 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-kind, *numbers = os.environ.get("FAULT", "none").split(":")
-RANK = int(os.environ.get("RANK", 0))
 
+import nanolost  # noqa: E402, F401, I001  before torch: OpenMP reads its settings once
 import torch  # noqa: E402
 
 import model  # noqa: E402
 from nanolost import checkpoint  # noqa: E402
 
-points = []
+# --- die ---
 
-def point(name):
-    """A place where a kill could come."""
-    print("POINT", name, flush=True)
-    if len(points) == int(numbers[0]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    points.append(name)
+class Points:
+    """Places where a kill could come; the one of the number `deadly` is where it comes."""
 
-def announce(module, name):
+    def __init__(self, deadly: int):
+        self.deadly = deadly
+        self.passed = 0
+
+    def __call__(self, name: str):
+        print("POINT", name, flush=True)
+        if self.passed == self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.passed += 1
+
+def announce(point, module, name):
     """Make each call of module.name a point."""
     real = getattr(module, name)
     def announced(*args, **kwargs):
@@ -40,31 +44,30 @@ def announce(module, name):
         return real(*args, **kwargs)
     setattr(module, name, announced)
 
-def half_way(path_of):
-    """Make the middle of a file a point: it is then cut in half."""
-    def wrap(module, name):
-        real = getattr(module, name)
-        def halved(*args, **kwargs):
-            result, path = real(*args, **kwargs), path_of(*args)
-            size = os.path.getsize(path)
-            with open(path, "rb") as f:
-                content = f.read()
-            os.truncate(path, size // 2)
-            point(f"half of {os.path.basename(path)}")
-            with open(path, "wb") as f:
-                f.write(content)
-            return result
-        setattr(module, name, halved)
-    return wrap
+def half_way(point, path_of, module, name):
+    """Make the middle of the file that module.name writes a point: it is then cut in half."""
+    real = getattr(module, name)
+    def halved(*args, **kwargs):
+        result, path = real(*args, **kwargs), path_of(*args)
+        size = os.path.getsize(path)
+        with open(path, "rb") as f:
+            content = f.read()
+        os.truncate(path, size // 2)
+        point(f"half of {os.path.basename(path)}")
+        with open(path, "wb") as f:
+            f.write(content)
+        return result
+    setattr(module, name, halved)
 
-def instrument_saves():
-    half_way(lambda tensors, path, *rest: path)(checkpoint, "save_file")
-    half_way(lambda folder, name, content: os.path.join(folder, name))(checkpoint, "write_json")
-    save, real = checkpoint.save_checkpoint, {name: getattr(os, name) for name in
-                                              ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir")}
+def instrument_saves(deadly: int):
+    point = Points(deadly)
+    half_way(point, lambda tensors, path, *rest: path, checkpoint, "save_file")
+    half_way(point, lambda folder, name, content: os.path.join(folder, name), checkpoint, "write_json")
+    names = ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir")
+    save, real = checkpoint.save_checkpoint, {name: getattr(os, name) for name in names}
     def saving(*args, **kwargs):
         for name in real:
-            announce(os, name)
+            announce(point, os, name)
         try:
             result = save(*args, **kwargs)
         finally:
@@ -74,12 +77,14 @@ def instrument_saves():
         return result
     checkpoint.save_checkpoint = saving
 
-def instrument_steps(rank, step):
+# --- a step that fails, a save that is slow ---
+
+def instrument_steps(kind: str, rank: int, step: int):
     forward = model.Llama.forward
     count = iter(range(1, 10**9))
     def faulty(self, *args, **kwargs):
         logits, loss = forward(self, *args, **kwargs)
-        if torch.is_grad_enabled() and RANK == rank and next(count) == step:
+        if torch.is_grad_enabled() and int(os.environ.get("RANK", 0)) == rank and next(count) == step:
             if kind == "raise":
                 raise RuntimeError("injected")
             if kind == "memory":
@@ -90,24 +95,22 @@ def instrument_steps(rank, step):
         return logits, loss
     model.Llama.forward = faulty
 
-def slow_down_saves(seconds):
+def slow_down_saves(seconds: int):
     save = checkpoint.save_checkpoint
     checkpoint.save_checkpoint = lambda *args: (time.sleep(seconds), save(*args))
 
-def come_late(rank):
-    if RANK == rank:
-        def late(*args, **kwargs):
-            print("LATE", flush=True)
-            time.sleep(3600)
-        torch.distributed.init_process_group = late
+def install(fault: str):
+    kind, *numbers = fault.split(":")
+    numbers = map(int, numbers)
+    if kind == "die":
+        instrument_saves(*numbers)
+    elif kind == "slow":
+        slow_down_saves(*numbers)
+    else:
+        assert kind in ("nan", "raise", "memory", "sleep"), fault
+        instrument_steps(kind, *numbers)
 
-if kind == "late":
-    come_late(int(numbers[0]))
-if kind == "slow":
-    slow_down_saves(int(numbers[0]))
-if kind == "die":
-    instrument_saves()
-if kind in ("nan", "raise", "memory", "sleep"):
-    instrument_steps(*map(int, numbers))
-sys.argv[0] = os.path.join(ROOT, "train.py")
-runpy.run_path(sys.argv[0], run_name="__main__")
+if __name__ == "__main__":
+    install(os.environ["FAULT"])
+    sys.argv[0] = os.path.join(ROOT, "train.py")
+    runpy.run_path(sys.argv[0], run_name="__main__")

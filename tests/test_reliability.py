@@ -1,7 +1,7 @@
-"""The promises of README.md, "It cannot be killed": real commands, signals, full disks and damaged files.
+"""The promises of docs/reliability.md: real commands, signals, full disks and damaged files.
 
-Runs are compared with one that nothing happened to: the same lines in metrics.jsonl (but for speeds), the
-same bytes in the last checkpoint. `--kills 30` sends more random kills than the default."""
+Runs are compared with one that nothing happened to: the same lines in metrics.jsonl (but for what a clock
+says), the same bytes in the last checkpoint. `--kills 30` sends more random kills than the default."""
 import ast
 import contextlib
 import glob
@@ -15,37 +15,44 @@ import subprocess
 import sys
 import time
 
+import faulty
 import numpy as np
 import pytest
-from conftest import ROOT, flags_of, launch, status
+from conftest import (
+    PATIENCE,
+    ROOT,
+    continue_from,
+    ended,
+    flags_of,
+    launch,
+    lines,
+    losses,
+    metrics,
+    status,
+    step_folder,
+    wait_for,
+    within,
+)
 
 import train
-from model import Llama
 from nanolost import checkpoint, data
-from nanolost.job import Report
-from nanolost.tokenizer import Tokenizer
+from nanolost.errors import UserError
 
 linux = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="looks processes up in /proc")
 
-def lines(config):
-    """The lines of metrics.jsonl without what a clock or a memory gauge says."""
-    measured = {"tokens_per_second", "step_ms", "mfu", "peak_memory_bytes"}
-    with open(os.path.join(config.out_dir, "metrics.jsonl"), encoding="utf-8") as f:
-        return [{k: v for k, v in json.loads(line).items() if k not in measured} for line in f]
-
 def last_checkpoint(config):
-    """Its files as bytes; state.json without the folder's name and the number of threads."""
+    """Its files as bytes; state.json without the folder's name."""
     folder = checkpoint.checkpoints(config.out_dir)[-1]
     files = {name: open(os.path.join(folder, name), "rb").read() for name in os.listdir(folder)}
-    del files["manifest.json"]                 # has the hash of state.json
+    # has the hash of state.json
+    del files["manifest.json"]
     state = json.loads(files["state.json"])
-    state["config"] |= {"out_dir": "", "threads": 0}
+    state["config"] |= {"out_dir": ""}
     return {**files, "state.json": state}
 
 def finish(config, processes=1, **kwargs):
-    process = launch(config, processes, **kwargs)
-    output = process.communicate()[0]
-    assert process.returncode == 0 and status(config)["state"] == "finished", output
+    output = ended(launch(config, processes, **kwargs))
+    assert status(config)["state"] == "finished", output
     return output
 
 def run_straight(config, processes):
@@ -55,15 +62,6 @@ def run_straight(config, processes):
 def assert_same_run(one, other):
     assert lines(one) == lines(other)
     assert last_checkpoint(one) == last_checkpoint(other)
-
-def wait_for(process, start):
-    """Read the output up to a line that starts so; returns what was read."""
-    read = []
-    for line in process.stdout:
-        read.append(line)
-        if line.startswith(start):
-            return "".join(read)
-    raise AssertionError(f"no line {start!r} in: {''.join(read)}")
 
 def children(pid):
     """Processes started by `pid`, in the order of their start."""
@@ -80,53 +78,85 @@ def gone(pid):
         return f.read().rpartition(")")[2].split()[0] == "Z"
     return True
 
-def within(seconds, condition):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
-
 # --- kills ---
+
+def kill_one_of(process, dice) -> str:
+    """SIGKILL to a rank, to all, or to their launcher; says which."""
+    ranks = children(process.pid)
+    victim = dice.choice(["one process", "all processes", "launcher"]) if ranks else "launcher"
+    victims = {"one process": [dice.choice(ranks)] if ranks else [], "all processes": ranks,
+               "launcher": [process.pid]}
+    for pid in victims[victim]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return victim
+
+def wait_for_a_random_moment(process, log, dice, start_up):
+    """In three of ten cases while it starts, else a random number of lines into its training."""
+    if dice.random() < 0.3:
+        time.sleep(dice.uniform(0, start_up))
+        return
+    count = dice.randrange(50)
+    within(PATIENCE, lambda: process.poll() is not None or log.read_text().count("\nstep ") > count)
+    # any moment of a step or a save, not only that after a line
+    time.sleep(dice.uniform(0, 0.05))
 
 @linux
 @pytest.mark.parametrize("processes", [1, 2])
 def test_random_kills_change_nothing(small, tmp_path, processes, request):
     kills = request.config.getoption("kills")
-    sizes = dict(steps=100 * kills, save_every=3, eval_every=50, keep=2)
+    sizes = dict(steps=60 * kills, save_every=3, eval_every=30 * kills, keep=2)
     straight, killed = small(**sizes, out_dir=str(tmp_path / "straight")), small(**sizes)
     started = time.monotonic()
     process = launch(straight, processes)
     wait_for(process, "step      1/")
     start_up = time.monotonic() - started
-    process.communicate()
+    ended(process)
     seed = random.randrange(10**6)
-    dice, victims = random.Random(seed), []
+    dice, victims, log = random.Random(seed), [], tmp_path / "log"
     while len(victims) < kills:
-        with open(tmp_path / "log", "w") as log:
-            process = launch(killed, processes, stdout=log)
-        time.sleep(dice.uniform(0, start_up) if dice.random() < 0.3 else start_up + dice.uniform(0, 1.5))
-        ranks = children(process.pid)
-        victim = dice.choice(["one process", "all processes", "launcher"] if ranks else ["launcher"])
-        assert process.poll() is None, f"after {victims}: {(tmp_path / 'log').read_text()}"
-        for pid in {"one process": ranks[-1:] if dice.random() < 0.5 else ranks[:1], "all processes": ranks,
-                    "launcher": [process.pid]}[victim]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
-        victims.append(victim)
+        with open(log, "w") as file:
+            process = launch(killed, processes, stdout=file)
+        wait_for_a_random_moment(process, log, dice, start_up)
+        if process.poll() is None:
+            victims.append(kill_one_of(process, dice))
+            process.wait(PATIENCE)
+        elif "trains in" in log.read_text():
+            # ranks whose launcher was killed end within a second, and hold the lock until then
+            continue
+        else:
+            # it came to its end before all kills were done: once more from the start
+            assert process.returncode == 0, f"seed {seed}, after {victims}: {log.read_text()}"
+            assert_same_run(killed, straight)
+            shutil.rmtree(killed.out_dir)
+            continue
         if checkpoint.checkpoints(killed.out_dir):
             assert checkpoint.newest_checkpoint(killed.out_dir), f"seed {seed}"
-    finish(killed, processes)
+    within(PATIENCE, lambda: launch(killed, processes, stdout=subprocess.DEVNULL).wait(PATIENCE) == 0)
+    assert status(killed)["state"] == "finished", f"seed {seed}, after {victims}"
     assert_same_run(killed, straight)
 
-def die_and_continue(before, killed, straight, number):
+def in_a_fork(fault: str, config, log) -> int:
+    """train.main with a fault (faulty.py) in a child of this process, which need not load torch again; how
+    it ended. Its output goes to the file `log`."""
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            sys.stdout = open(output, "w", encoding="utf-8")
+            faulty.install(fault)
+            train.main(config)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+def die_and_continue(before, killed, straight, number, log):
     """Name of the point at which a run that goes on from `before` was killed, by its number. What it left
     must hold a good checkpoint, and end as the straight run."""
     shutil.rmtree(killed.out_dir, ignore_errors=True)
     shutil.copytree(before.out_dir, killed.out_dir)
-    process = launch(killed, fault=f"die:{number}")
-    output = process.communicate()[0]
-    assert process.returncode == -signal.SIGKILL, output
+    code = in_a_fork(f"die:{number}", killed, log)
+    output = log.read_text()
+    assert code == -signal.SIGKILL, output
     assert any(checkpoint.verify(folder) is None for folder in checkpoint.checkpoints(killed.out_dir)), output
     assert checkpoint.load_model(killed.out_dir)[1]["step"] in (4, killed.steps), output
     train.main(killed)
@@ -137,48 +167,28 @@ def test_a_kill_while_a_checkpoint_is_replaced_loses_nothing(small, tmp_path, mo
     straight, before, killed = (small(steps=4, keep=1, out_dir=str(tmp_path / name))
                                 for name in ("straight", "before", "killed"))
     train.main(straight)
-    with monkeypatch.context() as patch:       # a stop in the last evaluation: it is made up and saved again
+    # a stop in the last evaluation: it is made up and saved again
+    with monkeypatch.context() as patch:
         patch.setattr(train, "evaluate", lambda *args: None)
         train.main(before)
-    died_at, first = [], 16                    # the points before are those of any save
+    died_at = []
+    # the points before are those of any save
+    first = 16
     while "after the save" not in died_at:
-        died_at.append(die_and_continue(before, killed, straight, first + len(died_at)))
-    assert died_at.count("before rename") == 3                             # aside, into place, of the old one
-
-def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one(small, monkeypatch):
-    config = small(steps=4, keep=1)
-    train.main(config)
-    final = checkpoint.checkpoints(config.out_dir)[0]
-    shutil.copytree(final, f"{final}_before")  # as an interrupted replacement leaves it
-    os.truncate(os.path.join(final, "model.safetensors"), 1000)
-    model, state = checkpoint.load_model(config.out_dir)
-    rename = os.rename
-    def refuse_the_new_one(source, target):
-        if ".tmp_step" in source:
-            raise OSError("No space left on device")
-        rename(source, target)
-    monkeypatch.setattr(os, "rename", refuse_the_new_one)
-    with pytest.raises(OSError, match="cannot save"):
-        checkpoint.save_checkpoint(config.out_dir, 4, model, [], state, Tokenizer.named("byte"), 1)
-    assert checkpoint.verify(checkpoint.newest_checkpoint(config.out_dir)) is None
-
-def test_lines_that_will_come_again_are_dropped(tmp_path):
-    entries = [{"kind": kind, "step": step} for step in (4, 5) for kind in ("train", "eval", "spike")]
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries) + "3\n{}\n{\"kind")
-    with Report(str(tmp_path), 0, {"step": 4, "evaluated": 0}) as report:
-        report.open_metrics()
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [entries[0], entries[2]]
+        died_at.append(die_and_continue(before, killed, straight, first + len(died_at), tmp_path / "log"))
+    # aside, into place, of the old one
+    assert died_at.count("before rename") == 3
 
 def test_a_kill_at_every_point_of_a_save_loses_nothing(small, tmp_path):
     straight = small(keep=1, out_dir=str(tmp_path / "straight"))
     before = small(out_dir=str(tmp_path / "before"))
     train.main(straight)
     train.main(before)
-    shutil.rmtree(checkpoint.checkpoints(before.out_dir)[1])               # the next save is that of step 8
+    # the next save is that of step 8
+    shutil.rmtree(checkpoint.checkpoints(before.out_dir)[1])
     killed, died_at = small(keep=1), []
     while "after the save" not in died_at:
-        died_at.append(die_and_continue(before, killed, straight, len(died_at)))
+        died_at.append(die_and_continue(before, killed, straight, len(died_at), tmp_path / "log"))
         left = os.listdir(os.path.join(killed.out_dir, "checkpoints"))
         assert {"step_00000008"} <= set(left) <= {"step_00000004", "step_00000008"}, died_at
     expected = {f"half of {name}" for name in ("model.safetensors", "optimizer.safetensors", "state.json",
@@ -191,13 +201,16 @@ def test_a_kill_at_every_point_of_a_save_loses_nothing(small, tmp_path):
 def test_at_any_moment_a_copy_of_the_folder_holds_a_good_checkpoint(small, tmp_path, freeze):
     config = small(steps=100_000, save_every=1, eval_every=50_000, keep=1 if freeze else 3)
     process = launch(config, stdout=subprocess.DEVNULL)
-    assert within(60, lambda: checkpoint.checkpoints(config.out_dir))
+    assert within(PATIENCE, lambda: checkpoint.checkpoints(config.out_dir))
     steps, copy = set(), str(tmp_path / "copy")
-    for _ in range(60):
+    end = time.monotonic() + PATIENCE
+    while len(steps) < 25 and time.monotonic() < end:
         time.sleep(random.uniform(0, 0.05))
-        if freeze:                             # only one is kept, and could go while it is copied
+        # only one is kept, and could go while it is copied
+        if freeze:
             process.send_signal(signal.SIGSTOP)
-        with contextlib.suppress(shutil.Error):                            # files that go while it copies
+        # files that go while it copies
+        with contextlib.suppress(shutil.Error):
             shutil.copytree(os.path.join(config.out_dir, "checkpoints"), os.path.join(copy, "checkpoints"))
         if freeze:
             process.send_signal(signal.SIGCONT)
@@ -206,26 +219,22 @@ def test_at_any_moment_a_copy_of_the_folder_holds_a_good_checkpoint(small, tmp_p
         shutil.rmtree(copy)
     process.kill()
     process.communicate()
-    assert len(steps) > 20
+    assert len(steps) == 25
 
 @linux
-def test_processes_whose_launcher_was_killed_end_by_themselves(small):
-    config = small(steps=100_000, eval_every=50_000)
+def test_processes_whose_launcher_was_killed_end_and_the_same_command_continues(small):
+    config = small(steps=100_000, eval_every=50_000, save_every=10)
     process = launch(config, 2)
-    wait_for(process, "step     10/")
+    wait_for(process, "step     20/")
     ranks = children(process.pid)
-    process.stdout.close()                     # as where the terminal went too
+    # as where the terminal went too
+    process.stdout.close()
     process.kill()
-    assert len(ranks) == 2 and within(15, lambda: all(map(gone, ranks)))
-    assert status(config) | {"step": 0} == {"state": "failed", "step": 0, "reason": status(config)["reason"]}
-    assert "launcher" in status(config)["reason"]
-
-def test_processes_whose_launcher_was_killed_before_they_found_each_other_end_too(small):
-    process = launch(small(timeout=10), 2, fault="late:1")
-    wait_for(process, "LATE")                  # the other has yet to connect, or searches: 10 s at most
-    ranks = children(process.pid)
-    process.kill()
-    assert len(ranks) == 2 and within(45, lambda: all(map(gone, ranks)))
+    assert len(ranks) == 2 and within(PATIENCE, lambda: all(map(gone, ranks)))
+    # the lock is free, and a good checkpoint there
+    step = checkpoint.load_model(config.out_dir)[1]["step"]
+    train.main(small(steps=step + 5, eval_every=50_000))
+    assert status(config) == {"state": "finished", "step": step + 5, "reason": ""}
 
 # --- one writer ---
 
@@ -233,16 +242,16 @@ def test_a_second_run_on_a_folder_ends_with_code_2_and_names_the_first(small):
     config = small(steps=100_000)
     first = launch(config)
     wait_for(first, "step     10/")
-    second = launch(config)
-    output = second.communicate()[0]
-    assert second.returncode == 2 and output.startswith(f"error: process {first.pid} on "), output
+    output = ended(launch(config), 2)
+    assert output.startswith(f"error: process {first.pid} on ") and output.count("\n") == 1, output
     assert status(config)["state"] == "running"
     first.kill()
     first.communicate()
 
 # --- signals ---
 
-MOMENTS = {                                    # the line after which the signal comes, and sizes for it
+# the line after which the signal comes, and sizes for it
+MOMENTS = {
     "first step": ("tokens", dict(batch_tokens=32 * 400, micro_batch=1, steps=2)),
     "training": ("step     20/", dict(steps=200, save_every=200, eval_every=200)),
     "evaluation": ("step      4/", dict(seq_len=8, batch_tokens=16, micro_batch=1, eval_tokens=12_000)),
@@ -253,14 +262,15 @@ MOMENTS = {                                    # the line after which the signal
     *[(1, "SIGTERM", moment) for moment in MOMENTS], (1, "SIGINT", "training"), (1, "SIGUSR1", "training"),
     (2, "SIGTERM", "first step"), (2, "SIGUSR1", "training"), (2, "SIGTERM", "evaluation"),
 ])
-def test_a_signal_stops_at_a_step_and_the_same_command_continues(small, tmp_path, moment, processes, name):
+def test_a_signal_stops_at_a_step_and_the_same_command_continues(
+        small, tmp_path, capsys, moment, processes, name):
     line, sizes = MOMENTS[moment]
     stopped, straight = small(**sizes), small(**sizes, out_dir=str(tmp_path / "straight"))
     process = launch(stopped, processes, flags=["--signals-to-handle=SIGUSR1,SIGTERM,SIGINT"])
     wait_for(process, line)
     process.send_signal(getattr(signal, name))
-    output = process.communicate()[0]
-    assert process.returncode == (0 if processes == 1 else 1), output      # torchrun itself: 1
+    # torchrun itself ends with 1
+    output = ended(process, 0 if processes == 1 else 1)
     found = status(stopped)
     assert (found["state"], found["reason"]) == ("stopped", name), output
     evaluated = checkpoint.load_model(stopped.out_dir)[1]["evaluated"]
@@ -269,54 +279,72 @@ def test_a_signal_stops_at_a_step_and_the_same_command_continues(small, tmp_path
     else:
         expected = {"first step": (1, 0), "evaluation": (4, 0), "last evaluation": (8, 4)}[moment]
         assert (found["step"], evaluated) == expected
-    assert "continuing from" in finish(stopped, processes)
-    run_straight(straight, processes)
-    assert_same_run(stopped, straight)
+    # bit for bit holds for an equal number of processes; once with two, as each start takes seconds
+    if processes == 2 and moment == "training":
+        assert "continuing from" in finish(stopped, 2)
+        finish(straight, 2)
+        assert_same_run(stopped, straight)
+        return
+    train.main(stopped)
+    assert "continuing from" in capsys.readouterr().out
+    train.main(straight)
+    if processes == 1:
+        assert_same_run(stopped, straight)
+    else:
+        assert [step for step, _ in losses(stopped)] == [step for step, _ in losses(straight)]
+        expected = [loss for _, loss in losses(straight)]
+        assert [loss for _, loss in losses(stopped)] == pytest.approx(expected, rel=1e-5)
 
 @linux
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_signal_to_one_process_alone_stops_all(small, rank):
     config = small(steps=100_000, save_every=50_000, eval_every=50_000)
     process = launch(config, 2)
     wait_for(process, "step     20/")
     os.kill(children(process.pid)[rank], signal.SIGUSR1)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and status(config)["state"] == "stopped", output
+    output = ended(process)
+    assert status(config)["state"] == "stopped", output
     assert checkpoint.load_model(config.out_dir)[1]["step"] == status(config)["step"]
 
-def test_an_evaluation_ends_at_once_when_asked_to(small):
-    nothing = train.contextlib.nullcontext()   # to read from data that is None would be an error
-    cpu = train.torch.device("cpu")
-    assert train.evaluate(None, None, 1000, 8, None, nothing, cpu, asked=["SIGTERM"]) is None
-
 def test_a_second_interrupt_ends_at_once(small):
+    # the first step takes many seconds
     config = small(batch_tokens=32 * 8 * 3000, micro_batch=8, eval_every=1, eval_tokens=32)
     process = launch(config)
-    wait_for(process, "tokens")                # the first step has begun, and takes many seconds
+    wait_for(process, "tokens")
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    time.sleep(1)
+    # the first one waits for the step to end
+    assert process.poll() is None
+    # two that come close together are one to the process
+    def ends():
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        return process.poll() is not None
+    assert within(PATIENCE, ends)
+    process.communicate()
     assert process.returncode not in (0, 2) and status(config)["state"] == "failed"
+    assert status(config)["step"] == 0 and "KeyboardInterrupt" in status(config)["reason"]
 
 def test_a_closed_pipe_does_not_end_the_run(small):
     config = small(steps=60)
     process = launch(config)
     process.stdout.readline()
     process.stdout.close()
-    assert process.wait() == 0 and status(config)["state"] == "finished" and len(lines(config)) == 60 + 15
+    assert process.wait(PATIENCE) == 0 and status(config)["state"] == "finished"
+    assert len(lines(config)) == 60 + 15
 
 def test_a_closed_pipe_does_not_end_a_run_that_continues_with_another_flag(small):
     train.main(small(steps=4))
     process = launch(small(lr=2e-2))
     process.stdout.close()
-    assert process.wait() == 0 and status(small())["state"] == "finished"
+    assert process.wait(PATIENCE) == 0 and status(small())["state"] == "finished"
 
 @linux
 def test_the_slurm_script_queues_a_stopped_job_again_and_no_other(small, tmp_path):
     config = small(steps=40, save_every=40, eval_every=40)
-    bin = tmp_path / "bin"                     # stands for SLURM
+    # stands for SLURM
+    bin = tmp_path / "bin"
     bin.mkdir()
     (bin / "srun").write_text('#!/bin/sh\necho srun $$\nexec "$@"\n')
     (bin / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/queue\n')
@@ -335,7 +363,8 @@ def test_the_slurm_script_queues_a_stopped_job_again_and_no_other(small, tmp_pat
     process.communicate()
     assert status(config)["state"] == "stopped" and (tmp_path / "queue").read_text() == "requeue 7\n"
     torchrun = (bin / "torchrun").read_text()
-    (bin / "torchrun").write_text("#!/bin/sh\nexit 1\n")       # one that fails before it says anything
+    # one that fails before it says anything
+    (bin / "torchrun").write_text("#!/bin/sh\nexit 1\n")
     job().communicate()
     assert status(config)["state"] == "stopped" and (tmp_path / "queue").read_text() == "requeue 7\n"
     (bin / "torchrun").write_text(torchrun)
@@ -346,34 +375,30 @@ def test_the_slurm_script_queues_a_stopped_job_again_and_no_other(small, tmp_pat
 # --- a process that stops, fails or hangs ---
 
 @linux
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_stopped_process_ends_the_job_in_time_and_is_named(small, rank):
-    config = small(steps=100_000, save_every=10, timeout=16)
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_stopped_process_ends_the_job_within_the_time_out(small, rank):
+    config = small(steps=100_000, save_every=10, timeout=10)
     process = launch(config, 2)
     wait_for(process, "step     20/")
-    started = time.monotonic()
     os.kill(children(process.pid)[rank], signal.SIGSTOP)
-    output = process.communicate()[0]
-    assert process.returncode == 1 and time.monotonic() - started < config.timeout
-    assert f"no sign of life from process {rank}" in output
-    if rank == 1:                              # otherwise the one that writes is the one that was stopped
-        assert status(config)["state"] == "failed" and "from process 1" in status(config)["reason"]
+    output = ended(process, 1)
+    assert "lost another process" in output
+    # otherwise the one that writes is the one that was stopped
+    if rank == 1:
+        found = status(config)
+        assert found["state"] == "failed" and "process 0: lost another process" in found["reason"]
     assert checkpoint.newest_checkpoint(config.out_dir)
 
-@pytest.mark.parametrize("fault, seconds, reason", [
-    ("raise:1:5", 8, "process 1: RuntimeError: injected"),
-    ("raise:0:5", 8, "process 0: RuntimeError: injected"),
-    ("memory:1:5", 8, "process 1: MemoryError: CUDA out of memory. Tried 1 GiB. With a smaller"),
-    ("sleep:1:5", 16, "Timed out waiting"),
-    ("nan:1:5", 8, "FloatingPointError: step 5: loss nan"),
+@pytest.mark.parametrize("fault, timeout, reason", [
+    ("raise:1:5", 60, "process 1: RuntimeError: injected"),
+    pytest.param("raise:0:5", 60, "process 0: RuntimeError: injected", marks=pytest.mark.slow),
+    ("memory:1:5", 60, "process 1: MemoryError: CUDA out of memory. Tried 1 GiB. With a smaller"),
+    ("sleep:1:5", 10, "process 0: lost another process"),
+    ("nan:1:5", 60, "FloatingPointError: step 5: loss nan"),
 ])
-def test_a_process_that_fails_or_hangs_ends_the_job_and_is_named(small, fault, seconds, reason):
-    config = small(timeout=8)
-    process = launch(config, 2, fault=fault)
-    wait_for(process, "step      4/")
-    started = time.monotonic()
-    output = process.communicate()[0]
-    assert process.returncode == 1 and time.monotonic() - started < seconds, output
+def test_a_process_that_fails_or_hangs_ends_the_job_and_is_named(small, fault, timeout, reason):
+    config = small(timeout=timeout)
+    output = ended(launch(config, 2, fault=fault), 1)
     assert status(config)["state"] == "failed" and status(config)["step"] == 4, output
     assert reason in status(config)["reason"], output
     assert checkpoint.load_model(config.out_dir)[1]["step"] == 4
@@ -404,16 +429,16 @@ def test_a_full_disk_loses_nothing_and_says_what_to_free(small, tmp_path):
         wait_for(process, "step     40/")
         filler = tmp_path / "disk" / "filler"
         with open(filler, "wb", buffering=0) as f:
-            while process.poll() is None:      # a removed checkpoint would make room again
+            # a removed checkpoint would make room again
+            while process.poll() is None:
                 with contextlib.suppress(OSError):
                     f.write(bytes(1000))
-        output = process.communicate()[0]
-        assert process.returncode == 1 and "No space left on device" in output, output
+        output = ended(process, 1)
+        assert "No space left on device" in output, output
         assert output.splitlines()[-1].startswith("error: ") and "Traceback" not in output
         assert checkpoint.load_model(full.out_dir)[1]["step"] >= 36
         assert not glob.glob(os.path.join(full.out_dir, "checkpoints", ".tmp*"))
-        again = launch(full)
-        assert "bytes free for 1 more checkpoints" in again.communicate()[0] and again.returncode == 2
+        assert "bytes free for 1 more checkpoints" in ended(launch(full), 2)
         filler.unlink()
         finish(full)
         assert_same_run(full, straight)
@@ -428,8 +453,8 @@ def test_a_save_that_fails_ends_all_processes_with_the_reason(small, processes, 
     limit = os.path.getsize(os.path.join(folder, "optimizer.safetensors")) // 2
     process = launch(config, processes, preexec_fn=lambda: resource.setrlimit(
         resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1])))
-    output = process.communicate()[0]
-    assert process.returncode == 1 and "step_00000008: " in output and "File too large" in output, output
+    output = ended(process, 1)
+    assert "step_00000008: " in output and "File too large" in output, output
     assert output.count("cannot save") >= processes and "make room" in output
     assert "cannot save" in status(config)["reason"] and checkpoint.load_model(config.out_dir)[1]["step"] == 4
     finish(config, processes)
@@ -446,46 +471,34 @@ def test_a_folder_that_may_not_be_written_loses_nothing(small, tmp_path):
     folder = os.path.join(config.out_dir, "checkpoints")
     os.chmod(folder, 0o555)
     process = launch(config, under=as_anyone)
-    output = process.communicate()[0]
+    output = ended(process, 1)
     os.chmod(folder, 0o755)
-    assert process.returncode == 1 and "error: cannot save" in output, output
+    assert "error: cannot save" in output, output
     assert "Permission denied" in output
     assert checkpoint.load_model(config.out_dir)[1]["step"] == 4
     finish(config)
     assert_same_run(config, straight)
 
-def test_room_for_the_checkpoints_is_checked_before_the_start(small, monkeypatch):
-    config = small()
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
-    with pytest.raises(ValueError, match="1,000,000 bytes free for 4 more checkpoints of 300,728"):
-        train.main(config)
-    train.main(small(keep=2))                  # three of them fit
-
 # --- another number of processes ---
 
-def test_a_run_that_goes_from_two_processes_to_one_and_back_sees_the_same_samples(small, tmp_path):
+def test_a_run_that_goes_from_two_processes_to_one_and_back_sees_the_same_samples(small, tmp_path, capsys):
     straight = small(steps=12, save_every=4, out_dir=str(tmp_path / "straight"))
     finish(straight, 2)
     elastic = small(steps=12, save_every=4)
-    shutil.copytree(straight.out_dir, elastic.out_dir)
-    for folder in checkpoint.checkpoints(elastic.out_dir)[1:]:
-        shutil.rmtree(folder)                  # at step 4, of two processes
-    assert "changed: processes 2 → 1" in finish(elastic, 1)
-    shutil.rmtree(checkpoint.checkpoints(elastic.out_dir)[-1])             # at step 8, of one
+    # at step 4, of two processes
+    continue_from(straight, elastic, 4)
+    assert "changed: processes 2 → 1" in capsys.readouterr().out
+    # at step 8, of one
+    shutil.rmtree(step_folder(elastic, 12))
     finish(elastic, 2)
     for one, other in zip(lines(elastic), lines(straight), strict=True):
-        layers, others = one.pop("layers", {}), other.pop("layers", {})    # rounded to five digits
+        # rounded to five digits
+        layers, others = one.pop("layers", {}), other.pop("layers", {})
         assert one.pop("kind") == other.pop("kind") and one == pytest.approx(other, rel=1e-5)
         assert list(layers) == list(others)
         assert all(layers[name] == pytest.approx(others[name], rel=1e-3, abs=1e-3) for name in others)
     states = [checkpoint.load_model(config.out_dir)[1] for config in (elastic, straight)]
     assert states[0]["samples"] == states[1]["samples"] == 12 * 8
-
-@pytest.mark.parametrize("world", [3, 5])
-def test_a_number_of_processes_that_does_not_divide_is_refused(small, world, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", str(world))
-    with pytest.raises(ValueError, match=r"do not divide among . processes: start one of \[1, 2, 4, 8\]"):
-        train.main(small())
 
 # --- input, memory, code ---
 
@@ -517,7 +530,7 @@ def break_ids(folder):
     (break_shard, "train_00000.bin has 5000 bytes but promises"), (break_magic, "is not a token shard"),
     (shorten_shard, "its manifest says"), (break_manifest, "manifest.json is damaged"),
     (break_tokenizer, "is no tokenizer"), (break_ids, "holds token 257, the last is 256"),
-    (lambda folder: os.remove(os.path.join(folder, "val_00000.bin")), "cannot read the shard"),
+    (lambda folder: os.remove(os.path.join(folder, "val_00000.bin")), "val"),
 ], ids=["cut shard", "wrong magic", "short shard", "bad manifest", "pickle as tokenizer", "unknown token",
         "missing shard"])
 def test_damaged_data_is_refused_before_anything_is_written(small, tmp_path, damage, message):
@@ -525,7 +538,7 @@ def test_damaged_data_is_refused_before_anything_is_written(small, tmp_path, dam
     shutil.copytree(small().data_dir, folder)
     damage(folder)
     config = small(data_dir=folder)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         train.main(config)
     assert not os.path.exists(config.out_dir) or os.listdir(config.out_dir) == [".lock"]
 
@@ -533,8 +546,7 @@ def test_damaged_data_is_refused_before_anything_is_written(small, tmp_path, dam
 def test_memory_does_not_grow_over_an_epoch(small, tmp_path):
     config = small(seq_len=64, batch_tokens=512, steps=886, eval_every=100, log_every=1, save_every=443)
     finish(config)
-    with open(os.path.join(config.out_dir, "metrics.jsonl"), encoding="utf-8") as f:
-        peaks = [entry["peak_memory_bytes"] for entry in map(json.loads, f) if entry["kind"] == "train"]
+    peaks = [record["peak_memory_bytes"] for record in metrics(config, "train")]
     samples = len(data.TokenDataset(config.data_dir, "train", 64))
     assert len(peaks) * 8 >= samples and peaks[-1] < peaks[200] * 1.02
 
@@ -550,10 +562,14 @@ def test_reading_a_large_shard_keeps_a_bounded_part_of_it_in_memory(tmp_path):
     for first in range(0, len(dataset), 64):
         dataset.batch(order[np.arange(first, first + 64)])
         most = max(most, mapped() - before)
-    assert most < 100e6, most                  # of 400e6
+    # of 400e6
+    assert most < 100e6, most
 
 def test_no_code_is_ever_read_from_a_file():
-    for path in glob.glob(os.path.join(ROOT, "*.py")):
+    paths = [path for folder in ("", "nanolost", "experiments", "runs")
+             for path in glob.glob(os.path.join(ROOT, folder, "*.py"))]
+    assert len(paths) > 20
+    for path in paths:
         with open(path, encoding="utf-8") as f:
             tree = ast.parse(f.read())
         calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
@@ -561,18 +577,3 @@ def test_no_code_is_ever_read_from_a_file():
                    for alias in node.names}
         assert not calls & {"eval", "exec", "compile", "torch.load", "np.load"}, path
         assert not modules & {"pickle", "dill", "joblib", "shelve", "marshal"}, path
-
-# --- deterministic ---
-
-def test_deterministic_runs_are_the_same_run_and_leave_the_setting_as_it_was(small, tmp_path, monkeypatch):
-    one, two = small(deterministic=True), small(deterministic=True, out_dir=str(tmp_path / "two"))
-    forward, seen = Llama.forward, set()
-    def watched(self, *args, **kwargs):
-        seen.add(train.torch.are_deterministic_algorithms_enabled())
-        return forward(self, *args, **kwargs)
-    monkeypatch.setattr(Llama, "forward", watched)
-    train.main(one)
-    train.main(two)
-    assert_same_run(one, two)
-    assert seen == {True}
-    assert not train.torch.are_deterministic_algorithms_enabled()

@@ -75,7 +75,8 @@ def test_two_processes_and_any_split_of_a_batch_give_the_losses_of_one(small, tm
 def test_compiled_training_is_one_whole_graph_and_keeps_names_losses_and_what_is_seen_inside(
         small, tmp_path, dtype):
     # one layer: most of the time is the C++ compiler's
-    sizes = dict(n_layer=1, steps=4, eval_every=2, micro_batch=2, eval_tokens=300, learn_gamma=True, dtype=dtype)
+    sizes = dict(n_layer=1, steps=4, eval_every=2, micro_batch=2, eval_tokens=300, learn_gamma=True,
+                 dtype=dtype)
     eager, compiled = small(**sizes), small(**sizes, compile="true", out_dir=str(tmp_path / "compiled"))
     train.main(eager)
     torch.compiler.reset()
@@ -244,7 +245,8 @@ def test_a_folder_with_the_files_of_another_program_is_left_as_it_is(small, name
         f.write(content)
     with pytest.raises(UserError, match="not a run of this program: use another --out_dir"):
         train.main(config)
-    assert set(os.listdir(config.out_dir)) == {name, ".lock"} and tree(config.out_dir) == {name: content.encode()}
+    assert set(os.listdir(config.out_dir)) == {name, ".lock"}
+    assert tree(config.out_dir) == {name: content.encode()}
 
 @pytest.mark.parametrize("path", ["checkpoints/step_00000004", ""])
 def test_resuming_from_a_path_takes_that_checkpoint(small, tmp_path, path):
@@ -307,7 +309,8 @@ def test_another_tokenizer_is_refused_for_a_new_run_and_for_an_old_one(small, tm
     other = str(tmp_path / "other")
     shutil.copytree(small().data_dir, other)
     mine = Tokenizer.load(os.path.join(other, "tokenizer.json"))
-    Tokenizer(mine.tokens[::-1], mine.pattern, mine.name).save(os.path.join(other, "tokenizer.json"))
+    tokens = mine.engine.vocabulary.tokens()
+    Tokenizer.of(tokens[::-1], mine.engine.vocabulary.pattern).save(os.path.join(other, "tokenizer.json"))
     with pytest.raises(UserError, match="tokenizer.json is not the tokenizer that .*other was made with"):
         train.main(small(data_dir=other, out_dir=str(tmp_path / "new")))
     # that could tell
