@@ -691,13 +691,16 @@ def apply_lost(
     *,
     skip: tuple[str, ...] = HEAD,
     part: tuple[int, int] = (0, 1),
+    generator=None,
     **switches,
 ) -> nn.Module:
     """Replace every nn.Linear of `model` by a LOSTLinear, in place and one at a time, and return the model.
 
     rank, sparsity: a number, or a dict by module name (`by_module`). skip: ends of the names of modules that
     stay dense, with all that they contain. part: (i, n) decomposes the i-th of every n layers and leaves the
-    others empty, to be filled by n - 1 more processes. switches: of `LOSTLinear.from_linear`.
+    others empty, to be filled by n - 1 more processes. generator: of random draws, or a function from the
+    name of a module to its own, so that each is drawn alike alone and in any order. switches: of
+    `LOSTLinear.from_linear`.
 
     Raises LOSTError with the name of the module that does not fit, and then has replaced none."""
     check_skip(model, skip)
@@ -708,6 +711,7 @@ def apply_lost(
     check_ties(model, names)
     check_readers(model, [name for all_names in places for name in all_names])
     def convert(name, empty):
+        own = generator(name) if callable(generator) else generator
         with naming(name):
             return LOSTLinear.from_linear(
                 model.get_submodule(name),
@@ -715,6 +719,7 @@ def apply_lost(
                 by_module(sparsity, name),
                 gamma,
                 **switches,
+                generator=own,
                 empty=empty,
             )
     # All is checked before the first is replaced: the dense weights are gone by then, because keeping them

@@ -4,6 +4,7 @@ SwiGLU, no bias.
 
 In shapes: B sequences, T tokens, S tokens attended to, C = n_embd, H heads of D = C / H, V words."""
 import functools
+import hashlib
 import reprlib
 from dataclasses import dataclass
 
@@ -217,6 +218,20 @@ MODELS = {
     "13b":  dict(n_embd=5120, n_ffn=13824, n_layer=40, n_head=40),
 }
 
+# --- first weights ---
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """A generator of the CPU for one weight. What it draws depends on the seed and the name alone, so that a
+    weight can be drawn alone, in any order, and by any process of any number: the same on every device."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    # 63 bits, as torch takes a signed number
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+def draw_normal(p: torch.Tensor, std: float, generator: torch.Generator):
+    """Fill p with independent draws from N(0, std²), made on the CPU whatever its device."""
+    drawn = torch.empty(p.shape, dtype=p.dtype, device="cpu")
+    p.copy_(drawn.normal_(0.0, std, generator=generator))
+
 # --- the model, from the inside out ---
 
 # an operation of its own, into which the compiler does not look: otherwise it computes power, cosine and
@@ -340,12 +355,11 @@ class Llama(nn.Module):
     idx, targets: (B, T) token ids; a negative target is left out. With targets: logits (B, T, V) and the mean
     cross-entropy in nats; with loss_only (None, loss), which saves the memory of the logits. Without targets:
     logits of the last position only, (B, 1, V), and None. cache: keys and values of the tokens before idx
-    (`nanolost/decode.py`). Parameters are drawn on the CPU from torch's global generator, so that a seed
-    means the same model on every device."""
+    (`nanolost/decode.py`). seed: of the first weights; by default drawn from torch's global generator."""
 
     recompute = False                          # in training: save memory, compute parts of the forward twice
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, seed: int | None = None):
         super().__init__()
         self.config = config
         blocks = [Block(config, layer) for layer in range(config.n_layer)]
@@ -358,20 +372,23 @@ class Llama(nn.Module):
         self.lm_head = linear(config.n_embd, config.vocab_size)
         if config.tie_embeddings:
             self.lm_head.weight = self.model["embed_tokens"].weight
-        self.init_weights()
+        # shapes alone have nothing to draw
+        if not self.lm_head.weight.is_meta:
+            self.init_weights(seed)
 
     @torch.no_grad()
-    def init_weights(self):
+    def init_weights(self, seed: int | None = None):
         """N(0, init_std²) for the matrices of the blocks, N(0, 0.02²) for embedding and head, 1 for norms; a
         parameter that no rule names is an error."""
-        # in the order of the modules: what is drawn for one depends on those before it
+        if seed is None:
+            seed = int(torch.randint(2**62, (), device="cpu"))
         for name, p in self.named_parameters():
             if name.endswith("norm.weight"):
                 p.fill_(1.0)
             elif name.endswith("_proj.weight"):
-                p.normal_(0.0, self.config.init_std)
+                draw_normal(p, self.config.init_std, generator_of(seed, name))
             elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
-                p.normal_(0.0, 0.02)
+                draw_normal(p, 0.02, generator_of(seed, name))
             else:
                 raise ValueError(f"no rule says how to initialise {name}: add one to Llama.init_weights")
 

@@ -8,6 +8,7 @@ To add one, write the layer in a file of its own, import it here and add a line 
 
     register("mine", MyLinear, convert_mine, uses=("rank",))"""
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ import torch.nn as nn
 
 import lost
 from lost import LOSTError, LOSTLinear, apply_lost
-from model import ConfigError, Llama, LlamaConfig
+from model import ConfigError, Llama, LlamaConfig, generator_of
 from nanolost.errors import UserError, as_user_error
 
 @dataclass(frozen=True)
@@ -116,16 +117,29 @@ def model_config(config) -> LlamaConfig:
 
 def build_model(config, device, part: tuple[int, int] = (0, 1)) -> Llama:
     """The model of step 0, converted on `device`; on the meta device shapes only."""
-    # drawn on the CPU: a seed means the same model on every device
+    # kinds of layers that draw without a generator of their own use torch's
     torch.manual_seed(config.seed)
     first = "meta" if str(device) == "meta" else "cpu"
     with torch.device(first):
-        model = Llama(model_config(config))
+        model = Llama(model_config(config), config.seed)
     model.to(device)
     convert = METHODS[config.linear].convert
     if convert is not None:
         convert(model, config, part)
     return model
+
+@torch.no_grad()
+def keep_function(model: nn.Module, config):
+    """Fold γ into layers that were decomposed from trained weights, so that they start as these weights'
+    low-rank part and the rest of the chosen channels: without it 0.7 and 0.3 of the two. A SiLU changes the
+    function anyway, and columns that are no rest would be counted twice."""
+    rest = config.sparse_init == "residual" or not config.sparsity
+    if config.activation != "none" or config.init != "svd" or not rest:
+        return
+    for layer in special_layers(model).values():
+        layer.B /= config.gamma
+        if layer.k:
+            layer.W_s /= 1 - config.gamma
 
 def owners(model: nn.Module, world: int) -> dict[str, int]:
     """The process that fills a layer, by the layer's name: the i-th of every `world` is process i's."""
@@ -140,6 +154,8 @@ LOST_FLAGS = (
 
 def convert_to_lost(model: nn.Module, config, part: tuple[int, int]):
     switches = {name: getattr(config, name) for name in LOST_FLAGS}
+    # each layer has its own draws, whichever process makes it
+    switches["generator"] = functools.partial(generator_of, config.seed)
     with as_user_error(LOSTError):
         apply_lost(model, part=part, **switches)
 

@@ -14,6 +14,7 @@ from nanolost import methods
 from nanolost.checkpoint import load_model
 from nanolost.errors import UserError
 from nanolost.methods import build_model, count_by_path, owners, rebuild, register, settings_of
+from nanolost.settings import resolve
 
 @pytest.mark.parametrize("switches", [
     dict(linear="lost"), dict(linear="dense"), dict(linear="lowrank"), dict(linear="cola"),
@@ -189,3 +190,17 @@ def test_a_subclass_is_not_taken_for_the_kind_of_its_parent(small):
             return super().forward(x) + 1
     assert methods.kind_of(Mine(8, 8, 2, 0)) is None
     assert methods.kind_of(LOSTLinear(8, 8, 2, 0)) == "lost"
+
+# --- first weights ---
+
+@pytest.mark.parametrize("switches", [{}, dict(init="random", select="random")], ids=["svd", "random"])
+def test_layers_that_two_processes_draw_apart_are_those_of_one(switches):
+    config = resolve(dict(model="tiny", n_layer=2, vocab_size=257, **switches))
+    whole = build_model(config, "cpu").state_dict()
+    parts = [build_model(config, "cpu", (rank, 2)) for rank in range(2)]
+    owner = owners(parts[0], 2)
+    states = [part.state_dict() for part in parts]
+    for name, tensor in whole.items():
+        mine = states[owner.get(name.rpartition(".")[0], 0)]
+        assert torch.equal(tensor, mine[name]), name
+    assert set(owner.values()) == {0, 1}

@@ -421,3 +421,20 @@ def assert_same_model(loaded, model):
     assert {n: m.settings() for n, m in loaded.named_modules() if isinstance(m, LOSTLinear)} == layers
     idx = tokens(2, 9)
     assert torch.equal(all_logits(loaded, idx), all_logits(model, idx))
+
+# --- first weights ---
+
+def test_a_weight_depends_on_the_seed_and_its_own_name_alone():
+    one, deeper, other = (Llama(LlamaConfig(**{**SIZES, "n_layer": layers}), seed)
+                          for layers, seed in ((1, 3), (2, 3), (1, 4)))
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights = [model.state_dict()[name] for model in (one, deeper, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    drawn = [p for n, p in deeper.state_dict().items() if n.endswith("up_proj.weight")]
+    assert not torch.equal(*drawn)
+
+def test_torchs_own_seed_decides_where_none_is_given():
+    def weight(seed):
+        torch.manual_seed(seed)
+        return Llama(LlamaConfig(**SIZES)).lm_head.weight
+    assert torch.equal(weight(1), weight(1)) and not torch.equal(weight(1), weight(2))
