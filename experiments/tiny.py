@@ -2,10 +2,12 @@
 seeds at the best one.
 
     python experiments/tiny.py run   --data_dir data/tiny --out_dir out/tiny
-    python experiments/tiny.py table --data_dir data/tiny --out_dir out/tiny [--fill README.md]
+    python experiments/tiny.py table --data_dir data/tiny --out_dir out/tiny [--fill docs/experiments.md]
+    python experiments/tiny.py short --data_dir data/tiny --out_dir out/tiny [--fill README.md]
 
 `run` trains what is missing, as experiments/runs.py says: about two hours on two cores. The same command
-continues. `table` prints Markdown, or puts it between the two markers of a document."""
+continues. `table` prints Markdown, or puts it between the two markers of a document; `short` is what the
+first page has of it."""
 import os
 import sys
 
@@ -13,13 +15,14 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 
+import statistics
 from dataclasses import dataclass
 
 # first of ours: it imports nanolost before torch
 from experiments import controls
 from experiments.runs import Experiment, Key, Rates, Run, Settings, chosen, drive, extra, folder_of, shapes
 from experiments.tables import fill, markdown, spread
-from nanolost.counts import count_parameters
+from nanolost.counts import count_flops, count_parameters
 from nanolost.flags import flag, say
 from nanolost.settings import RECIPES
 
@@ -121,12 +124,41 @@ def tables(config: Config) -> str:
     body = [main_row(config, found, row) for row in begun]
     return "\n".join([*parts, markdown(COLUMNS, body)])
 
-def table(config: Config):
-    """Print the tables, or put them between the markers of a document."""
+def show(config: Config, name: str, text: str):
+    """Print it, or put it between the markers `name` of a document."""
     if config.fill:
-        fill(config.fill, "tiny", tables(config))
+        fill(config.fill, name, text)
     else:
-        say(tables(config))
+        say(text)
+
+def table(config: Config):
+    show(config, "tiny", tables(config))
+
+# --- the table of the first page ---
+
+def short_row(config: Config, found: Experiment, row: str) -> list:
+    model = shapes(config, {"model": "tiny", **ROWS[row]})
+    finished = list(found.finished(row).values())
+    losses = [result["val_loss"] for result in finished]
+    speeds = [result["tokens_per_second"] for result in finished]
+    return [
+        row,
+        f"{count_parameters(model):,}",
+        f"{count_flops(model) / 1e6:.2f} M",
+        spread(losses, ".3f"),
+        f"{statistics.median(speeds):,.0f}",
+    ]
+
+def short(config: Config):
+    found = experiment(config)
+    begun = [row for row in chosen(config, ROWS) if found.finished(row)]
+    body = [short_row(config, found, row) for row in begun]
+    # runs side by side share the machine
+    head = [
+        "tiny, each at its best learning rate", "parameters", "FLOPs a token",
+        f"loss, {config.seeds} seeds", f"tokens/s of {config.jobs} at a time",
+    ]
+    show(config, "tiny-short", markdown(head, body))
 
 if __name__ == "__main__":
-    drive({"run": train, "table": table}, Config, __doc__)
+    drive({"run": train, "table": table, "short": short}, Config, __doc__)
