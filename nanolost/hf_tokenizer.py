@@ -10,6 +10,8 @@ import json
 import re
 from dataclasses import dataclass
 
+import numpy as np
+
 from nanolost.errors import UserError
 
 # --- split patterns ---
@@ -57,7 +59,7 @@ ALIKE = re.compile(rf"""(?:
     | [^\\\[\](){{}}|*+?^$.&~-]
     | [|)]
     | \[\^? (?: {CLASS} | [A-Za-z0-9]-[A-Za-z0-9] | [^\\\[\]^&~-] )+ \]
-    | \( (?:\?(?:i:|:|=|!))?
+    | \( (?: \?(?:i:|:|=|!) | (?!\?) )
     | (?: [*+?][+?]? | \{{\d+(?:,\d*)?\}} ) (?![*+?{{])
 )+""", re.VERBOSE)
 
@@ -221,19 +223,19 @@ def split_pattern(content: dict) -> str | None:
     pattern = SPELLINGS.get(pattern, pattern)
     return pattern if read_alike(pattern) else None
 
-def merged(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """What byte-pair encoding makes of a token by those of lower rank."""
+def last_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
+    """The two tokens that byte-pair encoding by ranks makes a token of; None where it never makes it."""
     parts = [token[i:i + 1] for i in range(len(token))]
-    limit = ranks[token]
-    while len(parts) > 1:
-        made = [ranks.get(parts[i] + parts[i + 1], limit) for i in range(len(parts) - 1)]
+    none = len(ranks) + max(ranks.values())
+    while len(parts) > 2:
+        made = [ranks.get(parts[i] + parts[i + 1], none) for i in range(len(parts) - 1)]
         lowest = min(made)
-        if lowest >= limit:
-            break
+        if lowest == none:
+            return None
         # of equals the leftmost, in both engines
         place = made.index(lowest)
         parts[place:place + 2] = [parts[place] + parts[place + 1]]
-    return parts
+    return tuple(parts)
 
 def follow_ranks(ranks: dict[bytes, int], merges: list[tuple[bytes, bytes]], whole: bool) -> bool:
     """Whether this list of merges makes of every piece what tiktoken makes of it, which merges the pair whose
@@ -246,18 +248,18 @@ def follow_ranks(ranks: dict[bytes, int], merges: list[tuple[bytes, bytes]], who
             return False
         last = rank
         listed[left + right].add((left, right))
-    # By induction over the ranks: what stands where a token is about to be made depends on no neighbour, as
-    # its ends have been ends from the beginning. So only one pair can ever make a token, and it is found by
-    # merging the token alone.
+    # Where two parts are about to become a token, its ends have been ends from the beginning, so no neighbour
+    # has had a say in what stands between them: it is what merging the token alone leads to. So one pair a
+    # token can come up, and the two engines go the same steps if that one is listed.
     for token in ranks:
         # what we write lists every pair: nothing to look for
-        if whole and listed[token].issuperset(halves(token, ranks)):
+        if len(token) == 1 or whole and listed[token].issuperset(halves(token, ranks)):
             continue
-        parts = merged(token, ranks)
-        if len(parts) == 2 and tuple(parts) not in listed[token]:
+        pair = last_pair(token, ranks)
+        if pair is not None and pair not in listed[token]:
             return False
         # no merge reaches it (588 tokens of Llama-3's): only a whole piece can be it
-        if len(parts) > 2 and not whole:
+        if pair is None and not whole:
             return False
     return True
 
@@ -383,6 +385,9 @@ def identity_of_content(content: dict) -> str:
     model = dict(content["model"])
     # T5's and RoBERTa's older files do not say it
     model.setdefault("type", "Unigram" if isinstance(model["vocab"], list) else "BPE")
+    if model["type"] == "Unigram":
+        # scores are float32; the library's JSON is off by the last digit of a float64
+        model["vocab"] = [[piece, float(np.float32(score))] for piece, score in model["vocab"]]
     if "merges" in model:
         model["merges"] = pairs(model["merges"])
     return digest({

@@ -203,12 +203,12 @@ def compare(engine: Tiktoken, data: bytes):
     """UserError unless the library makes the same ids of a tokenizer.json as tiktoken does: of a sample that
     a split pattern may trip over, and of each token."""
     library = Library(data, parse_json(data, engine.name), engine.name)
-    texts = [SAMPLE]
+    tokens = []
     for token in engine.vocabulary.ranks:
         # one that ends inside a character is no text
         with contextlib.suppress(UnicodeDecodeError):
-            texts.append(token.decode())
-    for text in texts:
+            tokens.append(token.decode())
+    for text in SAMPLE, "\n".join(tokens), " ".join(tokens), *tokens:
         ids = engine.encode(text).tolist()
         if ids != library.encode(text).tolist() or library.decode(ids) != text:
             raise UserError(f"by the split pattern {engine.vocabulary.pattern} tiktoken and tokenizers cut "
