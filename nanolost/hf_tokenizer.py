@@ -188,6 +188,9 @@ def steps(part: dict | None) -> list[dict]:
     """The steps of a normalizer, pre-tokenizer, post-processor or decoder, one after the other."""
     if part is None:
         return []
+    # the library takes some lists as well
+    if not isinstance(part, dict):
+        raise UserError(f"{part!r:.40} stands where a step of its pipeline should")
     if part.get("type") != "Sequence":
         return [part]
     found = []
@@ -352,7 +355,7 @@ def text_bytes(content: dict):
     """A function from a token as the file writes it to the number of bytes of UTF-8 that it stands for."""
     kinds = set()
     for name in "pre_tokenizer", "decoder":
-        kinds |= {step["type"] for step in steps(content.get(name))}
+        kinds |= {str(step.get("type")) for step in steps(content.get(name))}
     fallback = content["model"].get("byte_fallback", False)
 
     def size(token: str) -> int:
@@ -405,11 +408,11 @@ def said(entries: dict) -> dict:
 def today(step: dict) -> dict:
     """A step in today's spelling, with its defaults and without what decides no id."""
     step = {name: value for name, value in step.items() if name not in ("trim_offsets", "str_rep")}
-    if step["type"] == "Metaspace":
+    if step.get("type") == "Metaspace":
         scheme = "always" if step.pop("add_prefix_space", True) else "never"
         return {"prepend_scheme": scheme, "split": True, **step}
-    if step["type"] == "ByteLevel":
+    if step.get("type") == "ByteLevel":
         return {"add_prefix_space": True, "use_regex": True, **step}
-    if step["type"] == "Split":
+    if step.get("type") == "Split":
         return {"invert": False, **step}
     return step

@@ -114,6 +114,25 @@ def test_generation_stops_at_end_of_text():
     alone = generate(model, idx[:1], 20, temperature=0, eot=eot).tolist()
     assert alone == [rows[0]] and len(rows[0]) < 25
 
+def test_generation_stops_at_the_first_of_several_ends():
+    model, idx = small(), tokens(1, 5)
+    free = generate(model, idx, 20, temperature=0)[0].tolist()
+    unseen = next(i for i in range(model.config.vocab_size) if i not in free)
+    first, second = dict.fromkeys(free[5:])
+    for ends in ([unseen, first], [second, first], [first]):
+        stopped = generate(model, idx, 20, temperature=0, eot=ends)[0].tolist()
+        assert stopped == free[:free.index(first, 5) + 1]
+    assert generate(model, idx, 20, temperature=0, eot=[unseen])[0].tolist() == free
+
+def test_an_id_that_is_not_known_is_never_drawn():
+    model, idx = small(), tokens(2, 5)
+    free = generate(model, idx, 20, temperature=0)
+    known = torch.ones(model.config.vocab_size, dtype=torch.bool)
+    known[free[:, 5]] = False
+    for temperature in (0, 5.0):
+        new = generate(model, idx, 20, temperature, known=known)[:, 5:]
+        assert known[new].all() and not known[free[:, 5:]].all()
+
 def test_end_of_text_in_the_prompt_does_not_stop():
     model, idx = small(), tokens(2, 5)
     free = generate(model, idx, 6, temperature=0)

@@ -24,7 +24,7 @@ import prepare_c4
 from nanolost import files
 from nanolost.data import read_shard
 from nanolost.errors import UserError
-from nanolost.tokenizer import Tokenizer
+from nanolost.tokenizer import GPT2_PATTERN, Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 ODD_TEXTS = ["", "a\nb\r\nc", "été 🙂 \u2028\u0085", "<|endoftext|>", '"a" \\ b\0', "  \n\n ", "last"]
@@ -140,8 +140,9 @@ def test_the_figures_of_the_manifest_match_a_recount(tmp_path, out, tokenizer):
         assert shard["bytes"] == len("".join(texts).encode()) == saved.token_bytes()[tokens].sum()
     size = {"byte": 257, "train:300": 300}[tokenizer]
     assert (saved.vocab_size, saved.eot) == (size, size - 1)
+    digests = {"identity": saved.identity(), "sha256": sha256(out / "tokenizer.json")}
     assert manifest["tokenizer"] == {"name": tokenizer, "vocab_size": size, "eot": size - 1,
-                                     "sha256": sha256(out / "tokenizer.json")}
+                                     "start": [size - 1], **digests}
     assert manifest["complete"] is True and source in json.dumps(manifest)
     assert len(manifest["shards"]) > 2
     assert set(files_of(out)) == {"manifest.json", "tokenizer.json", *(s["name"] for s in manifest["shards"])}
@@ -174,7 +175,7 @@ def test_a_vocabulary_above_65536_gives_uint32_shards(tmp_path, out):
     path = tmp_path / "big.tiktoken"
     path.write_bytes(b"".join(b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens)))
     source, val = put(tmp_path / "a.jsonl", ODD_TEXTS), put(tmp_path / "v.jsonl", ["069999"])
-    prepare(out, input=[source], val_input=[val], tokenizer=str(path))
+    prepare(out, input=[source], val_input=[val], tokenizer=str(path), split_pattern=GPT2_PATTERN)
     assert read_shard(out / "train_00000.bin").dtype == np.uint32
     assert read_shard(out / "val_00000.bin").tolist() == [70_256, 70_255]
     assert documents(out, "train") == ODD_TEXTS

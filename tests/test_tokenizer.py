@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from nanolost.errors import UserError
 from nanolost.hf_tokenizer import BYTE_PATTERN, GPT2_PATTERN, SPELLINGS
 from nanolost.tokenizer import Tokenizer
-from nanolost.tokenizer_formats import END_OF_TEXT, OLD_FORMAT, old_digest
+from nanolost.tokenizer_formats import END_OF_TEXT, OLD_FORMAT
 
 BYTES = [bytes([b]) for b in range(256)]
 TEXTS = st.text() | st.text("ab'\n\r\t <|endof>é🙂", max_size=60)
