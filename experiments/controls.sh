@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What each part of LOST is worth (a section of RESULTS.md), on any text:
+# What each part of LOST is worth (a section of docs/experiments.md), on any text:
 #     bash experiments/controls.sh 'corpus-train*.json.gz' 'corpus-validation*.json.gz' [--steps 200 --seeds 3 …]
 # As many runs at a time as there are cores, about 2½ hours on two. The same command continues; finished runs are
 # not repeated. Another size, or more steps: name another --out_dir too.

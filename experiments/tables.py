@@ -44,8 +44,10 @@ def fill(path: str, name: str, text: str):
     if not found or not found_end or begin in after or end in before:
         raise UserError(f"{path} must have the lines {begin.strip()} and {end.strip()} once, in this order: "
                         "the table goes between them")
+    # a number and its deviation stay on one line of a narrow column
+    text = text.strip().replace(" ± ", "\u00a0±\u00a0")
     # an empty line on both sides, without which Markdown takes a table for text
-    write_atomic(path, f"{before}{begin}\n{text.strip()}\n\n{end}{after}".encode())
+    write_atomic(path, f"{before}{begin}\n{text}\n\n{end}{after}".encode())
 
 # --- figures ---
 

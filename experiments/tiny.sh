@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The table of the README: LOST and dense, AdamW and Muon, the same tokens, a sweep of learning rates each, then more
-# seeds at the best one.
+# The tables of docs/experiments.md and the README: LOST and dense, AdamW and Muon, the same tokens, a sweep of learning
+# rates each, then more seeds at the best one.
 #     bash experiments/tiny.sh 'corpus-train*.json.gz' 'corpus-validation*.json.gz' [--seeds 3 …]
 # As many runs at a time as there are cores, about two hours on two. The same command continues; finished runs are not
 # repeated.

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# LOST 60m on C4 by the whole recipe, on the GPUs of this machine: 1.3 G tokens. Again to continue.
-# Another size, 130m|350m|1b|7b|13b, wants more text, steps × 131 072 tokens (what is less is read again):
+# LOST 60m on C4 by the whole recipe, 1.3 G tokens, on all GPUs of this machine. The same command continues.
+# Name another size, 130m|350m|1b|7b|13b, and it wants more text: its steps × 131,072 tokens. With less, a run reads
+# the same text again.
 #     bash runs/60m.sh 130m --train_tokens 2.63B
 source "$(dirname "$0")/setup.sh"
 size=${1:-60m} data=data/c4-${1:-60m}

@@ -10,6 +10,8 @@ import pytest
 from conftest import losses, metrics
 
 import train
+from experiments import tiny
+from experiments.runs import Experiment
 from experiments.tables import fill
 from nanolost import loop, methods, optim
 from nanolost.checkpoint import load_model
@@ -17,6 +19,7 @@ from nanolost.errors import UserError
 from nanolost.flags import parse
 from nanolost.methods import settings_of
 from nanolost.settings import Config, resolve
+from nanolost.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -85,7 +88,11 @@ def check_command(words: list[str]):
 
 @every_page
 def test_every_command_of_a_block_exists_with_its_flags(page):
-    for text in blocks(page, "sh"):
+    shown = blocks(page, "sh")
+    for text in blocks(page, "console"):
+        # what a command prints stands below it
+        shown += re.findall(r"^\$ (.*)", text, re.M)
+    for text in shown:
         for words in commands_in(text):
             check_command(words)
 
@@ -164,6 +171,18 @@ def test_a_driver_finds_the_place_of_its_table(page, name, tmp_path):
     # and in no other table's
     assert len([line for line in new if line.startswith("<!--")]) == len(
         [line for line in old if line.startswith("<!--")])
+
+def test_the_first_page_has_the_short_table_of_its_driver(tmp_path, monkeypatch):
+    Tokenizer.named("byte").save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "page.md").write_text((ROOT / "README.md").read_text())
+    results = {seed: {"val_loss": 4.0 + seed, "tokens_per_second": 100.0} for seed in range(3)}
+    monkeypatch.setattr(Experiment, "finished", lambda self, row: results)
+    tiny.short(tiny.Config(data_dir=str(tmp_path), fill=str(tmp_path / "page.md")))
+    table = [line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("| LOST, ")]
+    assert len(table) == 2 and all("5.000\u00a0±\u00a01.000 | 100 |" in line for line in table)
+    # the rows are those that stand there
+    for row in tiny.ROWS:
+        assert f"| {row} |" in (ROOT / "README.md").read_text()
 
 def test_the_picture_of_the_first_page_is_drawn_from_the_table():
     spec = importlib.util.spec_from_file_location("draw", ROOT / "assets" / "draw.py")
