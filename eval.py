@@ -96,9 +96,10 @@ def load(folder: str):
     model, state = load_folder(folder)
     rows = model.config.vocab_size
     # an id without a row ends in an index error, or on a GPU in worse
-    if rows < tokenizer.rows_needed():
-        raise UserError(f"{folder}: the model has {rows} words, its tokenizer needs {tokenizer.rows_needed()}: "
-                        "give the folder the tokenizer.json that the model was trained with")
+    needed = tokenizer.rows_needed()
+    if rows < needed:
+        raise UserError(f"{folder}: the model has {rows} words, its tokenizer needs {needed}: give the "
+                        "folder the tokenizer.json that the model was trained with")
     return model.eval(), tokenizer, state
 
 def read_text(path: str) -> bytes:

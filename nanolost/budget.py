@@ -6,7 +6,7 @@ import torch
 
 from model import Llama
 from nanolost.counts import count_flops, count_multiplies, count_parameters
-from nanolost.methods import build_model, count_by_path
+from nanolost.methods import count_by_path
 
 # FLOPs a second, dense bf16, from the makers' data sheets
 PEAK_FLOPS = {
@@ -17,15 +17,18 @@ PEAK_FLOPS = {
 def count_bytes(model: Llama, optimizer: str) -> tuple[int, int, int]:
     """Bytes of weights (buffers included), of gradients, and of the optimizer's moments."""
     total = count_parameters(model)
-    inner = sum(p.numel() for p in model.model["layers"].parameters() if p.dim() == 2)
+    # a frozen parameter has neither
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    blocks = [p for p in model.model["layers"].parameters() if p.requires_grad]
+    inner = sum(p.numel() for p in blocks if p.dim() == 2)
     # AdamW keeps two moments, Muon one
-    moments = 2 * total - (inner if optimizer == "muon" else 0)
+    moments = 2 * trained - (inner if optimizer == "muon" else 0)
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    return 4 * total + buffers, 4 * total, 4 * moments
+    return 4 * total + buffers, 4 * trained, 4 * moments
 
-def checkpoint_bytes(config) -> int:
-    """Size of one checkpoint, without drawing a weight."""
-    weights, _, moments = count_bytes(build_model(config, "meta"), config.optimizer)
+def checkpoint_bytes(model: Llama, optimizer: str) -> int:
+    """Size of one checkpoint; a model on the meta device will do."""
+    weights, _, moments = count_bytes(model, optimizer)
     return weights + moments
 
 def peak_flops(device: torch.device) -> float | None:

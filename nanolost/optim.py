@@ -1,15 +1,34 @@
 """What updates the weights: groups of parameters, optimizers, the schedule of their rates, clipping.
 
-To add an optimizer, write a function from the groups and the settings to a list of torch optimizers, and add a
-line to `OPTIMIZERS`."""
+To add an optimizer, write a function from the groups and the settings to a list of torch optimizers, and add
+a line to `OPTIMIZERS`."""
+import fnmatch
 import math
 
 import torch
 import torch.nn as nn
 
+from nanolost.errors import UserError
+
 Optimizers = list[torch.optim.Optimizer]
 
 # --- who is updated by what ---
+
+def freeze(model: nn.Module, patterns: list[str] | None):
+    """Leave parameters whose name matches one of `patterns` as they are: no gradient, no optimizer state.
+    UserError for a pattern that matches none, and where nothing is left to train."""
+    # under both names of a tied head
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for pattern in patterns or ():
+        found = fnmatch.filter(named, pattern)
+        if not found:
+            # all of them would fill a screen
+            some = ", ".join([*named][:12])
+            raise UserError(f"--freeze {pattern}: no parameter has such a name; they are {some}, …")
+        for name in found:
+            named[name].requires_grad_(False)
+    if not any(p.requires_grad for p in named.values()):
+        raise UserError("--freeze leaves no parameter to train: give fewer patterns")
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Trained parameters by what they are: "blocks" (matrices of the blocks), "embeddings" (embedding and
@@ -46,6 +65,9 @@ def adamw(groups: dict, config) -> Optimizers:
 def muon(groups: dict, config) -> Optimizers:
     """Muon (Jordan et al. 2024) for the blocks' matrices, AdamW elsewhere."""
     rest = torch.optim.AdamW(auxiliary(groups, config), betas=config.betas, fused=True)
+    # all of them may be frozen, which Muon's constructor refuses
+    if not groups["blocks"]:
+        return [rest]
     blocks = torch.optim.Muon(
         groups["blocks"],
         lr=config.lr,

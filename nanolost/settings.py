@@ -27,6 +27,14 @@ RECIPES = {
     "13b":  dict(rank=1280, steps=150_000, lr=1e-3, recompute=True),
 }
 
+# Of a run that starts from --init_from: a tenth to a hundredth of the rates above, and batches as small as
+# fine-tuning has; no decay, since zero is no better place than where the weights are
+FROM_TRAINED = dict(lr=1e-4, batch_tokens=16_384, weight_decay=0.0, grad_clip=1.0)
+# such a run warms up for a twentieth of its steps, one from scratch for a tenth
+WARMUP = {True: 20, False: 10}
+# how trained weights are decomposed: as close to their function as it can be
+FAITHFUL = dict(init="svd", sparse_init="residual", activation="none")
+
 # What "auto" means on each device. micro_tokens: the most tokens of a micro-batch without --micro_batch
 DEVICES = {
     "cuda": dict(dtype="bfloat16", compile="true", micro_tokens=16_384),
@@ -42,6 +50,8 @@ class FileFlags:
     data_dir: str = flag("data/c4", "folder of token shards, made by prepare_c4.py", section="files")
     out_dir: str = flag("out", "folder for checkpoints, metrics.jsonl, config.json and status.json")
     tokenizer: str | None = flag(None, "gpt2, byte or a file, for shards that came without a tokenizer.json")
+    init_from: str | None = flag(None, "start from a folder of Hugging Face or one of our checkpoints: its "
+                                       "weights, sizes, layers and tokenizer, and a recipe of its own")
 
 @dataclass
 class ModelFlags:
@@ -87,6 +97,8 @@ class TrainingFlags:
     grad_clip: float = flag(0.5, "largest norm of the whole gradient; 0 for no clipping")
     spike: float = flag(5.0, "log a gradient norm above this many times the median of the last 100; 0: never")
     skip_spikes: bool = flag(False, "leave out the update of such a step, from step 21 on")
+    freeze: list[str] | None = flag(None, "patterns of names of parameters that stay as they are: "
+                                          "model.embed_tokens.* '*norm*'")
     seed: int = flag(0, "seed of the first weights and of the order of samples")
 
 @dataclass
@@ -114,7 +126,7 @@ class Config(RunFlags, TrainingFlags, MethodFlags, ModelFlags, FileFlags):
     """Every setting of a run, in the order of its base classes from the last."""
 
 # Architecture and data of a run: a resume must agree in these. Any other value that changed is printed
-FIXED = {"seq_len", "optimizer", "data", "tokenizer_sha256"}
+FIXED = {"seq_len", "optimizer", "freeze", "init_from", "data", "tokenizer_sha256"}
 FIXED |= {f.name for f in dataclasses.fields(MethodFlags)}
 FIXED |= {f.name for f in dataclasses.fields(ModelFlags)}
 # a name for sizes that are compared one by one
@@ -166,8 +178,36 @@ def check_method(config: Config, given: dict):
 
 # --- from what was typed to what is meant ---
 
+def resolve_trained(given: dict) -> Config:
+    """`resolve` beside --init_from. Sizes, and what was not typed of the layers, stay None until the folder
+    is read (source.py)."""
+    # one that is typed beside it would be a second answer
+    for name in ("tokenizer", *(f.name for f in dataclasses.fields(ModelFlags))):
+        if name in given:
+            raise UserError(f"--{name} stands in the folder of --init_from: drop one of them")
+    if "steps" not in given:
+        raise UserError("--init_from needs --steps: how long it pays depends on your text")
+    values = dict.fromkeys(("model", "linear", "seq_len"))
+    values |= FROM_TRAINED
+    if "linear" in given:
+        method = METHODS[given["linear"]]
+        values |= method.switches
+        values |= {name: value for name, value in FAITHFUL.items() if name in method.uses}
+    config = Config(**{**values, **given})
+    check_limits(config)
+    if config.linear is not None:
+        check_method(config, given)
+    for field in dataclasses.fields(MethodFlags):
+        if config.linear is None and field.name in given:
+            raise UserError(f"--{field.name} means nothing without --linear: the layers of a folder stay "
+                            "what they are")
+    check_warmup(config)
+    return config
+
 def resolve(given: dict) -> Config:
     """A whole Config from the values given, the recipe of the size and the switches of the kind of layer."""
+    if given.get("init_from") is not None:
+        return resolve_trained(given)
     # for the two names that bring the rest
     base = Config(**given)
     values = dict(MODELS[base.model])
@@ -202,7 +242,8 @@ def settle_schedule(config: Config, saved: dict):
     """Choose what is chosen once for a run: a resume keeps the warm-up that `saved`, the settings of its
     checkpoint, began with, so that a longer --steps does not put the rate back onto the ramp."""
     if config.warmup is None:
-        config.warmup = saved.get("warmup", config.steps // 10)
+        trained = config.init_from is not None
+        config.warmup = saved.get("warmup", config.steps // WARMUP[trained])
     check_warmup(config)
 
 def autocast(config) -> torch.autocast:

@@ -88,7 +88,10 @@ def flags_of(config) -> list[str]:
     def text(value):
         return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
     kind = {"model": config.model, "linear": config.linear}
-    default = {**vars(resolve(kind)), "model": None, "linear": None}
+    if config.init_from:
+        kind = {"init_from": config.init_from, "steps": config.steps, "linear": config.linear}
+    kind = {name: value for name, value in kind.items() if value is not None}
+    default = {**vars(resolve(kind)), **dict.fromkeys(kind)}
     return [f"--{name}={text(value)}" for name, value in vars(config).items() if value != default[name]]
 
 def default_interrupt():
