@@ -118,7 +118,7 @@ def test_generation_stops_at_the_first_of_several_ends():
     model, idx = small(), tokens(1, 5)
     free = generate(model, idx, 20, temperature=0)[0].tolist()
     unseen = next(i for i in range(model.config.vocab_size) if i not in free)
-    first, second = dict.fromkeys(free[5:])
+    *_, first, second = list(dict.fromkeys(free[5:]))[:3]
     for ends in ([unseen, first], [second, first], [first]):
         stopped = generate(model, idx, 20, temperature=0, eot=ends)[0].tolist()
         assert stopped == free[:free.index(first, 5) + 1]
