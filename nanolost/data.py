@@ -3,7 +3,11 @@
 A shard is llm.c's file (dev/data/data_common.py): 256 little-endian int32 (magic, version, number of tokens,
 zeros), then the tokens: uint16 under magic 20240520 version 1, uint32 under 20240801 version 7. A sample is a
 window of seq_len + 1 tokens of one shard; neighbours share a token, so that each token but a shard's first is
-a target once an epoch. Which window is read when is a pure function, `SampleOrder`."""
+a target once an epoch. Which window is read when is a pure function, `SampleOrder`.
+
+Where the manifest says "row": N, a shard is rows of N tokens, each a sample by itself: a document that was
+cut or padded. Beside it stands NAME.targets, one byte a token: 1 for a target, 0 for a row's first token, a
+prompt and padding."""
 import hashlib
 import json
 import mmap
@@ -25,6 +29,8 @@ MOST_TOKENS = 2**31 - 1                        # of a shard: the header counts t
 SPLITS = ("train", "val")
 SPLIT_WORDS = {"train": "train", "val": "val", "validation": "val"}    # word in a file's name → split
 AGAIN = "if prepare_c4.py made it, delete its folder and run prepare_c4.py again"
+TARGETS = ".targets"                           # behind a shard's name: the file of its targets
+NANOGPT_SHARD = 100_000_000                    # tokens of a shard that is made of nanoGPT's file
 
 # --- shards ---
 
@@ -73,6 +79,26 @@ class ShardWriter:
         self.sha256 = sha256_of(self.file)
         publish(self.file, self.path)
 
+class TargetsWriter:
+    """Appends to the file of targets beside the shard `path`; `close()` as of a ShardWriter."""
+
+    def __init__(self, path: str):
+        self.path = path + TARGETS
+        # tokens that are targets
+        self.count = 0
+        self.sha256 = None
+        self.file = open(f"{self.path}.tmp", "wb+")
+
+    def append(self, targets: np.ndarray):
+        """targets: (n,) bool, of the tokens that the shard gets."""
+        self.file.write(targets.astype(np.uint8).tobytes())
+        self.count += int(targets.sum())
+
+    def close(self):
+        self.file.flush()
+        self.sha256 = sha256_of(self.file)
+        publish(self.file, self.path)
+
 def write_shard(path: str, tokens, vocab_size: int | None = None):
     """Write one shard atomically. tokens: (n,) integers, stored as uint16 where `vocab_size` (by default one
     more than the largest token) fits, else as uint32. UserError for tokens outside the vocabulary."""
@@ -105,16 +131,59 @@ def _mapped(file, path: str) -> np.ndarray:
     header = np.fromfile(file, "<i4", HEADER_BYTES // 4)
     magic, version, count = [*header.tolist(), 0, 0, 0][:3]
     dtype = FORMATS.get((magic, version))
+    size = os.fstat(file.fileno()).st_size
     # each version has one layout: a later one would be read wrongly
     if dtype is None or header.nbytes < HEADER_BYTES:
-        raise UserError(f"{path} is not a token shard (wrong magic or version): make it with prepare_c4.py")
-    size = os.fstat(file.fileno()).st_size
+        raise UserError(f"{path} is not a token shard (wrong magic or version): {repair(path, size, magic)}")
     if size != HEADER_BYTES + count * dtype.itemsize:
         raise UserError(f"{path} has {size} bytes but promises {count} tokens of {dtype.itemsize}: it is "
                         f"cut or damaged; {AGAIN}")
     # a memory map outlives its file's descriptor: thousands of shards need no open file each
     content = mmap.mmap(file.fileno(), length=0, access=mmap.ACCESS_READ)
     return np.frombuffer(content, dtype, count, HEADER_BYTES)
+
+def repair(path: str, size: int, magic: int) -> str:
+    """What to do with a file of `size` bytes that begins with `magic` and is no shard."""
+    headers = [known for known, _ in FORMATS]
+    # nanoGPT writes uint16 and nothing before them: a number of bytes that is even tells nothing else
+    if magic in headers or size == 0 or size % 2:
+        return "make it with prepare_c4.py"
+    return f"if it is nanoGPT's, which has no header, make shards of it by {nanogpt_command(path)}"
+
+def nanogpt_command(path: str) -> str:
+    """The command that makes shards of nanoGPT's file, and how to train on them."""
+    call = f"from nanolost.data import convert_nanogpt; convert_nanogpt({os.fspath(path)!r}, 'data/nanogpt')"
+    return f'python -c "{call}" and train with --data_dir data/nanogpt --tokenizer gpt2'
+
+def convert_nanogpt(path: str, out_dir: str):
+    """Write the shards of one of nanoGPT's files, train.bin or val.bin: uint16 ids of GPT-2's vocabulary
+    without a header (nanoGPT, data/openwebtext/prepare.py). UserError where its name says no split."""
+    split = split_of_name(os.path.basename(path))
+    if split is None:
+        raise UserError(f"the name {path} says neither train nor val: rename it")
+    try:
+        tokens = np.memmap(path, UINT16, "r")
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read {path} as uint16: {e}") from None
+    os.makedirs(out_dir, exist_ok=True)
+    # OpenWebText has 9 billion tokens, more than a header can count
+    for number, start in enumerate(range(0, len(tokens), NANOGPT_SHARD)):
+        name = f"{split}_{number:05d}.bin"
+        write_shard(os.path.join(out_dir, name), tokens[start:start + NANOGPT_SHARD], 2**16)
+
+def read_targets(path: str, tokens: int) -> np.ndarray:
+    """Which tokens of the shard `path`, of so many tokens, are targets: a memory map (tokens,) uint8.
+    UserError for a file that is missing, or is not as long."""
+    path = os.fspath(path) + TARGETS
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != tokens:
+                raise UserError(f"{path} has {size} bytes, its shard {tokens} tokens; {AGAIN}")
+            content = mmap.mmap(file.fileno(), length=0, access=mmap.ACCESS_READ)
+            return np.frombuffer(content, np.uint8)
+    except OSError as e:
+        raise UserError(f"cannot read the targets {path}: {e.strerror}; {AGAIN}") from None
 
 def release(tokens: np.ndarray):
     """Unmap the pages of a `read_shard` that were touched: they would count as resident for ever."""
@@ -153,6 +222,8 @@ MANIFEST = {
     "shards": ("a list of objects", is_list_of_objects),
     "version": ("1", lambda value: is_count(value) and value == 1),
     "tokenizer": ("an object", is_object),
+    # a token and its target are the smallest row
+    "row": ("a number of tokens from 2", lambda value: is_count(value) and value >= 2),
 }
 SHARD = {
     "name": ("a name", lambda value: isinstance(value, str)),
@@ -160,6 +231,14 @@ SHARD = {
     "tokens": ("a number of tokens", is_count),
     "bytes": ("a number of bytes", is_count),
     "documents": ("a number of documents", is_count),
+    "sha256": ("a SHA-256", is_digest),
+    "text_tokens": ("a number of tokens", is_count),
+    "targets": ("an object", is_object),
+}
+# of a shard of rows: its file of targets
+TARGETS_ENTRY = {
+    "name": ("a name", lambda value: isinstance(value, str)),
+    "tokens": ("a number of tokens", is_count),
     "sha256": ("a SHA-256", is_digest),
 }
 TOKENIZER = {
@@ -193,6 +272,21 @@ def check_manifest(manifest: dict):
         if name in names:
             raise UserError(f"it names the shard {name} twice")
         names.add(name)
+        check_row(shard, manifest.get("row"))
+
+def check_row(shard: dict, row: int | None):
+    """UserError where a shard of rows has no targets, or another has some."""
+    name = shard["name"]
+    # read without its targets, padding would be learned
+    if ("targets" in shard) != (row is not None):
+        raise UserError(f"of row and the targets of {name} it has one without the other")
+    if row is None:
+        return
+    check_entries(shard["targets"], TARGETS_ENTRY, required=tuple(TARGETS_ENTRY))
+    if shard["targets"]["name"] != name + TARGETS:
+        raise UserError(f"the targets of {name} are not named {name}{TARGETS}")
+    if shard["tokens"] % row:
+        raise UserError(f"{name} has {shard['tokens']} tokens, which are no rows of {row}")
 
 def load_manifest(data_dir: str, unfinished: bool = False) -> dict | None:
     """The manifest.json of prepare_c4.py, or None where there is none. unfinished: also that of a run which
@@ -335,14 +429,19 @@ def fingerprint(shards: list[dict], lengths: list[int]) -> str:
     known = []
     # in the manifest's order, as this decides the numbers of the samples
     for shard, tokens in zip(shards, lengths, strict=True):
-        known.append([shard["name"], tokens, shard.get("sha256")])
+        entry = [shard["name"], tokens, shard.get("sha256")]
+        if "targets" in shard:
+            entry.append(shard["targets"]["sha256"])
+        known.append(entry)
     text = json.dumps(known)
     return hashlib.sha256(text.encode()).hexdigest()
 
 class TokenDataset:
-    """The windows of one split ("train" or "val") of a folder of shards, checked against its manifest.json.
-    Without one the words train, val and validation in the names of *.bin files count. UserError for what is
-    missing or damaged, and for shards shorter than a window."""
+    """The windows, or rows, of one split ("train" or "val") of a folder of shards, checked against its
+    manifest.json. Without one the words train, val and validation in the names of *.bin files count.
+    UserError for what is missing or damaged, for shards shorter than a window and rows of another length.
+
+    row: whether the samples are rows."""
 
     def __init__(self, data_dir: str, split: str, seq_len: int):
         assert split in SPLITS and seq_len >= 1, (split, seq_len)
@@ -350,12 +449,18 @@ class TokenDataset:
         manifest = load_manifest(data_dir)
         shards = self._choose(data_dir, split, manifest)
         lengths = [shard_length(data_dir, shard) for shard in shards]
-        if max(lengths) <= seq_len:
-            raise self._too_short(data_dir, split, max(lengths))
         self.paths = [os.path.join(data_dir, shard["name"]) for shard in shards]
-        # up to each shard's end; a shard's first token is no target
-        windows = [max(0, tokens - 1) // seq_len for tokens in lengths]
-        self.ends = np.cumsum(windows)
+        row = manifest and manifest.get("row")
+        self.row = row is not None
+        if self.row:
+            self._check_rows(data_dir, split, shards, row)
+            samples = [tokens // row for tokens in lengths]
+        else:
+            if max(lengths) <= seq_len:
+                raise self._too_short(data_dir, split, max(lengths))
+            # up to each shard's end; a shard's first token is no target
+            samples = [max(0, tokens - 1) // seq_len for tokens in lengths]
+        self.ends = np.cumsum(samples)
         self.fingerprint = fingerprint(shards, lengths)
         self.tokenizer_sha256 = None
         if manifest:
@@ -363,6 +468,7 @@ class TokenDataset:
             # of the vocabulary, or in older manifests of its file
             self.tokenizer_sha256 = tokenizer.get("identity", tokenizer.get("sha256"))
         self.maps = {}
+        self.marks = {}
 
     @staticmethod
     def _choose(data_dir: str, split: str, manifest: dict | None) -> list[dict]:
@@ -374,6 +480,15 @@ class TokenDataset:
             raise UserError(f"no {split} shards in {data_dir}: run prepare_c4.py --out_dir {data_dir} first, "
                             f"or give ready-made ones names like {split}_0.bin")
         return own
+
+    def _check_rows(self, data_dir: str, split: str, shards: list[dict], row: int):
+        if row != self.seq_len:
+            raise UserError(f"{data_dir} has rows of {row} tokens, which are not cut: use --seq_len {row}")
+        for path, shard in zip(self.paths, shards, strict=True):
+            read_targets(path, shard["tokens"])
+        if not sum(shard["targets"]["tokens"] for shard in shards):
+            raise UserError(f"no row of the {split} split of {data_dir} has a target, its prompts fill them: "
+                            "prepare it again with a larger --rows")
 
     def _too_short(self, data_dir: str, split: str, longest: int) -> UserError:
         needed = self.seq_len + 1
@@ -390,6 +505,8 @@ class TokenDataset:
         """Read every token once: an id outside the vocabulary is a UserError."""
         for path in self.paths:
             tokens = read_shard(path)
+            if self.row:
+                self._check_marks(path, len(tokens))
             # in pieces, so that a shard larger than the memory can be read
             for start in range(0, len(tokens), PIECE):
                 piece = tokens[start:start + PIECE]
@@ -399,37 +516,85 @@ class TokenDataset:
                     raise UserError(f"{path} holds token {largest}, the last is {vocab_size - 1}: it was "
                                     "made with another tokenizer; prepare it again")
 
-    def batch(self, samples, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
-        """Windows `samples` as inputs and targets, two int64 tensors of shape (len(samples), seq_len). To a
-        GPU they go from pinned memory, for which neither side waits."""
+    def _check_marks(self, path: str, tokens: int):
+        marks = read_targets(path, tokens)
+        largest = int(marks.max(initial=0))
+        # nothing stands before it that could predict it
+        first = int(marks[::self.seq_len].max(initial=0))
+        release(marks)
+        if largest > 1 or first > 0:
+            raise UserError(f"{path}{TARGETS} is damaged (a mark is 0 or 1, at first 0): {AGAIN}")
+
+    def targets(self, samples) -> np.ndarray:
+        """How many targets each sample has: an array of the shape of `samples`."""
         samples = np.asarray(samples)
-        window = torch.from_numpy(self._windows(samples))
-        # the targets are the inputs moved by one
-        halves = window[:, :-1], window[:, 1:]
+        if not self.row:
+            return np.full(samples.shape, self.seq_len)
+        marks = self._gather(samples.ravel(), self._marks, self.seq_len, np.uint8)
+        return marks.sum(1, dtype=np.int64).reshape(samples.shape)
+
+    def samples_for(self, targets: int) -> int:
+        """How many of the first samples have no more than so many targets together."""
+        if not self.row:
+            return targets // self.seq_len
+        samples = 0
+        for shard in range(len(self.paths)):
+            marks = self._marks(shard)
+            counts = marks.reshape(-1, self.seq_len).sum(1, dtype=np.int64)
+            release(marks)
+            fitting = int(np.searchsorted(counts.cumsum(), targets, side="right"))
+            samples += fitting
+            if fitting < len(counts):
+                break
+            targets -= int(counts.sum())
+        return samples
+
+    def batch(self, samples, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
+        """Samples as inputs and targets, two int64 tensors of shape (len(samples), seq_len), -1 where there
+        is no target. To a GPU they go from pinned memory, for which neither side waits."""
+        samples = np.asarray(samples)
+        halves = self._rows(samples) if self.row else self._windows(samples)
         # a copy from pageable memory would wait for all that the GPU has still to do
         if torch.device(device).type == "cuda":
             return tuple(half.contiguous().pin_memory().to(device, non_blocking=True) for half in halves)
         return tuple(half.to(device) for half in halves)
 
-    def _windows(self, samples: np.ndarray) -> np.ndarray:
-        shape = len(samples), self.seq_len + 1
-        windows = np.empty(shape, np.int64)
+    def _windows(self, samples: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        window = torch.from_numpy(self._gather(samples, self._tokens, self.seq_len + 1, np.int64))
+        # the targets are the inputs moved by one
+        return window[:, :-1], window[:, 1:]
+
+    def _rows(self, samples: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = self._gather(samples, self._tokens, self.seq_len, np.int64)
+        marks = self._gather(samples, self._marks, self.seq_len, np.uint8)
+        # nothing follows a row's last token
+        targets = np.full_like(tokens, -1)
+        targets[:, :-1] = np.where(marks[:, 1:] > 0, tokens[:, 1:], -1)
+        return torch.from_numpy(tokens), torch.from_numpy(targets)
+
+    def _gather(self, samples: np.ndarray, load, reach: int, dtype) -> np.ndarray:
+        """What load(shard) holds from the start of each sample on, (len(samples), reach)."""
+        pieces = np.empty((len(samples), reach), dtype)
         shards = np.searchsorted(self.ends, samples, side="right")
-        # the number of each shard's first window
+        # the number of each shard's first sample
         first = np.concatenate([[0], self.ends])
         starts = (samples - first[shards]) * self.seq_len
         # Python's numbers index an array twice as fast as numpy's
         places = zip(shards.tolist(), starts.tolist(), strict=True)
-        for row, (shard, start) in enumerate(places):
-            tokens = self._tokens(shard)
-            windows[row] = tokens[start:start + self.seq_len + 1]
+        for piece, (shard, start) in enumerate(places):
+            pieces[piece] = load(shard)[start:start + reach]
         # resident memory would grow with the tokens read: a page stays until somebody asks for its room
         for shard in set(shards.tolist()):
-            release(self._tokens(shard))
-        return windows
+            release(load(shard))
+        return pieces
 
     def _tokens(self, shard: int) -> np.ndarray:
         # kept: opening and checking a shard costs more than reading a window of it
         if shard not in self.maps:
             self.maps[shard] = read_shard(self.paths[shard])
         return self.maps[shard]
+
+    def _marks(self, shard: int) -> np.ndarray:
+        if shard not in self.marks:
+            self.marks[shard] = read_targets(self.paths[shard], len(self._tokens(shard)))
+        return self.marks[shard]

@@ -23,7 +23,7 @@ from nanolost.counts import count_flops
 from nanolost.data import TokenDataset
 from nanolost.files import write_atomic
 from nanolost.loss import head_loss
-from nanolost.optim import build_optimizers, clip, flat_gradients, set_rates
+from nanolost.optim import build_optimizers, clip, flat_gradients, freeze, set_rates
 from nanolost.settings import autocast
 
 # --- the state of a run ---
@@ -49,6 +49,8 @@ class State:
     def of(cls, model: Llama, config) -> "State":
         """Step 0 of a model that is on its device already."""
         model.recompute = config.recompute
+        # before anything counts what is trained
+        freeze(model, config.freeze)
         return cls(model, build_optimizers(model, config), flat_gradients(model), autocast(config))
 
     def counters(self) -> dict:
@@ -93,15 +95,30 @@ def every_parameter_gets_a_gradient(model: torch.nn.Module):
             hook.remove()
     assert not missing, f"no gradient reaches {', '.join(missing.values())}"
 
-def accumulate(state: State, data: TokenDataset, mine: np.ndarray, world: int, device) -> torch.Tensor:
-    """Add up the gradients of the mean loss over `mine`, (micro-batches, samples); returns its value, ()."""
+def shares(targets: np.ndarray) -> np.ndarray:
+    """What each micro-batch's mean loss is divided by, so that the sum of all is the mean over all targets.
+    targets: of each sample, (micro-batches, processes, samples). Returns (micro-batches, processes)."""
+    counts = targets.sum(2)
+    total = counts.sum()
+    # without masks the number of micro-batches, exactly; one without a target adds nothing
+    return np.divide(total, counts, out=np.full(counts.shape, np.inf), where=counts > 0)
+
+def accumulate(
+    state: State,
+    data: TokenDataset,
+    mine: np.ndarray,
+    divisors: np.ndarray,
+    device,
+) -> torch.Tensor:
+    """Add up the gradients of the loss over `mine`, (micro-batches, samples): of the mean of each, divided by
+    its entry in `divisors`, (micro-batches,). Returns the sum of the losses, ()."""
     loss = torch.zeros((), device=device)
-    for samples in mine:
+    for samples, divisor in zip(mine, divisors.tolist(), strict=True):
         x, y = data.batch(samples, device)
         with state.autocast:
             part = state.model(x, y, loss_only=True)[1]
         # micro-batches add up here, processes in one reduction after them
-        part = part / (len(mine) * world)
+        part = part / divisor
         part.backward()
         loss += part.detach()
     return loss
@@ -127,8 +144,10 @@ def update(state: State, data: TokenDataset, samples: np.ndarray, config, job) -
     check = contextlib.nullcontext()
     if state.step == 0:
         check = every_parameter_gets_a_gradient(state.model)
+    # where targets are masked, micro-batches and processes have different numbers of them
+    divisors = shares(data.targets(samples))
     with check:
-        loss = accumulate(state, data, samples[:, job.rank], job.world, job.device)
+        loss = accumulate(state, data, samples[:, job.rank], divisors[:, job.rank], job.device)
     asked = torch.tensor(float(bool(job.asked)), device=job.device)
     sums = torch.stack((loss, asked))
     # clipping comes after the reduction: it is the norm of the whole batch's gradient that counts
@@ -160,12 +179,13 @@ def update(state: State, data: TokenDataset, samples: np.ndarray, config, job) -
 @dataclass
 class Validation:
     """The text of an evaluation: the first `samples` windows of `data`, `micro` at a time. token_bytes:
-    UTF-8 bytes behind each id, (vocab_size,)."""
+    UTF-8 bytes behind each id, (vocab_size,). paper: (rows of a batch, tokens) of `paper_perplexity`."""
 
     data: TokenDataset
     samples: int
     micro: int
     token_bytes: torch.Tensor
+    paper: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, data: TokenDataset, samples: int | None, micro: int, tokenizer, rows: int) -> "Validation":
@@ -187,6 +207,31 @@ def window_losses(model: Llama, x: torch.Tensor, y: torch.Tensor) -> tuple[torch
     # MPS has no float64
     return loss, nats.view(y.shape).cpu().double().sum(1)
 
+def in_order(parts: list[list], micro: int) -> list:
+    """The windows that each process has read, every n-th micro-batch of them, as one list."""
+    turns = range(0, len(parts[0]), micro)
+    return [window for first in turns for part in parts for window in part[first:first + micro]]
+
+def paper_perplexity(windows: list[tuple], batch: int, tokens: int) -> float:
+    """The perplexity that evaluators of this line of papers print (GaLore, torchrun_main.py, of which CoLA's
+    and SLTrain's are copies): the unweighted mean of batches, of which n are counted as n + 1, up to the
+    first that passes so many `tokens` that are no padding. windows: (nats, targets, …) of each, in order.
+
+    About 2 % too low, by the count; a mean over tokens is what `evaluate` gives."""
+    total = 0.0
+    batches = 1
+    read = 0
+    for first in range(0, len(windows), batch):
+        if read > tokens:
+            break
+        part = windows[first:first + batch]
+        targets = sum(window[1] for window in part)
+        total += sum(window[0] for window in part) / max(targets, 1)
+        batches += 1
+        # a row's first token is no target, and no padding
+        read += targets + len(part)
+    return math.exp(min(total / batches, 700))
+
 @torch.no_grad()
 def evaluate(model: Llama, text: Validation, context, job, windows: list | None = None) -> dict | None:
     """Mean loss over a text: every token weighs the same for any micro-batch and number of processes. Bits
@@ -194,6 +239,8 @@ def evaluate(model: Llama, text: Validation, context, job, windows: list | None 
     run. windows: takes (nats, targets, bytes) of each window that this process reads. None if a process was
     asked to stop meanwhile."""
     nats, tokens, text_bytes = 0.0, 0, 0
+    if windows is None and text.paper:
+        windows = []
     # each process takes every world-th micro-batch
     mine = range(job.rank * text.micro, text.samples, job.world * text.micro)
     for first in mine:
@@ -231,19 +278,31 @@ def evaluate(model: Llama, text: Validation, context, job, windows: list | None 
         return None
     mean = nats / tokens
     bits = nats / math.log(2)
-    return {
+    found = {
         "val_loss": mean,
         # e to the 700 is near the largest float64
         "val_ppl": math.exp(min(mean, 700)),
         "val_bpb": bits / max(text_bytes, 1),
         "val_tokens": int(tokens),
     }
+    if text.paper:
+        found["paper_ppl"] = paper_perplexity(in_order(job.gather(windows), text.micro), *text.paper)
+    return found
+
+def without_padding(data: TokenDataset) -> torch.Tensor:
+    """Inputs of four samples, cut to where the shortest ends: of rows the fullest of the first 64."""
+    x, y = data.batch(np.arange(min(64, len(data))))
+    # padding begins behind the last target
+    places = torch.arange(1, y.shape[1] + 1)
+    lengths = ((y >= 0) * places).amax(1)
+    fullest = lengths.argsort(descending=True, stable=True)[:4]
+    return x[fullest, :lengths[fullest].min().clamp(min=1)]
 
 @torch.no_grad()
 def look_inside(model: Llama, text: Validation, context, job) -> dict:
     """{"layers": what each special layer does with the first windows of the text}, each process its share
     of the layers; nothing without any."""
-    idx, _ = text.data.batch(np.arange(min(4, len(text.data))), job.device)
+    idx = without_padding(text.data).to(job.device)
     layers = {}
     try:
         with context:
@@ -395,8 +454,12 @@ class Report:
 
     def evaluation(self, val: dict, more: dict):
         self.record("eval", **val, **more)
-        self.say(f"{self.where()} | val loss {val['val_loss']:.4f} | perplexity {val['val_ppl']:.2f} | "
-                 f"{val['val_bpb']:.4f} bits per byte | {val['val_tokens']:,} tokens")
+        paper = ""
+        if "paper_ppl" in val:
+            paper = f" (the papers' evaluator: {val['paper_ppl']:.2f})"
+        self.say(f"{self.where()} | val loss {val['val_loss']:.4f} | "
+                 f"perplexity {val['val_ppl']:.2f}{paper} | {val['val_bpb']:.4f} bits per byte | "
+                 f"{val['val_tokens']:,} tokens")
 
     def end(self, stopped: str):
         """stopped: by which signal, "" where the run is finished."""

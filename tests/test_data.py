@@ -478,7 +478,7 @@ def test_a_whole_manifest_is_read_and_so_is_one_of_fewer_entries(tmp_path):
     assert TokenDataset(tmp_path, "train", 4).tokenizer_sha256 is None
 
 def test_a_manifest_is_read_with_entries_that_nobody_knows(tmp_path):
-    manifest_of(tmp_path, {"sources": {"a": [1, 2]}, "new": None}, targets=DIGEST)
+    manifest_of(tmp_path, {"sources": {"a": [1, 2]}, "new": None}, colour=DIGEST)
     assert load_manifest(tmp_path)["sources"] == {"a": [1, 2]}
 
 def test_the_manifest_of_a_run_that_goes_on_is_read_where_that_is_asked_for(tmp_path):

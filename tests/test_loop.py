@@ -88,7 +88,7 @@ def test_a_process_reads_only_its_share_and_all_together_read_the_order_once(sma
         halves = [numbers[:, rank].flatten().tolist() for rank in (0, 1)]
         assert sorted(halves[0] + halves[1]) == sorted(expected[:8])
         read.clear()
-        loop.accumulate(state, texts.train, numbers[:, 1], 2, job.device)
+        loop.accumulate(state, texts.train, numbers[:, 1], np.full(2, 4.0), job.device)
         assert read == halves[1]
 
 def test_a_gradient_far_above_the_median_of_the_last_is_logged(small, capsys, tmp_path):
