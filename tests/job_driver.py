@@ -77,7 +77,8 @@ def main():
             job.claim(flags.folder)
             word = take_steps(flags, job)
         except BaseException as e:
-            word = f"failed: {job.first_fault(f'{type(e).__name__}: {e}')}"
+            if job.rank == 0:
+                word = f"failed: {job.first_fault(f'{type(e).__name__}: {e}')}"
             raise
         finally:
             if job.rank == 0:
