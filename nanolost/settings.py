@@ -112,6 +112,8 @@ class RunFlags:
     recompute: bool = flag(False, "save memory: compute wide activations again in backward (7b, 13b: true)")
     eval_every: int = flag(1000, "updates between evaluations; one more at the end")
     eval_tokens: int = flag(10_000_000, "validation tokens of an evaluation, always the same ones")
+    paper_batch: int | None = flag(None, "say also the perplexity that the papers' evaluator would print, "
+                                         "with batches of so many rows (they: 256)")
     save_every: int = flag(1000, "updates between checkpoints; one more at the end")
     keep: int = flag(3, "newest checkpoints that are kept")
     log_every: int = flag(10, "updates between lines of the log")
@@ -137,7 +139,7 @@ FIXED -= {"model"}
 POSITIVE = (
     "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn",
     "seq_len", "batch_tokens", "micro_batch", "steps", "threads",
-    "eval_every", "eval_tokens", "save_every", "keep", "log_every", "timeout",
+    "eval_every", "eval_tokens", "paper_batch", "save_every", "keep", "log_every", "timeout",
 )
 FINITE = ("lr", "aux_lr", "init_std")
 
