@@ -331,6 +331,7 @@ def test_a_row_of_tiny_is_the_recipe_with_another_optimizer(data_dir, tmp_path):
         recipe = tiny.RECIPES["tiny"]
         assert resolved.rank == recipe["rank"] and resolved.steps == recipe["steps"]
         assert (resolved.lr, resolved.seed) == (6e-3, 1)
+        assert (resolved.linear, resolved.optimizer) == tuple(tiny.ROWS[row].values())
 
 # --- tables ---
 
