@@ -31,6 +31,7 @@ from nanolost.data import SampleOrder, TokenDataset, token_dtype, write_shard
 from nanolost.decode import compile_step, generate
 from nanolost.errors import UserError
 from nanolost.flags import command, flag, parse
+from nanolost.huggingface import config_to_hf
 from nanolost.job import Job, pick_device, place
 from nanolost.loop import State, update
 from nanolost.methods import build_model
@@ -130,7 +131,7 @@ def transformers_llama():
 def as_transformers(model: Llama, cls=None) -> nn.Module:
     """transformers' LLaMA, or a subclass `cls` of it, with the weights of a dense model."""
     transformers = transformers_llama()
-    sizes = transformers.LlamaConfig(**model.config.to_hf(), attn_implementation="sdpa")
+    sizes = transformers.LlamaConfig(**config_to_hf(model.config), attn_implementation="sdpa")
     other = (cls or transformers.LlamaForCausalLM)(sizes)
     # names and shapes are the same: both compute the same numbers
     other.load_state_dict(model.state_dict())
@@ -241,6 +242,9 @@ class ReadyBatch:
     def __init__(self, config: Config, device: torch.device):
         shape = (config.tokens // config.seq_len, config.seq_len)
         self.x = torch.randint(config.vocab_size, shape, device=device)
+
+    def targets(self, samples):
+        return np.full(samples.shape, self.x.shape[1])
 
     def batch(self, samples, device):
         return self.x, self.x

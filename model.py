@@ -1,11 +1,13 @@
 """A plain LLaMA (Touvron et al. 2023, arXiv 2302.13971) with the module names of Hugging Face's
 LlamaForCausalLM, so that a state dict of one loads into the other. RMSNorm, rotary positions (rotate-half),
-SwiGLU, no bias.
+SwiGLU; no bias. Switches make it the models that differ by a line: LLaMA 3.1, Mistral, Qwen2, Qwen3.
 
-In shapes: B sequences, T tokens, S tokens attended to, C = n_embd, H heads of D = C / H, V words."""
+In shapes: B sequences, T tokens, S tokens attended to, C = n_embd, H heads of D = head_dim, V words."""
 import functools
 import hashlib
+import math
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +20,7 @@ from nanolost.loss import cross_entropy, head_loss
 # --- sizes ---
 
 class ConfigError(ValueError):
-    """Sizes that cannot be, or a config.json of a model that this file does not compute."""
+    """Sizes that cannot be, or a config.json of a model that this program does not compute."""
 
 # of each size its kind, the least and the most that is believed: layers are built, if only as shapes, before
 # the weights of a file can contradict, and no product of the others reaches 2⁶³ bytes
@@ -31,38 +33,19 @@ LIMITS = {
     "n_kv_head": (int, 1, 2**20),
     "n_embd": (int, 1, 2**24),
     "n_ffn": (int, 1, 2**24),
+    "head_dim": (int, 1, 2**14),
     "rope_theta": (float, 1.0, 1e30),
     "norm_eps": (float, 0.0, 1.0),
     "tie_embeddings": (bool, False, True),
+    "qkv_bias": (bool, False, True),
+    "o_bias": (bool, False, True),
+    "mlp_bias": (bool, False, True),
+    "qk_norm": (bool, False, True),
     "init_std": (float, 0.0, 1e30),
 }
 EXPECTED = {int: "a whole number from {} to {}", float: "a number from {} to {}", bool: "true or false"}
-
-HF_NAMES = {
-    "vocab_size": "vocab_size",
-    "max_seq_len": "max_position_embeddings",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_kv_head": "num_key_value_heads",
-    "n_embd": "hidden_size",
-    "n_ffn": "intermediate_size",
-    "rope_theta": "rope_theta",
-    "norm_eps": "rms_norm_eps",
-    "tie_embeddings": "tie_word_embeddings",
-}
-# without these a config.json says nothing; the others have the same defaults in transformers as here
-HF_NEEDED = ("vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size")
-
-# what this file computes, by `model_type`: a type that is not here may need other formulas under the same
-# names of weights (Granite scales its logits, SmolLM3 leaves positions out of layers), so no guess is made.
-# Of each type: the fields that change what is computed, with the one value that is supported
-LLAMA = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "quantization_config": None,
-}
-MODEL_TYPES = {"llama": LLAMA, "lost_llama": LLAMA}
+# of each number of LlamaConfig.rope_scaling
+SCALING_LIMITS = (float, 1e-6, 1e9)
 
 def shown(value) -> str:
     """A value from outside, for one line: short and without an exception, however large or deep it is."""
@@ -72,6 +55,14 @@ def shown(value) -> str:
         # Python refuses to write more, in a list as well
         return "a number of more than 4300 digits"
 
+def check_value(name: str, value, limits: tuple):
+    """Raises ConfigError for a value of another kind, or outside (kind, least, most)."""
+    kind, least, most = limits
+    # NaN fails the second comparison. The type itself, as True is an int as well; JSON may write 1.0 as 1
+    types = (int, float) if kind is float else (kind,)
+    if type(value) not in types or not least <= value <= most:
+        raise ConfigError(f"{name} = {shown(value)} must be {EXPECTED[kind].format(least, most)}")
+
 def refuse_multiple(sizes: dict, large: str, small: str, multiple: str, names: dict):
     """Raises ConfigError for a size that is not such a multiple of another."""
     whole = f"{names.get(large, large)} {sizes[large]}"
@@ -80,83 +71,28 @@ def refuse_multiple(sizes: dict, large: str, small: str, multiple: str, names: d
 
 def check_sizes(sizes: dict, names: dict):
     """Raises ConfigError for values that cannot be. names: what the reader calls them, where not as here."""
-    for name, value in sizes.items():
-        kind, least, most = LIMITS[name]
-        # NaN fails the second comparison. The type itself, as True is an int as well; JSON may write 1.0 as 1
-        types = (int, float) if kind is float else (kind,)
-        if type(value) not in types or not least <= value <= most:
-            expected = EXPECTED[kind].format(least, most)
-            raise ConfigError(f"{names.get(name, name)} = {shown(value)} must be {expected}")
+    # left out, it follows from the others
+    given = sizes.get("head_dim") is not None
+    for name, limits in LIMITS.items():
+        if name in sizes and (given or name != "head_dim"):
+            check_value(names.get(name, name), sizes[name], limits)
     # rotary positions turn the dimensions of a head in pairs
-    if sizes["n_embd"] % (2 * sizes["n_head"]):
+    if not given and sizes["n_embd"] % (2 * sizes["n_head"]):
         refuse_multiple(sizes, "n_embd", "n_head", "an even multiple", names)
+    if given and sizes["head_dim"] % 2:
+        raise ConfigError(f"head_dim = {sizes['head_dim']} must be even")
     # each head of K and V serves a group of queries' heads
     if sizes["n_head"] % sizes["n_kv_head"]:
         refuse_multiple(sizes, "n_head", "n_kv_head", "a multiple", names)
 
-def refuse(name: str, value, supported):
-    """Raises ConfigError for a field of config.json."""
-    raise ConfigError(f"config.json: {name} = {shown(value)} is not supported, only {supported}")
-
-def check_model_type(hf: dict):
-    """Raises ConfigError for a model that is no LLaMA, or one with what this file leaves out."""
-    model_type = hf.get("model_type")
-    if model_type is None:
-        # files from before the field name the class alone, or nothing
-        classes = hf.get("architectures")
-        if classes not in (None, [], ["LlamaForCausalLM"]):
-            refuse("architectures", classes, "LlamaForCausalLM")
-        model_type = "llama"
-    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
-        refuse("model_type", model_type, " and ".join(MODEL_TYPES))
-    for name, only in MODEL_TYPES[model_type].items():
-        value = hf.get(name)
-        if value is not None and value != only:
-            refuse(name, value, repr(only))
-
-def check_rope(name: str, rope):
-    """Raises ConfigError for a scaling of the rotary positions."""
-    if not isinstance(rope, dict):
-        refuse(name, rope, "an object")
-    # "type" is the older name
-    kind = rope.get("type", "default")
-    kind = rope.get("rope_type", kind)
-    if kind != "default":
-        refuse("rope_scaling", kind, "'default'")
-    known = ("rope_theta", "rope_type", "type")
-    for field, value in rope.items():
-        # an unknown field may change the angles too, as partial_rotary_factor does
-        if field not in known and value is not None:
-            refuse(f"{name}.{field}", value, "rope_theta")
-
-def read_rope_theta(hf: dict):
-    """The base of the rotary positions, None where config.json has none. Raises ConfigError for a scaling."""
-    found = hf.get("rope_theta")
-    # transformers 5 keeps base and scaling in one object, 4 has them apart
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = hf.get(name)
-        if rope is not None:
-            check_rope(name, rope)
-            found = rope.get("rope_theta", found)
-    return found
-
-def read_sizes(hf: dict) -> dict:
-    """Our name of each size that config.json has → its value, whatever that is."""
-    missing = [name for name in HF_NEEDED if name not in hf]
-    if missing:
-        raise ConfigError(f"config.json lacks {', '.join(missing)}: is it a LLaMA?")
-    # a default of transformers that is not ours
-    sizes = {"max_seq_len": 2048}
-    for ours, theirs in HF_NAMES.items():
-        if theirs in hf:
-            sizes[ours] = hf[theirs]
-    theta = read_rope_theta(hf)
-    if theta is not None:
-        sizes["rope_theta"] = theta
-    # absent or null: every head has its own K and V
-    if sizes.get("n_kv_head") is None:
-        sizes["n_kv_head"] = sizes["n_head"]
-    return sizes
+def check_scaling(scaling: Sequence[float], names: Sequence[str] = ("rope_scaling",) * 4):
+    """Raises ConfigError for a scaling that `rope_table` does not compute."""
+    if len(scaling) not in (0, 1, 4):
+        raise ConfigError(f"rope_scaling = {shown(scaling)} must be empty, 1 or 4 numbers")
+    for name, value in zip(names, scaling, strict=False):
+        check_value(name, value, SCALING_LIMITS)
+    if len(scaling) == 4 and not scaling[1] < scaling[2]:
+        raise ConfigError(f"{names[1]} {scaling[1]} must be below {names[2]} {scaling[2]}")
 
 @dataclass
 class LlamaConfig:
@@ -172,40 +108,25 @@ class LlamaConfig:
     tie_embeddings: bool = False               # lm_head shares its weight with embed_tokens
     init_std: float = 0.02                     # standard deviation of the blocks' first weights
 
+    # what differs in a trained model from elsewhere
+    head_dim: int | None = None                # dimensions of a head; None: n_embd / n_head
+    rope_scaling: tuple[float, ...] = ()       # of the angles, see `slowed`
+    qkv_bias: bool = False                     # of q_proj, k_proj, v_proj: Qwen2
+    o_bias: bool = False                       # of o_proj
+    mlp_bias: bool = False                     # of gate_proj, up_proj, down_proj
+    qk_norm: bool = False                      # an RMSNorm of each head of Q and K: Qwen3
+    model_type: str = "llama"                  # what others call it; nothing here depends on it
+
     def __post_init__(self):
         # one head of K and V for each of Q is the original LLaMA
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         check_sizes(vars(self), names={})
-
-    def to_hf(self) -> dict:
-        """The same sizes under the names of Hugging Face's config.json."""
-        sizes = {}
-        for ours, theirs in HF_NAMES.items():
-            sizes[theirs] = getattr(self, ours)
-        # transformers 5 looks for the base here, 4 beside the sizes
-        rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
-        # biases are off by default
-        return {**sizes, "rope_parameters": rope, "hidden_act": "silu"}
-
-    @classmethod
-    def from_hf(cls, hf: dict) -> "LlamaConfig":
-        """From the content of a config.json, of which nothing is trusted. Raises ConfigError for what this
-        model does not compute and for values that cannot be."""
-        if not isinstance(hf, dict):
-            raise ConfigError(f"config.json must be an object, not {shown(hf)}")
-        check_model_type(hf)
-        sizes = read_sizes(hf)
-        # before the constructor does, under the names that the file has
-        try:
-            check_sizes(sizes, HF_NAMES)
-        except ConfigError as e:
-            raise ConfigError(f"config.json: {e}") from None
-        # a model may have heads that do not add up to its width: not this one
-        width = sizes["n_embd"] // sizes["n_head"]
-        if hf.get("head_dim") not in (None, width):
-            refuse("head_dim", hf["head_dim"], width)
-        return cls(**sizes)
+        # JSON has lists
+        self.rope_scaling = tuple(self.rope_scaling)
+        check_scaling(self.rope_scaling)
+        if self.head_dim is None:
+            self.head_dim = self.n_embd // self.n_head
 
 # the sizes of GaLore (Zhao et al. 2024, arXiv 2403.03507), a tiny one for CPUs, and LLaMA's 13b
 MODELS = {
@@ -234,20 +155,34 @@ def draw_normal(p: torch.Tensor, std: float, generator: torch.Generator):
 
 # --- the model, from the inside out ---
 
+def slowed(frequency: torch.Tensor, factor: float, low=None, high=None, window=None) -> torch.Tensor:
+    """Frequencies (D/2,) of a model whose limit was stretched after its training on `window` tokens.
+
+    factor alone: all of them divided (Chen et al. 2023, arXiv 2306.15595). With the others LLaMA 3.1's rule:
+    a pair that turns fewer than `low` times in the window is divided, one above `high` turns is not, and
+    between them is a slope."""
+    if window is None:
+        return frequency / factor
+    turns = window * frequency / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return kept * frequency + (1 - kept) * frequency / factor
+
 # an operation of its own, into which the compiler does not look: otherwise it computes power, cosine and
 # sine again for each head of each layer, 0.6 ms of the 11 of a decode step (LOST 350m, bfloat16, two cores)
 @torch.library.custom_op("nanolost::rope_table", mutates_args=())
-def rope_table(positions: torch.Tensor, dim: int, theta: float) -> torch.Tensor:
+def rope_table(positions: torch.Tensor, dim: int, theta: float, scaling: Sequence[float]) -> torch.Tensor:
     """cos and sin of the rotary angles, (2, T, D/2) float32: dimensions d and d + D/2 turn alike."""
     steps = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device)
     # the first pair turns by a radian a token, the last by almost 1 / theta
     frequency = theta ** (steps / -dim)
+    if scaling:
+        frequency = slowed(frequency, *scaling)
     angle = positions[:, None] * frequency
     table = angle.cos(), angle.sin()
     return torch.stack(table)
 
 @rope_table.register_fake
-def _(positions, dim, theta):
+def _(positions, dim, theta, scaling):
     return torch.empty(2, *positions.shape, dim // 2, device=positions.device)
 
 def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
@@ -260,10 +195,6 @@ def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     halves = left.to(x.dtype), right.to(x.dtype)
     return torch.cat(halves, dim=-1)
 
-def linear(inputs: int, outputs: int) -> nn.Linear:
-    """LLaMA's layers have no bias."""
-    return nn.Linear(inputs, outputs, bias=False)
-
 class Attention(nn.Module):
     """Causal attention; with a cache over the tokens that it holds as well."""
 
@@ -272,22 +203,31 @@ class Attention(nn.Module):
         self.layer = layer
         self.n_head = config.n_head
         self.n_kv_head = config.n_kv_head
-        width = config.n_embd
+        width = config.n_head * config.head_dim
         # grouped queries (Ainslie et al. 2023, arXiv 2305.13245): fewer heads of K and V
-        kv_width = width // self.n_head * self.n_kv_head
-        self.q_proj = linear(width, width)
-        self.k_proj = linear(width, kv_width)
-        self.v_proj = linear(width, kv_width)
-        self.o_proj = linear(width, width)
+        kv_width = config.n_kv_head * config.head_dim
+        self.q_proj = nn.Linear(config.n_embd, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(width, config.n_embd, bias=config.o_bias)
+        self.q_norm = None
+        self.k_norm = None
+        if config.qk_norm:
+            # Henry et al. 2020, arXiv 2010.04245, as Qwen3 has it: of each head, before it is turned
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def forward(self, x, rope, cache=None):
-        B, T, C = x.shape
-        q = self.q_proj(x)                                                                 # (B, T, C)
+        B, T, _ = x.shape
+        q = self.q_proj(x)                                                                 # (B, T, H D)
         k = self.k_proj(x)
         v = self.v_proj(x)
         q = q.view(B, T, self.n_head, -1)                                                  # (B, T, H, D)
         k = k.view(B, T, self.n_kv_head, -1)                                               # (B, T, n_kv, D)
         v = v.view(B, T, self.n_kv_head, -1)
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+            k = self.k_norm(k)
         q = rotate(q, rope)
         k = rotate(k, rope)
         # attention wants the heads before the tokens
@@ -305,16 +245,16 @@ class Attention(nn.Module):
         )                                                                                  # (B, H, T, D)
         # back to one row a token
         y = y.transpose(1, 2)
-        return self.o_proj(y.reshape(B, T, C))
+        return self.o_proj(y.reshape(B, T, -1))                                            # (B, T, C)
 
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020, arXiv 2002.05202, eq. 6)."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = linear(config.n_embd, config.n_ffn)
-        self.up_proj = linear(config.n_embd, config.n_ffn)
-        self.down_proj = linear(config.n_ffn, config.n_embd)
+        self.gate_proj = nn.Linear(config.n_embd, config.n_ffn, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.n_embd, config.n_ffn, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.n_ffn, config.n_embd, bias=config.mlp_bias)
 
     def forward(self, x):
         gate = F.silu(self.gate_proj(x))
@@ -369,7 +309,7 @@ class Llama(nn.Module):
             "layers": nn.ModuleList(blocks),
             "norm": nn.RMSNorm(config.n_embd, eps=config.norm_eps),
         })
-        self.lm_head = linear(config.n_embd, config.vocab_size)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model["embed_tokens"].weight
         # shapes alone have nothing to draw
@@ -378,13 +318,15 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int | None = None):
-        """N(0, init_std²) for the matrices of the blocks, N(0, 0.02²) for embedding and head, 1 for norms; a
-        parameter that no rule names is an error."""
+        """N(0, init_std²) for the matrices of the blocks, N(0, 0.02²) for embedding and head, 1 for norms, 0
+        for biases; a parameter that no rule names is an error."""
         if seed is None:
             seed = int(torch.randint(2**62, (), device="cpu"))
         for name, p in self.named_parameters():
             if name.endswith("norm.weight"):
                 p.fill_(1.0)
+            elif name.endswith("_proj.bias"):
+                p.zero_()
             elif name.endswith("_proj.weight"):
                 draw_normal(p, self.config.init_std, generator_of(seed, name))
             elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
@@ -411,9 +353,9 @@ class Llama(nn.Module):
             positions = torch.arange(T, device=idx.device)
         else:
             positions = cache.begin(T)
-        dim = self.config.n_embd // self.config.n_head
+        config = self.config
         # once for all layers
-        rope = rope_table(positions, dim, self.config.rope_theta)
+        rope = rope_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         x = self.model["embed_tokens"](idx)
         # where nothing is learned, no backward pass follows that could compute it again
         twice = self.recompute and torch.is_grad_enabled() and cache is None

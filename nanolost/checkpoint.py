@@ -1,10 +1,12 @@
 """Checkpoints: written as a whole or not at all, verified before use, loaded without a decomposition.
 
-    out/checkpoints/step_00001000/   model.safetensors  optimizer.safetensors  config.json  state.json
-                                     tokenizer.json  manifest.json (sha256 of each of the others)
+    out/checkpoints/step_00001000/   model.safetensors  config.json  tokenizer.json  tokenizer_config.json
+                                     optimizer.safetensors  state.json
+                                     modeling_lost.py  lost.py (where a layer needs them)
+                                     manifest.json (sha256 of each of the others)
 
-A checkpoint is a temporary folder until one rename names it. That of a dense model is a Hugging Face model
-folder as it stands, and theirs load here. Safetensors and JSON only: loading runs nothing."""
+A checkpoint is a temporary folder until one rename names it. It is a Hugging Face model folder as it stands,
+and theirs load here. Safetensors and JSON only are read: loading runs nothing."""
 import contextlib
 import functools
 import itertools
@@ -16,11 +18,12 @@ import sys
 
 import torch
 import torch.nn as nn
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from lost import LOSTError
-from model import ConfigError, Llama, LlamaConfig
+from model import ConfigError, Llama
 from nanolost.errors import UserError, as_user_error
 from nanolost.files import (
     follow_umask,
@@ -31,7 +34,8 @@ from nanolost.files import (
     sha256_file,
     sync_folder,
 )
-from nanolost.methods import rebuild, settings_of
+from nanolost.huggingface import config_from_hf, config_json, travelling_code
+from nanolost.methods import rebuild
 from nanolost.tokenizer import Tokenizer
 
 # a save that replaces its own step keeps the old folder as step_…_before until the new one is in place
@@ -195,21 +199,6 @@ def model_tensors(model: Llama) -> dict[str, torch.Tensor]:
         del tensors["lm_head.weight"]
     return tensors
 
-def config_json(model: Llama, eot: int) -> dict:
-    """Content of config.json: Hugging Face's sizes; beside them the settings of layers that it lacks."""
-    content = {"dtype": "float32", "model_type": "llama", **model.config.to_hf()}
-    # end-of-text also begins a document in our vocabularies
-    content["bos_token_id"] = eot
-    content["eos_token_id"] = eot
-    layers = settings_of(model)
-    if layers:
-        # a model type of our own: no other program shall take the folder for a dense LLaMA
-        content["model_type"] = "lost_llama"
-        content["lost"] = layers
-    else:
-        content["architectures"] = ["LlamaForCausalLM"]
-    return content
-
 def optimizer_states(model: Llama, optimizers: list) -> dict[str, dict]:
     """By the name of each parameter that is stepped the state that its optimizer keeps, {} for none."""
     names = {p: name for name, p in model.named_parameters()}
@@ -267,25 +256,74 @@ def write_tensors(folder: str, name: str, tensors: dict[str, torch.Tensor], note
     # its own temporary file is private, 0600
     follow_umask(path)
 
-def write(folder: str, model: Llama, optimizers: list, state: dict, tokenizer: Tokenizer):
-    """All files of a checkpoint and their manifest, on the disk for certain when it returns."""
-    # before the folder is made: an optimizer that is refused leaves nothing behind
-    values = optimizer_values(model, optimizers)
+def write_weights(folder: str, tensors: dict[str, torch.Tensor], longest: int | str | None):
+    """The tensors in one file or, where they have more than `longest` bytes ("5GB"), in several with their
+    index, under Hugging Face's names."""
+    if longest is None:
+        write_tensors(folder, WEIGHTS, tensors, {"format": "pt"})
+        return
+    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=longest)
+    for file, names in plan.filename_to_tensors.items():
+        write_tensors(folder, file, {name: tensors[name] for name in names}, {"format": "pt"})
+    if plan.is_sharded:
+        content = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(folder, INDEX, content)
+
+def write_model(
+    folder: str,
+    model: Llama,
+    tokenizer: Tokenizer,
+    travelling: dict[str, bytes],
+    dtype: torch.dtype = torch.float32,
+    longest: int | str | None = None,
+):
+    """What makes `folder` a model of Hugging Face: weights in `dtype`, config.json, the tokenizer's files,
+    and the code of layers that transformers lacks. travelling: other files by name, from the source."""
+    with as_user_error(ConfigError):
+        name = str(dtype).removeprefix("torch.")
+        content = config_json(model, tokenizer.eot, tokenizer.start[0], name)
+    files = {**travelling, **tokenizer.files(model.config.max_seq_len)}
+    if "auto_map" in content:
+        files |= travelling_code()
     os.makedirs(folder)
-    write_tensors(folder, WEIGHTS, model_tensors(model), {"format": "pt"})
-    notes = {"nanolost": json.dumps(values, sort_keys=True)}
-    write_tensors(folder, MOMENTS, optimizer_tensors(model, optimizers), notes)
-    write_json(folder, "config.json", config_json(model, tokenizer.eot))
-    write_json(folder, STATE, state)
-    tokenizer.save(os.path.join(folder, "tokenizer.json"))
-    # hashed once as written, before the fsync, and once as read back from the final name
-    digests = {name: sha256_file(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
-    write_json(folder, MANIFEST, digests)
-    # a rename that reaches the disk before these would name a checkpoint of zeros
+    for name, data in files.items():
+        with open(os.path.join(folder, name), "wb") as f:
+            f.write(data)
+    tensors = model_tensors(model)
+    for name, tensor in tensors.items():
+        # channels are whole numbers
+        if tensor.is_floating_point():
+            tensors[name] = tensor.to(dtype)
+    write_weights(folder, tensors, longest)
+    write_json(folder, "config.json", content)
+
+def sync_files(folder: str):
+    """fsync a folder and its files: a rename that reaches the disk before them would name one of zeros."""
     for name in os.listdir(folder):
         with open(os.path.join(folder, name), "rb") as f:
             os.fsync(f.fileno())
     sync_folder(folder)
+
+def write(
+    folder: str,
+    model: Llama,
+    optimizers: list,
+    state: dict,
+    tokenizer: Tokenizer,
+    travelling: dict[str, bytes],
+):
+    """All files of a checkpoint and their manifest, on the disk for certain when it returns."""
+    # before the folder is made: an optimizer that is refused leaves nothing behind
+    values = optimizer_values(model, optimizers)
+    # a resume goes on bit for bit: float32
+    write_model(folder, model, tokenizer, travelling)
+    notes = {"nanolost": json.dumps(values, sort_keys=True)}
+    write_tensors(folder, MOMENTS, optimizer_tensors(model, optimizers), notes)
+    write_json(folder, STATE, state)
+    # hashed once as written, before the fsync, and once as read back from the final name
+    digests = {name: sha256_file(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
+    write_json(folder, MANIFEST, digests)
+    sync_files(folder)
 
 def put_in_place(temporary: str, final: str):
     """Give a written checkpoint its name, and read it back. One that has the name already steps aside first:
@@ -309,15 +347,17 @@ def save_checkpoint(
     state: dict,
     tokenizer: Tokenizer,
     keep: int,
+    travelling: dict[str, bytes] | None = None,
 ) -> str:
     """Write the checkpoint of `step`; once it verifies, keep only the newest. Returns its folder. OSError if
-    the disk does not take it: then its part is removed and the earlier ones stay."""
+    the disk does not take it: then its part is removed and the earlier ones stay. travelling: files by name
+    that the model came with and that nobody here reads, written as they are."""
     home = os.path.join(out_dir, "checkpoints")
     final = os.path.join(home, f"step_{step:08d}")
     # a folder that an earlier start could not sweep is in nobody's way
     temporary = unused(os.path.join(home, f".tmp_step_{step:08d}"))
     try:
-        write(temporary, model, optimizers, state, tokenizer)
+        write(temporary, model, optimizers, state, tokenizer, travelling or {})
         put_in_place(temporary, final)
     except (OSError, SafetensorError) as e:
         # on a full disk the part that was written would keep it full
@@ -443,6 +483,19 @@ def load_weights(folder: str) -> dict[str, torch.Tensor]:
                 tensors[name] = content[name]
     return tensors
 
+def weights_dtype(folder: str) -> torch.dtype:
+    """The dtype that a folder keeps its weights in, by the one that every model has."""
+    name = "model.embed_tokens.weight"
+    file = WEIGHTS
+    if not os.path.exists(os.path.join(folder, WEIGHTS)):
+        file = read_index(folder).get(name, WEIGHTS)
+    path = os.path.join(folder, file)
+    try:
+        with safe_open(path, "pt") as f:
+            return f.get_slice(name)[:0].dtype
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"cannot read {path}: {e}") from None
+
 def empty_model(content: dict, folder: str) -> Llama:
     """The model that a config.json describes, shapes only. UserError for one that cannot be."""
     layers = content.get("lost", {})
@@ -450,7 +503,7 @@ def empty_model(content: dict, folder: str) -> Llama:
         raise UserError(f"{folder}: config.json: lost must be an object of layers")
     try:
         with torch.device("meta"):
-            model = Llama(LlamaConfig.from_hf(content))
+            model = Llama(config_from_hf(content))
             rebuild(model, layers)
     except (ConfigError, LOSTError, UserError, RuntimeError) as e:
         # RuntimeError is torch's, for sizes of more than 64 bits; its own frames begin in the second line

@@ -27,5 +27,6 @@ def count_flops(model: Llama, seq_len: int | None = None) -> int:
         seq_len = config.max_seq_len
     # Chowdhery et al. 2022, arXiv 2204.02311, appendix B: 6 a multiplication, and attention without its
     # causal half taken off
-    attention = 12 * config.n_layer * config.n_embd * seq_len
+    width = config.n_head * config.head_dim
+    attention = 12 * config.n_layer * width * seq_len
     return 6 * count_multiplies(model) + attention

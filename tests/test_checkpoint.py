@@ -20,6 +20,8 @@ from nanolost.tokenizer import Tokenizer
 
 FILES = ["model.safetensors", "optimizer.safetensors", "config.json", "state.json", "tokenizer.json",
          "manifest.json"]
+# of a LOST model, for other programs alone
+BESIDE = ["tokenizer_config.json", "modeling_lost.py", "lost.py"]
 BYTE = Tokenizer.named("byte")
 SIZES = dict(vocab_size=257, max_seq_len=16, n_layer=1, n_head=2, n_embd=16, n_ffn=24)
 DEEP = b"[" * 100_000
@@ -341,7 +343,8 @@ def test_every_file_and_folder_of_a_save_is_synced(tmp_path, monkeypatch):
         fsync(descriptor)
     monkeypatch.setattr(os, "fsync", note)
     folder = saved(tmp_path, 1)
-    paths = [folder, tmp_path / "checkpoints", tmp_path, *(os.path.join(folder, name) for name in FILES)]
+    paths = [os.path.join(folder, name) for name in [*FILES, *BESIDE]]
+    paths += [folder, tmp_path / "checkpoints", tmp_path]
     assert {os.stat(path).st_ino for path in paths} <= synced
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o027])
@@ -352,7 +355,7 @@ def test_all_files_follow_the_umask(tmp_path, mask):
     finally:
         os.umask(before)
     modes = {name: stat.S_IMODE(os.stat(os.path.join(folder, name)).st_mode) for name in os.listdir(folder)}
-    assert modes == dict.fromkeys(FILES, 0o666 & ~mask)
+    assert modes == dict.fromkeys([*FILES, *BESIDE], 0o666 & ~mask)
     assert stat.S_IMODE(os.stat(folder).st_mode) == 0o777 & ~mask
 
 # --- the optimizers' state ---

@@ -1,0 +1,88 @@
+"""LOST layers (arXiv 2508.02668) in the models of transformers. This file and lost.py stand beside the
+weights of a checkpoint and need nothing else of the program that trained it:
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+config.json names each such layer under "lost". Load by `from_pretrained`: `from_config` makes layers without
+channels, since LOST has no random start."""
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    MistralConfig,
+    MistralForCausalLM,
+    MistralModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
+
+from .lost import LOSTLinear
+
+# by the name of its kind in config.json
+LAYERS = {"lost": LOSTLinear}
+
+class WithLayers:
+    """Before a class of transformers: the same model with the layers that its configuration names."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        # an inner model has the names of the whole one without their first part
+        inner = not hasattr(self, "lm_head")
+        for name, settings in config.lost.items():
+            if inner:
+                first, _, name = name.partition(".")
+                # the head is not in there
+                if first != self.base_model_prefix:
+                    continue
+            given = dict(settings)
+            layer = LAYERS[given.pop("kind", "lost")]
+            self.set_submodule(name, layer(**given))
+        # again: what it found the first time is gone
+        self.post_init()
+
+    def _init_weights(self, module):
+        # filled from the file, or not at all
+        if not isinstance(module, tuple(LAYERS.values())):
+            super()._init_weights(module)
+
+# one class a model type: AutoModel finds them by their names
+
+class LOSTLlamaConfig(LlamaConfig):
+    model_type = "lost_llama"
+
+class LOSTLlamaModel(WithLayers, LlamaModel):
+    config_class = LOSTLlamaConfig
+
+class LOSTLlamaForCausalLM(WithLayers, LlamaForCausalLM):
+    config_class = LOSTLlamaConfig
+
+class LOSTMistralConfig(MistralConfig):
+    model_type = "lost_mistral"
+
+class LOSTMistralModel(WithLayers, MistralModel):
+    config_class = LOSTMistralConfig
+
+class LOSTMistralForCausalLM(WithLayers, MistralForCausalLM):
+    config_class = LOSTMistralConfig
+
+class LOSTQwen2Config(Qwen2Config):
+    model_type = "lost_qwen2"
+
+class LOSTQwen2Model(WithLayers, Qwen2Model):
+    config_class = LOSTQwen2Config
+
+class LOSTQwen2ForCausalLM(WithLayers, Qwen2ForCausalLM):
+    config_class = LOSTQwen2Config
+
+class LOSTQwen3Config(Qwen3Config):
+    model_type = "lost_qwen3"
+
+class LOSTQwen3Model(WithLayers, Qwen3Model):
+    config_class = LOSTQwen3Config
+
+class LOSTQwen3ForCausalLM(WithLayers, Qwen3ForCausalLM):
+    config_class = LOSTQwen3Config
