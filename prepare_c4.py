@@ -5,6 +5,7 @@ library.
     python prepare_c4.py --input 'my/*.jsonl.gz' --tokenizer train:8192
     python prepare_c4.py --input book.txt --tokenizer byte --out_dir data/book
     python prepare_c4.py --input builtin --tokenizer byte --out_dir data/builtin     # no network, no file
+    python prepare_c4.py --input chats.jsonl --rows 256    # a prompt and its completion a line and a row
 
 The same command continues an interrupted run. The output depends on the text and the flags alone, not on
 --workers: documents are written in the order of their positions (source, number), shards end with a whole
@@ -14,32 +15,40 @@ Without --val_input a hash of each document decides its split. Where that leaves
 document, the end of the text is validation: between a tenth and a fifth of it, cut at the end of a document,
 a line or a word. A file that both --input and --val_input match is validation only."""
 import bisect
-import codecs
 import collections
 import contextlib
 import dataclasses
 import glob
-import gzip
 import hashlib
 import itertools
 import json
 import os
 import shutil
 import sys
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import huggingface_hub
-import numpy as np
 import rustbpe
 from tqdm import tqdm
 
 from nanolost.cores import usable_cores
-from nanolost.data import ShardWriter, load_manifest, shard_length, token_dtype
+from nanolost.data import SPLITS, TARGETS, ShardWriter, TargetsWriter, load_manifest, shard_length
+from nanolost.documents import (
+    HUB,
+    HUB_PATTERN,
+    PACKED,
+    Documents,
+    Pair,
+    builtin_text,
+    expand,
+    identity,
+    place,
+    text_of,
+)
 from nanolost.errors import UserError
-from nanolost.files import claim, expanded, open_regular, sha256_file, write_atomic
+from nanolost.files import claim, expanded, sha256_file, write_atomic
 from nanolost.flags import command, flag, parse
+from nanolost.rows import Encoded, Rows, Stream
 from nanolost.tokenizer import GPT2_PATTERN, Tokenizer
 
 C4 = {
@@ -48,7 +57,7 @@ C4 = {
 }
 # of one train file, roughly
 C4_FILE = {"tokens": 150e6, "bytes": 320e6}
-SPLITS = ("train", "val")
+SHARD_FILES = [f"{split}_[0-9]*.bin{ending}" for split in SPLITS for ending in ("", TARGETS)]
 # without validation files one document in 50 is validation
 VAL_SHARE = 50
 # what train:N reads at the most: the merges of 32,000 ids hardly change beyond
@@ -57,20 +66,26 @@ BPE_CHARACTERS = 500_000_000
 BATCH = 1 << 20
 # batches a worker on their way: enough that none waits, and memory stays bounded
 AHEAD = 4
+# flags that manifests of earlier versions do not know
+LATER_FLAGS = ("rows", "text_key")
 
 @dataclass
 class Config:
     out_dir: str = flag("data/c4", "where the shards go")
     train_tokens: int = flag(1_320_000_000, "stop once reached; the default is one epoch of the 60m run")
-    val_tokens: int = flag(10_000_000, "stop once reached")
+    val_tokens: int = flag(10_000_000, "stop once reached; of --rows it counts targets, no padding")
     input: list[str] | None = flag(None, "GLOBs of files instead of C4: .json, .jsonl (lines with a text "
-                                   "key) or .txt, each also with .gz; or builtin, text of Python's library")
+                                   "key) or .txt, each also with .gz or .zst; .parquet; files of the hub, "
+                                   f"{HUB_PATTERN}; or builtin, text of Python's library")
     val_input: list[str] | None = flag(None, "files for validation, left out of --input; else a hash of each "
                                        "document decides, or its position in a text of a few documents")
     tokenizer: str = flag("gpt2", "gpt2, byte, train:N (a BPE of N ids), a folder of Hugging Face, a "
                           "tokenizer.json or a .tiktoken file")
     split_pattern: str | None = flag(None, "regular expression that cuts a text before merging, for a "
                                      ".tiktoken file that is not OpenAI's")
+    rows: int | None = flag(None, "one document a row of so many tokens, cut or padded; prompts of JSON "
+                                  "lines with prompt and completion are read and not learned")
+    text_key: str = flag("text", "field of JSON lines and Parquet that holds the text")
     shard_tokens: int = flag(100_000_000, "most tokens of a shard")
     workers: int = flag(usable_cores(), "tokenizer threads; the output does not depend on it")
     skip_bad: bool = flag(False, "skip lines that are not documents, and count them, instead of stopping")
@@ -78,59 +93,17 @@ class Config:
 
 # --- which sources ---
 
-def kind_of(source: str) -> str:
-    """"json" (a document a line) or "txt" (one text, to be cut into documents)."""
-    # .json is C4's own name for JSON lines
-    ending = source.removesuffix(".gz").rpartition(".")[2]
-    if source == "builtin" or ending == "txt":
-        return "txt"
-    if ending in ("json", "jsonl"):
-        return "json"
-    raise UserError(f"{source}: the kinds of input are .json, .jsonl and .txt, each also with .gz")
-
-def check_source(source: str):
-    """UserError for a local source that cannot hold a document, before the first token is made."""
-    kind_of(source)
-    # the one source that is no file
-    if source == "builtin":
-        return
-    try:
-        with open_regular(source) as file:
-            empty = not file.read(1)
-    except OSError as e:
-        raise UserError(f"cannot read {source}: {e.strerror}") from None
-    if empty:
-        raise UserError(f"{source} holds no document: remove it from the input")
-
-def expand(patterns: list[str]) -> list[str]:
-    """The local sources that the patterns name, sorted, each file once; "builtin" stands for itself."""
-    names = set()
-    for pattern in map(expanded, patterns):
-        # a name with brackets is a file and not a pattern
-        if pattern == "builtin" or os.path.exists(pattern):
-            names.add(pattern)
-            continue
-        found = glob.glob(pattern, recursive=True)
-        if not found:
-            raise UserError(f"no file matches {pattern}: look at the path, and quote patterns")
-        names.update(found)
-    once = {}
-    for name in sorted(names):
-        check_source(name)
-        # a.jsonl, ./a.jsonl and a link to it are one file
-        once.setdefault(os.path.realpath(name), name)
-    return list(once.values())
-
-def choose_sources(config: Config) -> dict[str, list[str]]:
-    """Sources by stream: "val" and "train", or "both" where the text itself decides the split."""
+def choose_sources(config: Config, hub: dict) -> dict[str, list[str]]:
+    """Sources by stream: "val" and "train", or "both" where the text itself decides the split. hub: what is
+    known of patterns of the hub, and gets to be."""
     if not config.input and not config.val_input:
         return C4
-    train = expand(config.input) if config.input else C4["train"]
+    train = expand(config.input, hub) if config.input else C4["train"]
     if not config.val_input:
         return {"both": train}
-    val = expand(config.val_input)
-    held_out = {os.path.realpath(name) for name in val}
-    shared = [name for name in train if os.path.realpath(name) in held_out]
+    val = expand(config.val_input, hub)
+    held_out = {place(name) for name in val}
+    shared = [name for name in train if place(name) in held_out]
     # no text may be in both: losses of validation would be those of text learned by heart
     train = [name for name in train if name not in shared]
     if not train:
@@ -140,145 +113,19 @@ def choose_sources(config: Config) -> dict[str, list[str]]:
         print(f"validation only, as --val_input names it: {', '.join(shared)}", flush=True)
     return {"val": val, "train": train}
 
-def identity(source: str):
-    """What changes when a local source does: a digest, or size and modification time in nanoseconds. None for
-    a file of the hub, which a revision fixes."""
-    if source.startswith("hf://"):
-        return None
-    if source == "builtin":
-        # each version of Python brings another text
-        return hashlib.sha256(builtin_text()).hexdigest()
-    # what make and rsync go by; a digest of each file would read 300 GB before the first token
-    status = os.stat(source)
-    return [status.st_size, status.st_mtime_ns]
+def known_of_hub(out_dir: str) -> dict:
+    """The files of the hub that a run began with, by pattern: the same command needs no network for them."""
+    manifest = load_manifest(out_dir, unfinished=True) or {}
+    known = manifest.get("hub", {})
+    listings = known.values() if isinstance(known, dict) else [None]
+    for listing in listings:
+        good = isinstance(listing, dict) and isinstance(listing.get("repository"), str)
+        if not good or not isinstance(listing.get("files"), list):
+            raise UserError(f"the entry hub of {out_dir}/manifest.json is damaged: use another --out_dir")
+    return dict(known)
 
-def builtin_text() -> bytes:
-    # a megabyte of module: only who asks for it pays
-    from pydoc_data.topics import topics
-    return "\n\n".join(topics[name] for name in sorted(topics)).encode()
-
-def fetch(source: str, revisions: dict[str, str]) -> str:
-    """Path of a source on this machine; a file of the hub is downloaded into its cache, once. revisions:
-    repository → commit, entered with a repository's first file, so that all others are of the same."""
-    if not source.startswith("hf://"):
-        return source
-    # hf://OWNER/NAME/FILE
-    owner, name, file = source.removeprefix("hf://").split("/", 2)
-    repository = f"{owner}/{name}"
-    revision = revisions.get(repository)
-    try:
-        path = huggingface_hub.hf_hub_download(repository, file, repo_type="dataset", revision=revision)
-    except Exception as e:
-        # of many kinds: no network, no such host, no such file, a full disk; the innermost is the cause
-        cause = e
-        while cause.__cause__ or cause.__context__:
-            cause = cause.__cause__ or cause.__context__
-        raise UserError(f"cannot download {source} ({type(cause).__name__}: {cause}): check the network and "
-                        "run again to continue, or give local files by --input") from None
-    # the hub's cache is …/snapshots/COMMIT/FILE
-    commit = os.path.basename(os.path.dirname(path.removesuffix(file)))
-    revisions.setdefault(repository, commit)
-    return path
-
-# --- documents ---
-
-class Documents:
-    """All documents of some sources, in order. skip_bad: count lines that are not documents in `skipped`.
-    manifest: what its "sources" records must still hold once a source is read; "revisions" are entered."""
-
-    def __init__(self, sources: list[str], skip_bad: bool, manifest: dict):
-        self.sources = sources
-        self.skip_bad = skip_bad
-        self.manifest = manifest
-        self.skipped = 0
-
-    def read(self, first: int = 0):
-        """((source, number), text) from source number `first` on."""
-        for s in range(first, len(self.sources)):
-            source = self.sources[s]
-            number = -1
-            path = fetch(source, self.manifest["revisions"])
-            for number, text in enumerate(self._texts(path)):
-                yield (s, number), text
-            # a .gz of nothing, or blank lines only: `check_source` does not look that far
-            if number < 0:
-                raise UserError(f"{source} holds no document: remove it from the input")
-            # a log that still grows, say: what was written of it is a part that no run could make again
-            if identity(source) != self.manifest["sources"].get(source):
-                raise UserError(f"{source} changed while it was read: begin again once it is complete")
-
-    def _texts(self, path: str):
-        # lines are numbered from 1, as editors do
-        lines = enumerate(self._lines(path), 1)
-        if kind_of(path) == "txt":
-            texts = (self._piece(raw, path, number) for number, raw in pieces(lines))
-        else:
-            texts = (self._document(raw, path, number) for number, raw in lines if raw.strip())
-        return (text for text in texts if text is not None)
-
-    def _piece(self, raw: bytes, path: str, first: int) -> str | None:
-        try:
-            return raw.decode()
-        # the line inside the piece
-        except UnicodeDecodeError as e:
-            return self._bad(path, first + raw.count(b"\n", 0, e.start), "is not UTF-8")
-
-    def _document(self, raw: bytes, path: str, number: int) -> str | None:
-        try:
-            entry = json.loads(raw.decode())
-        except UnicodeDecodeError:
-            return self._bad(path, number, "is not UTF-8")
-        # RecursionError: 100,000 brackets and no end
-        except (ValueError, RecursionError):
-            entry = None
-        if isinstance(entry, dict) and "text" not in entry:
-            return self._bad(path, number, 'has no "text" key')
-        if not isinstance(entry, dict) or not isinstance(entry["text"], str):
-            return self._bad(path, number, 'is not a JSON object whose "text" is a string')
-        try:
-            # half a surrogate pair may come out of a JSON escape
-            entry["text"].encode()
-        except UnicodeEncodeError:
-            return self._bad(path, number, "is not UTF-8")
-        return entry["text"]
-
-    def _lines(self, path: str):
-        if path == "builtin":
-            yield from builtin_text().splitlines(True)
-            return
-        number = 0
-        try:
-            with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    # editors of Windows put a byte-order mark in front, which is no text
-                    yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        # a download that was cut, a .gz that is none, a disk that fails: the lines before are good
-        except (OSError, EOFError, zlib.error) as e:
-            self._bad(path, number + 1, f"cannot be read ({e})")
-
-    def _bad(self, path: str, number: int, fault: str):
-        if not self.skip_bad:
-            raise UserError(f"{path}:{number}: {fault}; mend or remove it, or say --skip_bad true")
-        self.skipped += 1
-
-def pieces(lines):
-    """Text without documents, cut at the first blank line after 2,000 bytes or any after 100,000: (its first
-    line's number, bytes)."""
-    # one document a book would make shards of one document, and no validation by hash; these sizes are of
-    # the pages of C4, a few hundred tokens and more
-    piece = []
-    size = 0
-    first = 1
-    for number, line in lines:
-        piece.append(line)
-        size += len(line)
-        if size > 2_000 and not line.strip() or size > 100_000:
-            yield first, b"".join(piece)
-            piece = []
-            size = 0
-            first = number + 1
-    if size:
-        yield first, b"".join(piece)
+def documents_of(config: Config, sources: list[str], manifest: dict) -> Documents:
+    return Documents(sources, manifest, config.text_key, config.rows is not None, config.skip_bad)
 
 # --- splits ---
 
@@ -289,21 +136,22 @@ def split_of(text: str) -> str:
     return "val" if int.from_bytes(digest, "little") % VAL_SHARE == 0 else "train"
 
 def divided(documents, stream: str, held_out: list[int] | None = None):
-    """(position, split, text) of each document: the stream's split, or for "both" by position from `held_out`
-    (see `choose_held_out`) on, else by hash."""
-    for position, text in documents:
+    """(position, split, document) of each: the stream's split, or for "both" by position from `held_out` (see
+    `choose_held_out`) on, else by hash."""
+    for position, document in documents:
         if stream != "both":
-            yield position, stream, text
+            yield position, stream, document
         elif held_out is None:
-            yield position, split_of(text), text
+            yield position, split_of(text_of(document)), document
         elif position != tuple(held_out[:2]):
-            yield position, "train" if position < tuple(held_out[:2]) else "val", text
+            yield position, "train" if position < tuple(held_out[:2]) else "val", document
         else:
             # the document that the cut goes through; nothing of it is train where it is cut at its start
             characters = held_out[2]
             if characters:
-                yield position, "train", text[:characters]
-            yield position, "val", text[characters:]
+                yield position, "train", document[:characters]
+                document = document[characters:]
+            yield position, "val", document
 
 def choose_held_out(config: Config, sources: list[str], manifest: dict) -> list[int] | None:
     """None where the hash gives documents to both splits. Else (source, number, characters): validation is
@@ -312,7 +160,10 @@ def choose_held_out(config: Config, sources: list[str], manifest: dict) -> list[
     # lengths add up in characters: tokens are not known before train:N has its vocabulary
     positions = []
     starts = [0]
-    for position, text in Documents(sources, config.skip_bad, manifest).read():
+    pairs = False
+    for position, document in documents_of(config, sources, manifest).read():
+        text = text_of(document)
+        pairs = pairs or isinstance(document, Pair)
         seen.add(split_of(text))
         # after some 50 documents: a large text is not read twice
         if len(seen) == 2:
@@ -329,9 +180,15 @@ def choose_held_out(config: Config, sources: list[str], manifest: dict) -> list[
     # the last document that starts before `latest`: either in the range, or it covers all of it
     last = bisect.bisect_right(starts, latest) - 1
     characters = 0
-    if starts[last] < earliest:
-        reading = Documents(sources, config.skip_bad, manifest).read(positions[last][0])
-        text = next(text for position, text in reading if position == positions[last])
+    # half a pair would be a completion without its prompt
+    if pairs and starts[last] < earliest:
+        last = min(last + 1, len(starts) - 1)
+        if last == 0:
+            raise UserError("the input is one prompt with its completion, and train and val need at least "
+                            "one each: give more --input")
+    elif starts[last] < earliest:
+        reading = documents_of(config, sources, manifest).read(positions[last][0])
+        text = next(document for position, document in reading if position == positions[last])
         characters = cut_between(text, earliest - starts[last], latest - starts[last])
     share = (total - starts[last] - characters) / total
     print(f"a hash puts all documents ({len(positions):,}) into one split: the last {share:.0%} of the text "
@@ -376,20 +233,18 @@ def training_texts(config: Config, streams: dict[str, list[str]], manifest: dict
     """The training documents from the first on, until BPE_CHARACTERS were read."""
     # never validation text: its bits per byte would be too good
     stream = "both" if "both" in streams else "train"
-    documents = Documents(streams[stream], config.skip_bad, manifest).read()
+    documents = documents_of(config, streams[stream], manifest).read()
     left = BPE_CHARACTERS
-    for _, split, text in divided(documents, stream, manifest["held_out"]):
+    for _, split, document in divided(documents, stream, manifest["held_out"]):
+        text = text_of(document)
         left -= len(text)
         if left < 0:
             return
         if split == "train":
             yield text
 
-def encode_all(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
-    """The tokens of each text, behind what begins a document."""
-    # two bytes a token instead of tiktoken's four, before they wait for their turn
-    dtype = token_dtype(tokenizer.vocab_size)
-    return [tokenizer.document(text).astype(dtype) for text in texts]
+def encode_all(encode: Stream | Rows, documents: list) -> list[Encoded]:
+    return [encode(document) for document in documents]
 
 def batches(documents):
     """Lists of documents, each of about BATCH characters of text."""
@@ -397,7 +252,7 @@ def batches(documents):
     size = 0
     for document in documents:
         batch.append(document)
-        size += len(document[2])
+        size += len(text_of(document[2]))
         if size > BATCH:
             yield batch
             batch = []
@@ -405,20 +260,20 @@ def batches(documents):
     if batch:
         yield batch
 
-def encoded(documents, tokenizer: Tokenizer, pool: ThreadPoolExecutor, workers: int):
-    """(position, split, text, tokens) of each document, in order. Threads: tiktoken lets go of the
-    interpreter's lock, and processes would spend more on handing texts over than on tokenizing them."""
+def encoded(documents, encode: Stream | Rows, pool: ThreadPoolExecutor, workers: int):
+    """(position, split, Encoded) of each document, in order. Threads: tiktoken lets go of the interpreter's
+    lock, and processes would spend more on handing texts over than on tokenizing them."""
     waiting = collections.deque()
     # None: no batch follows, empty the queue
     for batch in itertools.chain(batches(documents), [None]):
         if batch:
-            texts = [text for _, _, text in batch]
-            waiting.append((batch, pool.submit(encode_all, tokenizer, texts)))
+            bare = [document for _, _, document in batch]
+            waiting.append((batch, pool.submit(encode_all, encode, bare)))
         # the oldest first, whoever was ready before: the order of documents is that of the sources
         while len(waiting) > (AHEAD * workers if batch else 0):
             done, future = waiting.popleft()
-            for document, tokens in zip(done, future.result(), strict=True):
-                yield *document, tokens
+            for (position, split, _), result in zip(done, future.result(), strict=True):
+                yield position, split, result
 
 # --- shards ---
 
@@ -432,10 +287,16 @@ class SplitWriter:
         self.manifest = manifest
         self.limit = getattr(config, f"{split}_tokens")
         self.number = len(own)
-        self.total = sum(shard["tokens"] for shard in own)
+        # of rows that are judged by, what counts is targets
+        self.counts_targets = config.rows is not None and split == "val"
+        self.total = sum(self.counted(shard) for shard in own)
         self.shard = None
+        self.targets = None
         # position of the last document of a closed shard: a run continues behind it
         self.reached = tuple(manifest["reached"].get(split, (0, -1)))
+
+    def counted(self, shard: dict) -> int:
+        return shard["targets"]["tokens"] if self.counts_targets else shard["tokens"]
 
     def done(self) -> bool:
         return self.total >= self.limit
@@ -443,41 +304,59 @@ class SplitWriter:
     def wants(self, position) -> bool:
         return not self.done() and position > self.reached
 
-    def append(self, position, text: str, tokens: np.ndarray):
+    def append(self, position, document: Encoded):
+        size = len(document.tokens)
         # a document longer than a shard gets one of its own
-        if self.shard and self.shard.tokens + len(tokens) > self.config.shard_tokens:
+        if self.shard and self.shard.tokens + size > self.config.shard_tokens:
             self.close()
         if not self.shard:
-            path = os.path.join(self.config.out_dir, f"{self.split}_{self.number:05d}.bin")
-            self.shard = ShardWriter(path, tokens.dtype)
-            self.bytes = 0
-            self.documents = 0
-        self.shard.append(tokens)
-        self.bytes += len(text.encode())
+            self.open(document)
+        self.shard.append(document.tokens)
+        if self.targets:
+            self.targets.append(document.targets)
+        self.bytes += document.text_bytes
+        self.text_tokens += document.text_tokens
         self.documents += 1
-        self.total += len(tokens)
+        self.total += int(document.targets.sum()) if self.counts_targets else size
         self.last = position
+
+    def open(self, document: Encoded):
+        path = os.path.join(self.config.out_dir, f"{self.split}_{self.number:05d}.bin")
+        self.shard = ShardWriter(path, document.tokens.dtype)
+        self.targets = None if document.targets is None else TargetsWriter(path)
+        self.bytes = 0
+        self.text_tokens = 0
+        self.documents = 0
 
     def close(self):
         if not self.shard:
             return
         self.shard.close()
-        self.manifest["shards"].append({
+        entry = {
             "name": os.path.basename(self.shard.path),
             "split": self.split,
             "tokens": self.shard.tokens,
             "bytes": self.bytes,
             "documents": self.documents,
             "sha256": self.shard.sha256,
-        })
+        }
+        if self.targets:
+            self.targets.close()
+            entry["text_tokens"] = self.text_tokens
+            entry["targets"] = {
+                "name": os.path.basename(self.targets.path),
+                "tokens": self.targets.count,
+                "sha256": self.targets.sha256,
+            }
+        self.manifest["shards"].append(entry)
         # shard and position go into one file at once: there is no moment at which they disagree
         self.manifest["reached"][self.split] = self.last
         self.number += 1
         self.shard = None
         save_manifest(self.config.out_dir, self.manifest)
 
-def write_stream(config: Config, stream: str, documents: Documents, writers: dict, tokenizer: Tokenizer, bar):
-    """Tokenize and write the documents of one stream, until its splits have their tokens or it ends."""
+def write_stream(config: Config, stream: str, documents: Documents, writers: dict, encode, bar):
+    """Encode and write the documents of one stream, until its splits have their tokens or it ends."""
     own = list(writers.values()) if stream == "both" else [writers[stream]]
     # finished before an interruption: not to be read again
     if all(writer.done() for writer in own):
@@ -488,11 +367,11 @@ def write_stream(config: Config, stream: str, documents: Documents, writers: dic
     wanted = (entry for entry in divisions if writers[entry[1]].wants(entry[0]))
     pool = ThreadPoolExecutor(config.workers)
     try:
-        for position, split, text, tokens in encoded(wanted, tokenizer, pool, config.workers):
+        for position, split, document in encoded(wanted, encode, pool, config.workers):
             # its split may have filled up since it was read
             if not writers[split].done():
-                writers[split].append(position, text, tokens)
-                bar.update(len(tokens))
+                writers[split].append(position, document)
+                bar.update(len(document.tokens))
             if all(writer.done() for writer in own):
                 break
     finally:
@@ -506,17 +385,26 @@ def write_stream(config: Config, stream: str, documents: Documents, writers: dic
 def save_manifest(out_dir: str, manifest: dict):
     write_atomic(os.path.join(out_dir, "manifest.json"), json.dumps(manifest, indent=1).encode())
 
-def begin(config: Config, streams: dict[str, list[str]]) -> dict:
+def begin(config: Config, streams: dict[str, list[str]], hub: dict) -> dict:
     """The manifest to continue, or a new one. UserError if out_dir holds shards made by other flags or from
     other text, or files that are not ours."""
     # what the output depends on: neither --workers nor --skip_bad, which a person adds after an error
     request = {"tokenizer": config.tokenizer, "split_pattern": config.split_pattern,
                "train_tokens": config.train_tokens, "input": streams,
                "val_tokens": config.val_tokens, "shard_tokens": config.shard_tokens}
-    local = [s for s in itertools.chain(*streams.values()) if not s.startswith("hf://")]
+    # absent where it is the default, as in manifests of earlier versions
+    for name in LATER_FLAGS:
+        if getattr(config, name) != getattr(Config, name):
+            request[name] = getattr(config, name)
+    local = [s for s in itertools.chain(*streams.values()) if not s.startswith(HUB)]
     sources = {source: identity(source) for source in local}
-    new = {"version": 1, "complete": False, "request": request, "sources": sources, "revisions": {},
+    revisions = {listing["repository"]: listing["commit"] for listing in hub.values()}
+    new = {"version": 1, "complete": False, "request": request, "sources": sources, "revisions": revisions,
            "held_out": None, "shards": [], "reached": {}}
+    if config.rows:
+        new["row"] = config.rows
+    if hub:
+        new["hub"] = hub
     old = load_manifest(config.out_dir, unfinished=True)
     if old is None:
         refuse_foreign(config.out_dir)
@@ -539,7 +427,7 @@ def refuse_foreign(out_dir: str):
     """UserError where a new run would overwrite files that it has not made: the tokenizer.json of a model,
     shards from elsewhere."""
     folder = glob.escape(out_dir)
-    for name in "tokenizer.json", *(f"{split}_[0-9]*.bin" for split in SPLITS):
+    for name in "tokenizer.json", *SHARD_FILES:
         for path in glob.glob(os.path.join(folder, name)):
             raise UserError(f"{path} is in the way and no manifest.json says that it was made here: use "
                             "another --out_dir")
@@ -566,8 +454,8 @@ def is_integers(value, count: int) -> bool:
 
 def difference(old: dict, new: dict, out_dir: str) -> str:
     """What a run asks for that the one before did not, with the repair; empty where they agree."""
-    for name, value in new["request"].items():
-        if old["request"].get(name) != value:
+    for name in (*new["request"], *LATER_FLAGS):
+        if old["request"].get(name) != new["request"].get(name):
             return (f"{out_dir} was begun with another --{name}: use the same as in its manifest.json, or "
                     "another --out_dir")
     for source in used_sources(old):
@@ -599,6 +487,8 @@ def verify(out_dir: str):
     if manifest is None:
         raise UserError(f"no manifest.json in {out_dir}: nothing to verify against")
     digests = {shard["name"]: shard.get("sha256") for shard in manifest["shards"]}
+    targets = [shard["targets"] for shard in manifest["shards"] if "targets" in shard]
+    digests |= {entry["name"]: entry["sha256"] for entry in targets}
     digests["tokenizer.json"] = manifest.get("tokenizer", {}).get("sha256")
     if not manifest["shards"] or None in digests.values():
         raise UserError(f"the manifest.json of {out_dir} names no shards, or one without sha256: it is not "
@@ -625,10 +515,12 @@ def plan(config: Config, sources: list[str]):
         files = -(-config.train_tokens // C4_FILE["tokens"])
         download = files * C4_FILE["bytes"]
         print(f"about {readable(download)} to download into the hub's cache", flush=True)
+    elif any(source.startswith(HUB) for source in sources):
+        print("files of the hub are downloaded into its cache as they are read", flush=True)
     else:
-        tokens = min(tokens, tokens_in(sources, config.tokenizer))
-    # a megabyte more for the tokenizer and the manifest
-    shards = 2 * tokens + 1e6
+        tokens = min(tokens, tokens_in(sources, config))
+    # a byte more beside each token of a row; a megabyte more for the tokenizer and the manifest
+    shards = (3 if config.rows else 2) * tokens + 1e6
     # of the file system that holds the folder; the hub's cache is mostly on the same
     free = shutil.disk_usage(config.out_dir).free
     print(f"up to {tokens:,.0f} tokens, {readable(shards)} to write into {config.out_dir}, "
@@ -637,15 +529,18 @@ def plan(config: Config, sources: list[str]):
         raise UserError(f"{readable(shards + download)} are needed, {readable(free)} are free: free some, or "
                         "use another --out_dir (and HF_HOME, the hub's cache) or fewer --train_tokens")
 
-def tokens_in(sources: list[str], tokenizer: str) -> int:
+def tokens_in(sources: list[str], config: Config) -> int:
     """Tokens that local sources hold at the most, roughly."""
     text = 0
     for source in sources:
         size = len(builtin_text()) if source == "builtin" else os.path.getsize(source)
-        # gzip shrinks text to about a third
-        text += size * (3 if source.endswith(".gz") else 1)
+        # gzip and its like shrink text to about a third
+        text += size * (3 if source.endswith((*PACKED, ".parquet")) else 1)
+    # a row is mostly padding where documents are a line, say of 50 bytes
+    if config.rows:
+        return text // 50 * config.rows
     # with a trained vocabulary some 4 bytes make a token
-    return text // (1 if tokenizer == "byte" else 4)
+    return text // (1 if config.tokenizer == "byte" else 4)
 
 def check_flags(config: Config):
     for name in "train_tokens", "val_tokens", "shard_tokens", "workers":
@@ -653,13 +548,17 @@ def check_flags(config: Config):
         # llm.c's header counts a shard's tokens in an int32
         if value < 1 or name == "shard_tokens" and value >= 2**31:
             raise UserError(f"--{name} {value}: must be positive, shards below 2**31 tokens")
+    # None is no number: documents one after another
+    if config.rows is not None and not 2 <= config.rows <= config.shard_tokens:
+        raise UserError(f"--rows {config.rows}: a row has a token and its target, and fits into a shard of "
+                        f"--shard_tokens {config.shard_tokens}")
     if config.split_pattern and not config.tokenizer.endswith(".tiktoken"):
         raise UserError("--split_pattern is for a .tiktoken file: every other --tokenizer has its own")
 
 def remove_leftovers(out_dir: str):
     """Delete the temporary files of an interrupted run, and no others."""
     folder = glob.escape(out_dir)
-    for name in "manifest.json", "tokenizer.json", *(f"{split}_[0-9]*.bin" for split in SPLITS):
+    for name in "manifest.json", "tokenizer.json", *SHARD_FILES:
         for path in glob.glob(os.path.join(folder, f"{name}.tmp")):
             os.remove(path)
 
@@ -699,12 +598,13 @@ def prepare(config: Config, streams: dict[str, list[str]], manifest: dict):
     if manifest != load_manifest(config.out_dir, unfinished=True):
         save_manifest(config.out_dir, manifest)
     tokenizer = the_tokenizer(config, streams, manifest)
+    encode = Rows(tokenizer, config.rows) if config.rows else Stream(tokenizer)
     writers = {split: SplitWriter(config, split, manifest) for split in SPLITS}
     begun = sum(writer.total for writer in writers.values())
     with tqdm(unit=" tokens", unit_scale=True, initial=begun) as bar:
         for stream, sources in streams.items():
-            documents = Documents(sources, config.skip_bad, manifest)
-            write_stream(config, stream, documents, writers, tokenizer, bar)
+            documents = documents_of(config, sources, manifest)
+            write_stream(config, stream, documents, writers, encode, bar)
             if documents.skipped:
                 print(f"skipped {documents.skipped} bad lines", file=sys.stderr)
     # a source without documents is an error, and both splits are known to get some
@@ -722,12 +622,13 @@ def main(config: Config):
     check_flags(config)
     trained_size(config)
     # nothing is written before every file that was named is known to be there
-    streams = choose_sources(config)
-    manifest = begin(config, streams)
+    hub = known_of_hub(config.out_dir)
+    streams = choose_sources(config, hub)
+    manifest = begin(config, streams, hub)
     if not manifest["complete"]:
         with claim(config.out_dir, "prepares text"):
             # again: whoever held the lock until now has written
-            manifest = begin(config, streams)
+            manifest = begin(config, streams, hub)
             if not manifest["complete"]:
                 return prepare(config, streams, manifest)
     print(f"{config.out_dir} is complete: {len(manifest['shards'])} shards")

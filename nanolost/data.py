@@ -305,7 +305,8 @@ def load_manifest(data_dir: str, unfinished: bool = False) -> dict | None:
     return manifest
 
 def shard_length(data_dir: str, shard: dict) -> int:
-    """Tokens of a shard by its file. UserError where its entry in the manifest says something else."""
+    """Tokens of a shard by its file. UserError where its entry in the manifest says something else, or its
+    targets are not beside it."""
     name = shard["name"]
     path = os.path.join(data_dir, name)
     tokens = len(read_shard(path))
@@ -313,6 +314,8 @@ def shard_length(data_dir: str, shard: dict) -> int:
     promised = shard.get("tokens", tokens)
     if tokens != promised:
         raise UserError(f"{name} of {data_dir} has {tokens} tokens, its manifest says {promised}: {AGAIN}")
+    if "targets" in shard:
+        read_targets(path, tokens)
     return tokens
 
 # --- splits of a folder ---
@@ -484,8 +487,6 @@ class TokenDataset:
     def _check_rows(self, data_dir: str, split: str, shards: list[dict], row: int):
         if row != self.seq_len:
             raise UserError(f"{data_dir} has rows of {row} tokens, which are not cut: use --seq_len {row}")
-        for path, shard in zip(self.paths, shards, strict=True):
-            read_targets(path, shard["tokens"])
         if not sum(shard["targets"]["tokens"] for shard in shards):
             raise UserError(f"no row of the {split} split of {data_dir} has a target, its prompts fill them: "
                             "prepare it again with a larger --rows")

@@ -1,0 +1,76 @@
+"""What a shard keeps of a document: its tokens in a stream, or a row of a fixed length with its targets.
+
+A row follows the tokenizer's post-processor to the letter and is cut or padded to its length, as in the
+papers of this line (GaLore, torchrun_main.py: one document a row of 256). Its first token, a prompt and
+padding are no targets."""
+from typing import NamedTuple
+
+import numpy as np
+
+from nanolost.data import token_dtype
+from nanolost.documents import Pair
+from nanolost.errors import UserError
+from nanolost.tokenizer import Tokenizer
+
+class Encoded(NamedTuple):
+    """tokens, targets: (n,); targets None where every token is one. text_bytes: UTF-8 bytes behind the
+    tokens; text_tokens: those that are no padding."""
+
+    tokens: np.ndarray
+    targets: np.ndarray | None
+    text_bytes: int
+    text_tokens: int
+
+class Stream:
+    """Encodes documents that follow one another without an end."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        # two bytes a token instead of tiktoken's four, before they wait for their turn
+        self.dtype = token_dtype(tokenizer.vocab_size)
+
+    def __call__(self, text: str) -> Encoded:
+        tokens = self.tokenizer.document(text).astype(self.dtype)
+        return Encoded(tokens, None, len(text.encode()), len(tokens))
+
+class Rows:
+    """Encodes documents as rows of `length` tokens. UserError where no text has room in one."""
+
+    def __init__(self, tokenizer: Tokenizer, length: int):
+        self.tokenizer = tokenizer
+        self.length = length
+        self.dtype = token_dtype(tokenizer.vocab_size)
+        self.bytes = tokenizer.token_bytes()
+        edges = len(tokenizer.before) + len(tokenizer.after)
+        least = max(2, edges + 1)
+        if length < least:
+            raise UserError(f"--rows {length}: this tokenizer puts {edges} tokens around a text; use {least} "
+                            "or more")
+
+    def __call__(self, document: str | Pair) -> Encoded:
+        ids, known = self.ids(document)
+        before = self.tokenizer.before
+        after = self.tokenizer.after
+        ids = ids[:self.length - len(before) - len(after)]
+        text = [*before, *ids, *after]
+        tokens = np.full(self.length, self.tokenizer.pad, self.dtype)
+        tokens[:len(text)] = text
+        targets = np.zeros(self.length, bool)
+        # nothing predicts the first token
+        first = max(1, len(before) + known)
+        targets[first:len(text)] = True
+        # special tokens, as padding is, stand for no text
+        text_bytes = int(self.bytes[text].sum())
+        return Encoded(tokens, targets, text_bytes, len(text))
+
+    def ids(self, document: str | Pair) -> tuple[list[int], int]:
+        """The ids of a document, and how many of them are its prompt's."""
+        encode = self.tokenizer.encode
+        if isinstance(document, str):
+            return encode(document), 0
+        prompt = encode(document.prompt)
+        whole = encode(document.prompt + document.completion)
+        # a token across the border: the model will see the prompt alone before it has to go on
+        if whole[:len(prompt)] != prompt:
+            whole = prompt + encode(document.completion)
+        return whole, len(prompt)
