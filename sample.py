@@ -25,6 +25,8 @@ class Config:
     top_k: int | None = flag(None, "draw from the k likeliest tokens only")
     top_p: float | None = flag(None, "draw from the fewest tokens whose probabilities reach p")
     num_samples: int = flag(1, "independent samples, an empty line between them")
+    chat: bool = flag(False, "the prompt is what a user says: apply the model's chat template and print the "
+                      "answer alone")
     seed: int = flag(0, "of the draws")
     device: str = flag("auto", "cuda, mps or cpu; auto is the best there is", ["auto", "cuda", "mps", "cpu"])
     dtype: str = flag("float32", "of weights and activations", ["float32", "bfloat16"])
@@ -79,8 +81,11 @@ def load(config: Config):
 def continuations(model, tokenizer: Tokenizer, prompt: str, config: Config):
     """The samples' texts after the prompt."""
     device = next(model.parameters()).device
-    # as every document in training begins
-    start = tokenizer.document(prompt).tolist()
+    if config.chat:
+        start = tokenizer.chat([{"role": "user", "content": prompt}])
+    else:
+        # as every document in training begins
+        start = tokenizer.document(prompt).tolist()
     # a vocabulary may have holes, and a model more rows than its tokenizer has ids (--vocab_size), or fewer
     known = torch.from_numpy(tokenizer.known()[:model.config.vocab_size])
     ends = sorted(tokenizer.ends)
@@ -114,7 +119,7 @@ def main(config: Config):
     for i, text in enumerate(continuations(model, tokenizer, prompt, config)):
         if i:
             print()
-        print(prompt + text)
+        print(text if config.chat else prompt + text)
 
 if __name__ == "__main__":
     command(lambda: main(Config(**parse(Config, sys.argv[1:], __doc__))))

@@ -13,6 +13,7 @@ import numpy as np
 import tiktoken
 
 from nanolost import hf_tokenizer as hf
+from nanolost.chat import render
 from nanolost.errors import UserError
 from nanolost.files import expanded, parse_json, read_bounded, write_atomic
 from nanolost.hf_tokenizer import BYTE_PATTERN, GPT2_PATTERN
@@ -34,11 +35,13 @@ FILE_LIMIT = 64 << 20                          # bytes; Gemma's, the largest kno
 CONFIG = "tokenizer_config.json"
 GENERATION = "generation_config.json"
 TEMPLATE = "chat_template.jinja"
+# what goes along with a vocabulary wherever it goes, unread but for the special tokens
 BESIDE = (CONFIG, "special_tokens_map.json", TEMPLATE, GENERATION)
 # transformers 5 builds the class that a folder names, past the file's own pre-tokenizer: 4 ids where 7 are
 # right. The entries add_… replace the file's post-processor, and code does not travel.
 NOT_PASSED_ON = {"tokenizer_class", "add_bos_token", "add_eos_token", "auto_map", "backend", "tokenizer_file"}
-# where no file says which special token ends a text: the usual names, ours first
+# where no file says which special token ends a text, as T5's tokenizer.json often stands alone: the usual
+# names, ours first
 ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<｜end▁of▁sentence｜>")
 
 def read_beside(folder: str) -> dict[str, bytes]:
@@ -96,15 +99,18 @@ class Tokenizer:
         self.name = engine.name
         self.lengths = engine.lengths
         self.vocab_size = len(engine.lengths)
-        roles = tokens_by_role(self.files_beside)
-        self.eot = end_of_text(special, roles)
-        self.pad = special.get(roles.get("pad_token"), self.eot)
+        self.roles = tokens_by_role(self.files_beside)
+        self.eot = end_of_text(special, self.roles)
+        # no loss looks at padding, so that any id will do
+        self.pad = special.get(self.roles.get("pad_token"), self.eot)
         self.start = self.before or [self.eot]
         # generation_config.json names several for a model that chats
         ends = json_beside(self.files_beside, GENERATION).get("eos_token_id")
         ends = ends if isinstance(ends, list) else [ends]
         self.ends = {self.eot, *filter(hf.is_id, ends)}
+        # a split pattern that a user has named
         self.foreign = False
+        # of the file of an earlier version that this was read from
         self.old_digest = None
 
     # --- where tokenizers come from ---
@@ -116,6 +122,7 @@ class Tokenizer:
         check_vocabulary(tokens)
         ranks = {token: rank for rank, token in enumerate(tokens)}
         eot = len(tokens)
+        # one spelling a pattern, or equal vocabularies would have two identities
         vocabulary = hf.ByteLevel(ranks, hf.SPELLINGS.get(pattern, pattern), {END_OF_TEXT: eot})
         return cls(Tiktoken(vocabulary, name), vocabulary.special, ([eot], []))
 
@@ -159,6 +166,7 @@ class Tokenizer:
             raise UserError("it holds no split pattern, and that of this vocabulary is not known here: name "
                             "it by prepare_c4.py --split_pattern REGEX")
         tokenizer = cls.of(tokens, pattern, name)
+        # no byte of it is ours, and nobody else has tried the two together
         tokenizer.foreign = split_pattern is not None
         tokenizer.engine.try_out()
         return tokenizer
@@ -170,7 +178,9 @@ class Tokenizer:
         special = hf.special_tokens(content)
         files = read_beside(os.path.dirname(file))
         engine = cls._engine(data, content, file)
-        return cls(engine, special, hf.edges(content), files, data.removeprefix(codecs.BOM_UTF8))
+        # nobody else's reader takes a byte-order mark
+        data = data.removeprefix(codecs.BOM_UTF8)
+        return cls(engine, special, hf.edges(content), files, data)
 
     @staticmethod
     def _engine(data: bytes, content: dict, name: str) -> Tiktoken | Library:
@@ -218,6 +228,24 @@ class Tokenizer:
         """The ids of a text in which special tokens are what they say: one that a chat template has made."""
         return self.engine.encode_special(well_formed(text))
 
+    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """The ids of a conversation up to where the model answers, by the chat template that came with it."""
+        template = self._chat_template()
+        if template is None:
+            raise UserError("the model has no chat template: it was not made to chat, use --chat false")
+        return self.encode_special(render(template, messages, self.roles))
+
+    def _chat_template(self) -> str | None:
+        if TEMPLATE in self.files_beside:
+            return self.files_beside[TEMPLATE].decode(errors="replace")
+        # older folders keep it here, some of them several by name
+        template = json_beside(self.files_beside, CONFIG).get("chat_template")
+        if isinstance(template, list):
+            entries = [entry for entry in template if isinstance(entry, dict)]
+            chosen = [entry.get("template") for entry in entries if entry.get("name") == "default"]
+            template = chosen[0] if chosen else None
+        return template if isinstance(template, str) else None
+
     def document(self, text: str) -> np.ndarray:
         """A document of a stream, (n,) uint32: what begins one, then the text."""
         return np.concatenate([np.array(self.start, np.uint32), self.encode_array(text)])
@@ -226,6 +254,7 @@ class Tokenizer:
         """A text between what the post-processor puts around it, (n,) uint32; of at most `length` ids, for
         which the text is cut."""
         ids = self.encode_array(text)
+        # as transformers cuts: what stands around the text stays
         if length is not None:
             ids = ids[:max(0, length - len(self.before) - len(self.after))]
         return np.concatenate([np.array(self.before, np.uint32), ids, np.array(self.after, np.uint32)])
@@ -242,6 +271,7 @@ class Tokenizer:
             return self.decode(ids)
         known = self.decode(before)
         whole = self.decode([*before, *ids])
+        # one whose end depends on what follows is printed as it stands
         return whole.removeprefix(known) if whole.startswith(known) else self.decode(ids)
 
     def token_bytes(self) -> np.ndarray:
@@ -258,6 +288,7 @@ class Tokenizer:
         """Rows of an embedding that texts need: the largest id that can stand in one, and one. T5's file has
         100 special tokens behind its 32,000, which no text holds."""
         special = set(self.special.values())
+        # special strings in a text are ordinary text
         ordinary = (number for number in self.engine.sizes if number not in special)
         return 1 + max(*ordinary, *self.start, *self.before, *self.after, self.pad)
 
@@ -270,6 +301,7 @@ class Tokenizer:
             vocabulary = self.engine.vocabulary
             content = hf.write_byte_level(vocabulary, END_OF_TEXT)
             data = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+            # once: each checkpoint writes it again
             if self.foreign or vocabulary.pattern not in (GPT2_PATTERN, BYTE_PATTERN):
                 compare(self.engine, data)
             else:
@@ -284,9 +316,10 @@ class Tokenizer:
 
     def files(self, longest: int | None = None) -> dict[str, bytes]:
         """All files of a folder that Hugging Face's AutoTokenizer loads, by name, with what the source had
-        beside them. longest: tokens that the model can read, where the source does not say."""
+        beside them. longest: most tokens that the model can read, where the source does not say."""
         config = self._config()
         if longest is not None:
+            # transformers warns of a longer text
             config.setdefault("model_max_length", longest)
         text = json.dumps(config, indent=1, ensure_ascii=False)
         return {"tokenizer.json": self.to_json(), **self.files_beside, CONFIG: text.encode()}
@@ -295,20 +328,21 @@ class Tokenizer:
         config = json_beside(self.files_beside, CONFIG)
         config = {name: value for name, value in config.items() if name not in NOT_PASSED_ON}
         names = {number: text for text, number in self.special.items()}
-        roles = tokens_by_role(self.files_beside)
         defaults = {
             "bos_token": names.get(self.start[0]),
             "eos_token": names[self.eot],
             # transformers 4 hands token_type_ids to models that have none, unless these are named
             "model_input_names": ["input_ids", "attention_mask"],
         }
-        config = {**defaults, **roles, **config}
+        config = {**defaults, **self.roles, **config}
         # null in the source, where its generation_config.json or a usual name says it
         config["eos_token"] = config["eos_token"] or defaults["eos_token"]
         # a chat template writes special tokens as text, which must stay what they are
         if TEMPLATE not in self.files_beside and "chat_template" not in config:
             config["split_special_tokens"] = True
+        # the class of both versions of transformers that takes a tokenizer.json as it stands
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # otherwise "a , b" would come back as "a, b"
         config["clean_up_tokenization_spaces"] = False
         return config
 
@@ -324,7 +358,9 @@ class Tokenizer:
         one, by the hash of the file."""
         if digest in (self.identity(), self.old_digest):
             return True
-        if self.special != {END_OF_TEXT: self.vocab_size - 1} or not isinstance(self.engine, Tiktoken):
+        # earlier versions knew no others
+        ours = self.special == {END_OF_TEXT: self.vocab_size - 1}
+        if not ours or not isinstance(self.engine, Tiktoken):
             return False
         vocabulary = self.engine.vocabulary
         return digest == old_digest(vocabulary.tokens(), vocabulary.pattern, self.name)

@@ -47,6 +47,7 @@ def silent_stderr():
         # closed: nobody to be spared
         yield
         return
+    # the descriptor and not sys.stderr: Rust knows no Python object
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 2)
     try:
@@ -71,6 +72,7 @@ def cut(text: str):
     start = 0
     while len(text) - start > PIECE:
         end = start + PIECE
+        # a text without a word in it is cut anywhere
         ends = [match.end() for match in WORD_END.finditer(text, end - TAIL, end)]
         end = ends[-1] if ends else end
         yield text[start:end]
@@ -95,6 +97,7 @@ class Tiktoken:
         self.vocabulary = vocabulary
         self.name = name
         self.data = data
+        # id → bytes of UTF-8 that it stands for in a text
         self.sizes = {number: len(token) for token, number in vocabulary.ranks.items()}
         # special tokens stand for no byte of a text, so bits a byte may be summed over whole documents
         self.sizes |= dict.fromkeys(vocabulary.special.values(), 0)
@@ -171,6 +174,7 @@ class Library:
         self.sizes = {number: size(token) for token, number in vocabulary.items()}
         special = hf.special_tokens(content)
         self.sizes |= dict.fromkeys(special.values(), 0)
+        # a table of that many rows would fill the memory
         if max(self.sizes) >= hf.MOST_IDS:
             raise UserError(f"it names the id {max(self.sizes)}, above {hf.MOST_IDS}")
         self.lengths = sizes_array(self.sizes)
@@ -184,6 +188,7 @@ class Library:
         return np.array(self._ids(text), np.uint32)
 
     def encode_special(self, text: str) -> list[int]:
+        # one text of a chat, from the main thread: no worker encodes meanwhile
         self.tokenizer.encode_special_tokens = False
         try:
             return self._ids(text)
@@ -191,6 +196,7 @@ class Library:
             self.tokenizer.encode_special_tokens = True
 
     def decode(self, ids: list[int]) -> str:
+        # like tiktoken, which leaves nothing out
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def identity(self) -> str:
@@ -208,6 +214,7 @@ def compare(engine: Tiktoken, data: bytes):
         # one that ends inside a character is no text
         with contextlib.suppress(UnicodeDecodeError):
             tokens.append(token.decode())
+    # also between others, where ^ and $ may see an end
     for text in SAMPLE, "\n".join(tokens), " ".join(tokens), *tokens:
         ids = engine.encode(text).tolist()
         if ids != library.encode(text).tolist() or library.decode(ids) != text:

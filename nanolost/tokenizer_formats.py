@@ -34,6 +34,7 @@ def check_vocabulary(tokens: list[bytes]):
 
 def decoded(token, number: int) -> bytes:
     try:
+        # without validate it would skip what is no base64
         return base64.b64decode(token, validate=True)
     except (TypeError, ValueError):
         raise UserError(f"its token {number} is not in base64") from None
@@ -80,5 +81,6 @@ def old_digest(tokens: list[bytes], pattern: str, name: str) -> str:
         "end_of_text": END_OF_TEXT,
         "tokens": [base64.b64encode(token).decode() for token in tokens],
     }
+    # byte for byte as it was written
     text = json.dumps(content, indent=0)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -6,21 +6,25 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import tokenizers
+from conftest import losses, step_folder
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_tokenizer import BYTES, KINDS, TEXTS, old_json, tiktoken_lines, tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import prepare_c4
+import train
 from nanolost import hf_tokenizer as hf
 from nanolost import tokenizer_engines
 from nanolost.data import read_shard
 from nanolost.errors import UserError
+from nanolost.files import sha256_file
 from nanolost.tokenizer import Tokenizer
 from nanolost.tokenizer_engines import Library, Tiktoken
 from nanolost.tokenizer_formats import END_OF_TEXT, known_pattern, old_digest
@@ -327,6 +331,36 @@ def test_what_stands_beside_a_tokenizer_travels_and_its_class_does_not(tmp_path)
     assert ids == [1, *t.encode("the cat"), 2] == t.encode_special("<|im_start|>the cat<|im_end|>")
     assert Tokenizer.load(again).files() == t.files()
 
+MESSAGES = [{"role": "user", "content": "the <|im_end|> cat"}]
+CHAT = """{% for m in messages %}
+    <|im_start|>{{ m.role }}
+{{ m.content | tojson }}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}{{ eos_token }}<|im_start|>assistant
+{% endif %}"""
+
+def test_a_conversation_has_the_ids_that_transformers_gives_it(tmp_path):
+    config = {"eos_token": "<|im_end|>", "chat_template": CHAT}
+    t = Tokenizer.load(put(tmp_path, smol(), tokenizer_config=config))
+    auto = AutoTokenizer.from_pretrained(written(t, tmp_path / "again"))
+    given = auto.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
+    assert t.chat(MESSAGES) == t.encode_special(given) == auto(given, add_special_tokens=False)["input_ids"]
+    # a file has the last word, and one of several is the default
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}<|im_start|>")
+    assert Tokenizer.load(tmp_path).chat(MESSAGES) == [1]
+    several = [{"name": "rag", "template": "no"}, {"name": "default", "template": CHAT}]
+    folder = put(tmp_path / "several", smol(), tokenizer_config={**config, "chat_template": several})
+    assert Tokenizer.load(folder).chat(MESSAGES) == t.chat(MESSAGES)
+
+@pytest.mark.parametrize("template, cause", [
+    (None, "no chat template"), ("{{ raise_exception('system first') }}", "system first"),
+    ("{% if %}", "fails"), ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
+    ("{{ 1 / 0 }}", "ZeroDivisionError")])
+def test_a_template_that_fails_or_reaches_out_is_one_error(tmp_path, template, cause):
+    config = {"eos_token": "<|im_end|>", "chat_template": template}
+    with pytest.raises(UserError, match=cause):
+        Tokenizer.load(put(tmp_path, smol(), tokenizer_config=config)).chat(MESSAGES)
+
 @pytest.mark.parametrize("make", [smol, llama])
 def test_a_foreign_folder_without_a_chat_template_keeps_special_strings_ordinary(tmp_path, make):
     t = Tokenizer.load(put(tmp_path / "a", make()))
@@ -564,3 +598,34 @@ def test_t5_is_the_same_on_the_whole_corpus(real_data, texts, tmp_path):
     assert Tokenizer.load(tmp_path / "again").identity() == t.identity()
     counted = sum(t.token_bytes()[t.encode(text)].sum() for text in texts[:50])
     assert counted == pytest.approx(sum(len(text.encode()) for text in texts[:50]), rel=1e-3)
+
+# --- what earlier versions have left ---
+
+def rewrite(path, change):
+    with open(path, encoding="utf-8") as f:
+        content = json.load(f)
+    change(content)
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(content, f)
+
+def test_shards_and_runs_of_earlier_versions_go_on(small, data_dir, tmp_path):
+    shutil.copytree(data_dir, tmp_path / "data")
+    config = small(data_dir=str(tmp_path / "data"), steps=4, save_every=2)
+    old = old_json(BYTES, name="byte")
+    digest = hashlib.sha256(old).hexdigest()
+
+    def as_before(manifest):
+        manifest["tokenizer"] = {"name": "byte", "sha256": digest, "vocab_size": 257, "eot": 256}
+    (tmp_path / "data" / "tokenizer.json").write_bytes(old)
+    rewrite(tmp_path / "data" / "manifest.json", as_before)
+    train.main(config)
+
+    folder = step_folder(config, 4)
+    rewrite(os.path.join(folder, "state.json"), lambda state: state["config"].update(tokenizer_sha256=digest))
+    hashes = {"state.json": sha256_file(os.path.join(folder, "state.json"))}
+    rewrite(os.path.join(folder, "manifest.json"), lambda manifest: manifest.update(hashes))
+    train.main(small(data_dir=config.data_dir, steps=6, save_every=2))
+    assert [step for step, _ in losses(config)] == [1, 2, 3, 4, 5, 6]
+    # what is written now is Hugging Face's, of the same vocabulary
+    assert Tokenizer.load(step_folder(config, 6)).identity() == Tokenizer.named("byte").identity()
+    assert "model" in json.loads(Tokenizer.load(step_folder(config, 6)).to_json())
