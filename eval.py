@@ -141,6 +141,9 @@ def of_shards(config: Config, tokenizer: Tokenizer, rows: int) -> tuple[TokenDat
     # the very object that training reads its validation text with
     if config.stride == config.seq_len:
         return data, names
+    if data.row:
+        raise UserError(f"--stride {config.stride}: the rows of {config.data_dir} stand for themselves, none "
+                        "goes on in the next; leave --stride out")
     shards = [read_shard(path) for path in data.paths]
     return Windows(shards, config.seq_len, config.stride, "shared"), names
 
@@ -183,10 +186,11 @@ def line(result: dict) -> str:
     return (f"loss {loss} | perplexity {perplexity} | {bits} bits per byte | {result['tokens']:,} tokens in "
             f"{result['windows']} windows of {result['window']}, stride {result['stride']}, of {names}")
 
-def first_token_rule(config: Config, tokenizer: Tokenizer) -> str:
+def first_token_rule(config: Config, tokenizer: Tokenizer, rows: bool) -> str:
     """Which tokens nothing predicts, and what stands before a text."""
     if config.data_dir:
-        return f"{RULES['shared']}; what begins a document is as in the shards"
+        rule = RULES["row" if rows else "shared"]
+        return f"{rule}; what begins a document is as in the shards"
     begin = [text for text, number in tokenizer.special.items() if number in tokenizer.before]
     return f"{RULES['alone']}; {' '.join(begin) or 'nothing'} stands before the text"
 
@@ -204,8 +208,8 @@ def main(config: Config) -> dict:
             data, names = of_files(config, tokenizer)
         else:
             data, names = of_shards(config, tokenizer, rows)
-        # as many new tokens has a window
-        samples = config.tokens and config.tokens // config.stride
+        # as train.py's --eval_tokens
+        samples = None if config.tokens is None else data.samples_for(config.tokens)
         text = Validation.of(data, samples, micro, tokenizer, rows)
         windows = []
         found = evaluate(model.to(job.device), text, autocast(config), job, windows)
@@ -218,7 +222,7 @@ def main(config: Config) -> dict:
         "window": config.seq_len,
         "stride": config.stride,
         "text": names,
-        "first_token": first_token_rule(config, tokenizer),
+        "first_token": first_token_rule(config, tokenizer, getattr(data, "row", False)),
         "ckpt": folder,
         "device": config.device,
         "dtype": config.dtype,

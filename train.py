@@ -2,6 +2,7 @@
 
     python train.py                                         # one process, the best device there is
     torchrun --nproc_per_node=8 train.py --model 350m       # eight GPUs
+    python train.py --init_from FOLDER --steps 1000         # a trained LLaMA, further
     python train.py --help                                  # every flag
 
 Run the same command again to continue. The samples of a step are a function of the seed, the same for any
@@ -16,9 +17,8 @@ import traceback
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from model import LlamaConfig
+from model import Llama, LlamaConfig
 from nanolost import checkpoint, out_dir
 from nanolost.budget import checkpoint_bytes, describe, describe_dense
 from nanolost.data import SampleOrder, TokenDataset
@@ -27,7 +27,9 @@ from nanolost.flags import command, parse, say
 from nanolost.job import Job, place
 from nanolost.loop import Report, State, Validation, evaluate, identity, measure, update
 from nanolost.methods import build_model, owners
+from nanolost.optim import freeze
 from nanolost.settings import FIXED, Config, resolve, settle_device, settle_schedule, split_batch
+from nanolost.source import Source, remembered
 from nanolost.threads import use_threads
 from nanolost.tokenizer import Tokenizer
 
@@ -62,13 +64,11 @@ class Texts:
         self.train = TokenDataset(config.data_dir, "train", config.seq_len)
         self.order = SampleOrder(len(self.train), config.seed)
         val = TokenDataset(config.data_dir, "val", config.seq_len)
-        wanted = max(1, config.eval_tokens // config.seq_len)
-        samples = min(len(val), wanted)
         self.rows = config.vocab_size
-        # ids of a padded vocabulary stand for no text, and none of a text is above a smaller one's
-        padding = (0, config.vocab_size - tokenizer.vocab_size)
-        token_bytes = F.pad(torch.from_numpy(tokenizer.token_bytes()), padding)
-        self.validation = Validation(val, samples, config.micro_batch, token_bytes)
+        samples = val.samples_for(config.eval_tokens)
+        self.validation = Validation.of(val, samples, config.micro_batch, tokenizer, self.rows)
+        if config.paper_batch:
+            self.validation.paper = (config.paper_batch, config.eval_tokens)
 
     def splits(self) -> list[TokenDataset]:
         return [self.train, self.validation.data]
@@ -91,21 +91,26 @@ class Texts:
 
 # --- a new run, or one that goes on ---
 
-def prepare_out_dir(config: Config, texts: Texts) -> str | None:
+def first_model(config: Config, source: Source | None, device, part: tuple[int, int] = (0, 1)) -> Llama:
+    """The model of step 0: drawn, or that of --init_from. Of n processes the i-th fills `part` (i, n)."""
+    if source is None:
+        return build_model(config, device, part)
+    return source.build(config, device, part)
+
+def prepare_out_dir(config: Config, texts: Texts, source: Source | None) -> str | None:
     """Rank 0's look at out_dir and at the data before anything is written: the folder of the checkpoint to
     continue from, None for a new run."""
     # what a killed save left behind takes room
     checkpoint.sweep(config.out_dir)
-    out_dir.check_space(config.out_dir, config.keep, checkpoint_bytes(config))
+    shapes = first_model(config, source, "meta")
+    freeze(shapes, config.freeze)
+    out_dir.check_space(config.out_dir, config.keep, checkpoint_bytes(shapes, config.optimizer))
     texts.check(config.data_dir)
     return out_dir.choose_checkpoint(config.out_dir, config.resume, config.overwrite)
 
-def fresh(config: Config, job: Job) -> State:
+def fresh(config: Config, job: Job, source: Source | None = None) -> State:
     """Step 0. Each process decomposes its share of the layers and sends them to the others."""
-    # random draws come from one generator: then every process has to make all of them
-    drawn = "random" in (config.init, config.select)
-    part = (0, 1) if drawn else (job.rank, job.world)
-    model = build_model(config, job.device, part)
+    model = first_model(config, source, job.device, (job.rank, job.world))
     owner = owners(model, job.world)
     for name, tensor in model.state_dict().items():
         # also what all drew alike: two kinds of GPU may round a decomposition differently
@@ -156,10 +161,12 @@ def resumed(config: Config, job: Job, texts: Texts, folder: str, report: Report)
 def dry_run(config: Config):
     """Print what the run would cost."""
     rank, world = place()
+    source = Source.of(config)
     vocabulary(config)
     config.micro_batch, accumulation = split_batch(config, world)
     # shapes only: 7b needs no memory either
-    model = build_model(config, "meta")
+    model = first_model(config, source, "meta")
+    freeze(model, config.freeze)
     lines = describe(model, config, world, accumulation)
     if config.linear != "dense":
         lines += describe_dense(model, config)
@@ -235,18 +242,21 @@ def main(config: Config):
         with failures_with_their_repair():
             return dry_run(config)
     with Job.start(config) as job, Report(config, job) as report, failures_with_their_repair():
+        source = Source.of(config)
+        # read now: --overwrite may delete what the model comes from
+        travelling = source.travelling() if source else {}
         config.micro_batch, accumulation = split_batch(config, job.world)
         # everything that can be refused is looked at before anything is written
         texts = Texts(config, vocabulary(config))
         job.claim(config.out_dir)
-        folder = job.first(lambda: prepare_out_dir(config, texts))
+        folder = job.first(lambda: prepare_out_dir(config, texts, source))
 
         if folder:
             state, now = resumed(config, job, texts, folder, report)
         else:
             settle(config, {})
             now = identity(config, texts.splits(), texts.digest, job.world)
-            state = fresh(config, job)
+            state = fresh(config, job, source)
         report.say("\n".join(describe(state.model, config, job.world, accumulation)))
         if config.compile == "true":
             # in place: parameters keep their names
@@ -260,8 +270,8 @@ def main(config: Config):
             report.sync()
             job.first(lambda: checkpoint.save_checkpoint(
                 config.out_dir, state.step, state.model, state.optimizers,
-                {**state.counters(), "config": now}, texts.tokenizer, config.keep))
+                {**state.counters(), "config": now}, texts.tokenizer, config.keep, travelling))
         report.end(train(state, texts, config, job, report, save))
 
 if __name__ == "__main__":
-    command(lambda: main(resolve(parse(Config, sys.argv[1:], __doc__))))
+    command(lambda: main(resolve(remembered(parse(Config, sys.argv[1:], __doc__)))))

@@ -13,6 +13,8 @@ from nanolost.errors import UserError
 RULES = {
     "shared": "a text's first token is no target; neighbouring windows share a token",
     "alone": "the first token of a window is no target",
+    # of prepare_c4.py --rows (data.py)
+    "row": "a row's first token, its prompt and its padding are no targets",
 }
 
 class Windows:
@@ -21,7 +23,7 @@ class Windows:
     window is one. UserError where no text has two tokens."""
 
     def __init__(self, texts: list[np.ndarray], seq_len: int, stride: int, rule: str):
-        assert rule in RULES and 1 <= stride <= seq_len, (rule, seq_len, stride)
+        assert rule in ("shared", "alone") and 1 <= stride <= seq_len, (rule, seq_len, stride)
         self.texts = texts
         self.seq_len = seq_len
         # tokens that a window reads, and those of it that the one before has predicted
@@ -29,7 +31,7 @@ class Windows:
         if rule == "shared":
             self.reach += 1
         self.seen = self.reach - stride
-        # (text, first token) of each window; WikiText-2's test split has 150 of 2048
+        # (text, first token) of each window
         self.places = []
         for number, ids in enumerate(texts):
             last = max(0, len(ids) - self.reach)
@@ -42,6 +44,20 @@ class Windows:
     def __len__(self) -> int:
         return len(self.places)
 
+    def samples_for(self, targets: int) -> int:
+        """How many of the first windows have no more than so many targets together."""
+        counts = []
+        for number, start in self.places:
+            # a text that is shorter than a window has a first one alone
+            new = self.reach - self._first(start)
+            counts.append(min(new, len(self.texts[number]) - 1))
+        return int(np.searchsorted(np.cumsum(counts), targets, side="right"))
+
+    def _first(self, start: int) -> int:
+        """The place in a window, which begins at `start`, of its first target."""
+        # nothing predicts a window's first token
+        return max(1, self.seen) if start else 1
+
     def batch(self, samples, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
         """Windows `samples` as inputs and targets, two int64 tensors (len(samples), reach - 1); -1 is no
         target."""
@@ -53,10 +69,7 @@ class Windows:
             # a text may be shorter than a window: the rest of the row stays padding
             ids = self.texts[number][start:start + self.reach]
             inputs[row, :len(ids)] = ids
-            # nothing predicts a window's first token; of a text's first window all others are new
-            first = 1
-            if start:
-                first = max(first, self.seen)
+            first = self._first(start)
             targets[row, first:len(ids)] = ids[first:]
         x = torch.from_numpy(inputs[:, :-1])
         y = torch.from_numpy(targets[:, 1:])
