@@ -201,7 +201,8 @@ def test_a_kill_at_every_point_of_a_save_loses_nothing(small, tmp_path):
 def test_at_any_moment_a_copy_of_the_folder_holds_a_good_checkpoint(small, tmp_path, freeze):
     config = small(steps=100_000, save_every=1, eval_every=50_000, keep=1 if freeze else 3)
     process = launch(config, stdout=subprocess.DEVNULL)
-    assert within(PATIENCE, lambda: checkpoint.checkpoints(config.out_dir))
+    assert within(PATIENCE, lambda: process.poll() is not None or checkpoint.checkpoints(config.out_dir))
+    assert process.poll() is None
     steps, copy = set(), str(tmp_path / "copy")
     end = time.monotonic() + PATIENCE
     while len(steps) < 25 and time.monotonic() < end:
