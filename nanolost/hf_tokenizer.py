@@ -223,8 +223,10 @@ def split_pattern(content: dict) -> str | None:
     if way not in (("Isolated", False), ("Removed", True)):
         return None
     pattern = split["pattern"]["Regex"]
-    pattern = SPELLINGS.get(pattern, pattern)
-    return pattern if read_alike(pattern) else None
+    # before its spelling: what is meant here is what Oniguruma makes of it
+    if not read_alike(pattern):
+        return None
+    return SPELLINGS.get(pattern, pattern)
 
 def last_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
     """The two tokens that byte-pair encoding by ranks makes a token of; None where it never makes it."""

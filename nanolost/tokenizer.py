@@ -37,9 +37,8 @@ GENERATION = "generation_config.json"
 TEMPLATE = "chat_template.jinja"
 # what goes along with a vocabulary wherever it goes, unread but for the special tokens
 BESIDE = (CONFIG, "special_tokens_map.json", TEMPLATE, GENERATION)
-# transformers 5 builds the class that a folder names, past the file's own pre-tokenizer: 4 ids where 7 are
-# right. The entries add_… replace the file's post-processor, and code does not travel.
-NOT_PASSED_ON = {"tokenizer_class", "add_bos_token", "add_eos_token", "auto_map", "backend", "tokenizer_file"}
+# the entries add_… replace the file's post-processor, and code does not travel
+NOT_PASSED_ON = {"add_bos_token", "add_eos_token", "auto_map", "backend", "tokenizer_file"}
 # where no file says which special token ends a text, as T5's tokenizer.json often stands alone: the usual
 # names, ours first
 ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<｜end▁of▁sentence｜>")
@@ -340,7 +339,8 @@ class Tokenizer:
         # a chat template writes special tokens as text, which must stay what they are
         if TEMPLATE not in self.files_beside and "chat_template" not in config:
             config["split_special_tokens"] = True
-        # the class of both versions of transformers that takes a tokenizer.json as it stands
+        # The class that takes a tokenizer.json as it stands. transformers 5 would build another one that a
+        # source names past the file's own pre-tokenizer: 4 ids where 7 are right.
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         # otherwise "a , b" would come back as "a, b"
         config["clean_up_tokenization_spaces"] = False
