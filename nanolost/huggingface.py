@@ -283,7 +283,24 @@ def config_to_hf(config: LlamaConfig) -> dict:
         fields["use_sliding_window"] = False
     return fields
 
-# --- the code that travels ---
+# --- what travels ---
+
+# what others read of a model and this program does not; beside it the tokenizer's files, which it does
+TRAVELS = (
+    "generation_config.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json",
+    "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt",
+)
+# bytes; the largest tokenizer.model known here has 4 MB
+TRAVEL_LIMIT = 64 << 20
+
+def travelling_files(folder: str) -> dict[str, bytes]:
+    """Files of a folder by name that go on unchanged with its model."""
+    found = {}
+    for name in TRAVELS:
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            found[name] = read_bounded(path, TRAVEL_LIMIT)
+    return found
 
 # kinds of layers that modeling_lost.py knows
 TRAVELLING = ("lost",)

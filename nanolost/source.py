@@ -11,19 +11,13 @@ import torch
 from model import Llama
 from nanolost.checkpoint import STATE, checkpoint_folder, checkpoints, empty_model, load_folder
 from nanolost.errors import UserError
-from nanolost.files import expanded, read_bounded, read_json
+from nanolost.files import expanded, read_json
+from nanolost.huggingface import travelling_files
 from nanolost.methods import METHODS, keep_function, settings_of
 from nanolost.settings import Config, MethodFlags, ModelFlags
 
 # tokens of a training window, unless more are asked for: a folder may say 131072
 WINDOW = 1024
-# what others read of a model and this program does not; beside it the tokenizer's files, which it does
-TRAVELS = (
-    "generation_config.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json",
-    "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt",
-)
-# bytes; the largest tokenizer.model known here has 4 MB
-TRAVEL_LIMIT = 64 << 20
 # sizes of a Config that the folder decides
 SIZES = tuple(f.name for f in dataclasses.fields(ModelFlags) if f.name not in ("model", "init_std"))
 
@@ -145,9 +139,4 @@ class Source:
 
     def travelling(self) -> dict[str, bytes]:
         """Files by name that go on unchanged into the checkpoints."""
-        found = {}
-        for name in TRAVELS:
-            path = os.path.join(self.folder, name)
-            if os.path.exists(path):
-                found[name] = read_bounded(path, TRAVEL_LIMIT)
-        return found
+        return travelling_files(self.folder)
