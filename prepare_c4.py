@@ -56,7 +56,7 @@ C4 = {
     "train": [f"hf://allenai/c4/en/c4-train.{i:05d}-of-01024.json.gz" for i in range(1024)],
 }
 # of one train file, roughly
-C4_FILE = {"tokens": 150e6, "bytes": 320e6}
+C4_FILE = {"tokens": 150e6, "documents": 356_317, "bytes": 320e6}
 SHARD_FILES = [f"{split}_[0-9]*.bin{ending}" for split in SPLITS for ending in ("", TARGETS)]
 # without validation files one document in 50 is validation
 VAL_SHARE = 50
@@ -512,7 +512,8 @@ def plan(config: Config, sources: list[str]):
     tokens = config.train_tokens + config.val_tokens
     download = 0
     if config.input is None:
-        files = -(-config.train_tokens // C4_FILE["tokens"])
+        held = C4_FILE["documents"] * config.rows if config.rows else C4_FILE["tokens"]
+        files = -(-config.train_tokens // held)
         download = files * C4_FILE["bytes"]
         print(f"about {readable(download)} to download into the hub's cache", flush=True)
     elif any(source.startswith(HUB) for source in sources):

@@ -45,7 +45,7 @@ def project(tmp_path):
     versions = (folder / "pyproject.toml").read_bytes() + (folder / "constraints.txt").read_bytes()
     cksum = subprocess.run(["cksum"], input=versions, capture_output=True, check=True)
     stamp = cksum.stdout.split()[0].decode()
-    for extras in ("none", "test", "test,plot"):
+    for extras in ("none", "test", "test,plot", "hf"):
         (folder / ".venv" / f"installed-{stamp}-{extras}").touch()
     return folder
 
@@ -70,6 +70,23 @@ def test_the_demo_prepares_trains_and_samples(project):
     assert process.wait() == 0, process.stdout.read()
     assert [re.search(r"\w+\.py", call).group() for call in calls(project)] == [
         "prepare_c4.py", "train.py", "sample.py"]
+
+def test_the_papers_protocol_is_rows_of_t5_s_tokens_and_their_evaluator(project):
+    (project / "t5").mkdir()
+    (project / "t5" / "tokenizer.json").touch()
+    # a pattern reaches prepare_c4.py as it was typed, though the shell could expand it
+    process = start(project, "runs/paper.sh", "60m", "--steps", "50", T5="t5", INPUT="*.toml", OUT="out/60m",
+                    train=state("finished", "out/60m"))
+    assert process.wait() == 0, process.stdout.read()
+    prepare, training = (next(call for call in calls(project) if name in call)
+                         for name in ("prepare_c4.py", "train.py"))
+    assert "--tokenizer t5 --rows 256" in prepare and prepare.endswith("--input *.toml")
+    assert training.startswith("torchrun") and "--vocab_size 32000 --seq_len 256" in training
+    assert training.endswith("--paper_batch 256 --steps 50")
+
+def test_the_papers_protocol_prepares_nothing_for_a_dry_run(project):
+    assert start(project, "runs/paper.sh", "60m", "--dry_run").wait() == 0
+    assert [call.split()[1] for call in calls(project)] == ["train.py"]
 
 @pytest.mark.parametrize("script, folder", [("runs/demo.sh", "out/demo"), ("runs/60m.sh", "out/60m")])
 @pytest.mark.parametrize("ending", ["stopped", "failed", "none"])
