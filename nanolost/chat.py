@@ -30,6 +30,7 @@ def render(template: str, messages: list[dict[str, str]], special: dict[str, str
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = time.strftime
+    # an undefined name is empty in some templates' tests and an error in others
     values = {"bos_token": "", "eos_token": "", **special}
     try:
         compiled = environment.from_string(template)

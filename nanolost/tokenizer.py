@@ -19,59 +19,23 @@ from nanolost.files import expanded, parse_json, read_bounded, write_atomic
 from nanolost.hf_tokenizer import BYTE_PATTERN, GPT2_PATTERN
 from nanolost.tokenizer_engines import Library, Tiktoken, compare, silent_stderr, well_formed
 from nanolost.tokenizer_formats import (
+    CONFIG,
     END_OF_TEXT,
+    FILE_LIMIT,
+    GENERATION,
+    NOT_PASSED_ON,
     OLD_FORMAT,
+    chat_template,
     check_vocabulary,
+    end_of_text,
+    json_beside,
     known_pattern,
     old_digest,
+    read_beside,
     read_old,
     read_tiktoken,
+    tokens_by_role,
 )
-
-FILE_LIMIT = 64 << 20                          # bytes; Gemma's, the largest known here, has 33 MB
-
-# --- what stands beside a tokenizer.json ---
-
-CONFIG = "tokenizer_config.json"
-GENERATION = "generation_config.json"
-TEMPLATE = "chat_template.jinja"
-# what goes along with a vocabulary wherever it goes, unread but for the special tokens
-BESIDE = (CONFIG, "special_tokens_map.json", TEMPLATE, GENERATION)
-# the entries add_… replace the file's post-processor, and code does not travel
-NOT_PASSED_ON = {"add_bos_token", "add_eos_token", "auto_map", "backend", "tokenizer_file"}
-# where no file says which special token ends a text, as T5's tokenizer.json often stands alone: the usual
-# names, ours first
-ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<｜end▁of▁sentence｜>")
-
-def read_beside(folder: str) -> dict[str, bytes]:
-    """The files of a folder that say more of its tokenizer."""
-    found = {}
-    for name in BESIDE:
-        path = os.path.join(folder, name)
-        if os.path.exists(path):
-            found[name] = read_bounded(path, FILE_LIMIT)
-    return found
-
-def json_beside(files: dict[str, bytes], name: str) -> dict:
-    return parse_json(files.get(name, b"{}"), name)
-
-def tokens_by_role(files: dict[str, bytes]) -> dict[str, str]:
-    """Special tokens by what they are for: "eos_token", "bos_token", "pad_token", …"""
-    found = {}
-    for name in CONFIG, "special_tokens_map.json":
-        for role, token in json_beside(files, name).items():
-            # older files describe a token with its flags
-            text = token.get("content") if isinstance(token, dict) else token
-            if role.endswith("_token") and isinstance(text, str):
-                found.setdefault(role, text)
-    return found
-
-def end_of_text(special: dict[str, int], roles: dict[str, str]) -> int:
-    for text in roles.get("eos_token"), *ENDS:
-        if text in special:
-            return special[text]
-    raise UserError("no file says which token ends a text: put a tokenizer_config.json with an eos_token "
-                    "beside it")
 
 class Tokenizer:
     """Text ↔ ids. UserError for a vocabulary that cannot do it.
@@ -229,21 +193,10 @@ class Tokenizer:
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         """The ids of a conversation up to where the model answers, by the chat template that came with it."""
-        template = self._chat_template()
+        template = chat_template(self.files_beside)
         if template is None:
             raise UserError("the model has no chat template: it was not made to chat, use --chat false")
         return self.encode_special(render(template, messages, self.roles))
-
-    def _chat_template(self) -> str | None:
-        if TEMPLATE in self.files_beside:
-            return self.files_beside[TEMPLATE].decode(errors="replace")
-        # older folders keep it here, some of them several by name
-        template = json_beside(self.files_beside, CONFIG).get("chat_template")
-        if isinstance(template, list):
-            entries = [entry for entry in template if isinstance(entry, dict)]
-            chosen = [entry.get("template") for entry in entries if entry.get("name") == "default"]
-            template = chosen[0] if chosen else None
-        return template if isinstance(template, str) else None
 
     def document(self, text: str) -> np.ndarray:
         """A document of a stream, (n,) uint32: what begins one, then the text."""
@@ -325,8 +278,9 @@ class Tokenizer:
 
     def _config(self) -> dict:
         config = json_beside(self.files_beside, CONFIG)
-        config = {name: value for name, value in config.items() if name not in NOT_PASSED_ON}
-        names = {number: text for text, number in self.special.items()}
+        for name in NOT_PASSED_ON:
+            config.pop(name, None)
+        names = dict(zip(self.special.values(), self.special, strict=True))
         defaults = {
             "bos_token": names.get(self.start[0]),
             "eos_token": names[self.eot],
@@ -337,7 +291,7 @@ class Tokenizer:
         # null in the source, where its generation_config.json or a usual name says it
         config["eos_token"] = config["eos_token"] or defaults["eos_token"]
         # a chat template writes special tokens as text, which must stay what they are
-        if TEMPLATE not in self.files_beside and "chat_template" not in config:
+        if chat_template(self.files_beside) is None:
             config["split_special_tokens"] = True
         # The class that takes a tokenizer.json as it stands. transformers 5 would build another one that a
         # source names past the file's own pre-tokenizer: 4 ids where 7 are right.

@@ -103,6 +103,7 @@ class Tiktoken:
         self.sizes |= dict.fromkeys(vocabulary.special.values(), 0)
         self.lengths = sizes_array(self.sizes)
         every = [bytes([byte]) for byte in range(256)]
+        # GPT-2's has all; a vocabulary may lack those that its texts never held
         lacking = [re.escape(byte) for byte in every if byte not in vocabulary.ranks]
         self.rare = re.compile(b"|".join(lacking)) if lacking else None
         with failures_mended("its split pattern is no regular expression"):
@@ -125,6 +126,7 @@ class Tiktoken:
         if not self.spells(text):
             # what stands beside a dropped byte grows together, which no order of ranks can say
             return self.library.encode(text)
+        # a pattern of nested repeats gives up: its backtracking is bounded
         with failures_mended(f"the split pattern of the tokenizer {self.name} fails on this text"):
             arrays = [self.bpe.encode_to_numpy(piece, disallowed_special=()) for piece in cut(text)]
         ids = np.concatenate([np.empty(0, np.uint32), *arrays])

@@ -1,13 +1,17 @@
 """The formats of a vocabulary that are not Hugging Face's: OpenAI's .tiktoken, which lacks the split pattern,
-and our own of earlier versions, whose files and hashes are still about."""
+and our own of earlier versions, whose files and hashes are still about. And what a folder of Hugging Face has
+beside its tokenizer.json."""
 import base64
 import collections
 import hashlib
 import json
+import os
 
 from nanolost.errors import UserError
+from nanolost.files import parse_json, read_bounded
 from nanolost.hf_tokenizer import BYTE_PATTERN, CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, SPELLINGS
 
+FILE_LIMIT = 64 << 20                          # bytes; Gemma's, the largest known here, has 33 MB
 END_OF_TEXT = "<|endoftext|>"
 OLD_FORMAT = "nanolost-tokenizer-1"
 # split patterns by the SHA-256 of the .tiktoken file, as tiktoken_ext/openai_public.py pairs them
@@ -84,3 +88,58 @@ def old_digest(tokens: list[bytes], pattern: str, name: str) -> str:
     # byte for byte as it was written
     text = json.dumps(content, indent=0)
     return hashlib.sha256(text.encode()).hexdigest()
+
+# --- what stands beside a tokenizer.json ---
+
+CONFIG = "tokenizer_config.json"
+GENERATION = "generation_config.json"
+TEMPLATE = "chat_template.jinja"
+# what goes along with a vocabulary wherever it goes, unread but for the special tokens
+BESIDE = (CONFIG, "special_tokens_map.json", TEMPLATE, GENERATION)
+# the entries add_… replace the file's post-processor, and code does not travel
+NOT_PASSED_ON = {"add_bos_token", "add_eos_token", "auto_map", "backend", "tokenizer_file"}
+# where no file says which special token ends a text, as T5's tokenizer.json often stands alone: the usual
+# names, ours first
+ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<｜end▁of▁sentence｜>")
+
+def read_beside(folder: str) -> dict[str, bytes]:
+    """The files of a folder that say more of its tokenizer."""
+    found = {}
+    for name in BESIDE:
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            found[name] = read_bounded(path, FILE_LIMIT)
+    return found
+
+def json_beside(files: dict[str, bytes], name: str) -> dict:
+    return parse_json(files.get(name, b"{}"), name)
+
+def tokens_by_role(files: dict[str, bytes]) -> dict[str, str]:
+    """Special tokens by what they are for: "eos_token", "bos_token", "pad_token", …"""
+    found = {}
+    for name in CONFIG, "special_tokens_map.json":
+        for role, token in json_beside(files, name).items():
+            # older files describe a token with its flags
+            text = token.get("content") if isinstance(token, dict) else token
+            if role.endswith("_token") and isinstance(text, str):
+                found.setdefault(role, text)
+    return found
+
+def end_of_text(special: dict[str, int], roles: dict[str, str]) -> int:
+    for text in roles.get("eos_token"), *ENDS:
+        if text in special:
+            return special[text]
+    raise UserError("no file says which token ends a text: put a tokenizer_config.json with an eos_token "
+                    "beside it")
+
+def chat_template(files: dict[str, bytes]) -> str | None:
+    """The program in jinja2's language that writes a conversation as the model was taught it."""
+    if TEMPLATE in files:
+        return files[TEMPLATE].decode(errors="replace")
+    # older folders keep it here, some of them several by name
+    template = json_beside(files, CONFIG).get("chat_template")
+    if isinstance(template, list):
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        chosen = [entry.get("template") for entry in entries if entry.get("name") == "default"]
+        template = chosen[0] if chosen else None
+    return template if isinstance(template, str) else None

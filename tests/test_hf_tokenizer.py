@@ -115,7 +115,9 @@ def test_auto_tokenizer_reads_our_folder_as_we_do(tmp_path, kind):
         assert auto(text)["input_ids"] == t.row(text).tolist()
         assert auto.decode(t.encode(text)) == text
     assert (auto.eos_token_id, auto.bos_token_id, auto.model_max_length) == (t.eot, t.eot, 77)
-    assert set(auto("a")) == {"input_ids", "attention_mask"}
+    # transformers 4 hands on token_type_ids without this
+    named = json.loads((tmp_path / "tokenizer_config.json").read_text())["model_input_names"]
+    assert set(auto("a")) == set(named) == {"input_ids", "attention_mask"}
 
 def test_a_token_that_no_merge_reaches_is_the_same_in_both():
     t = Tokenizer.of([*BYTES, b"abc", b"xyzxyz"], name="x")
