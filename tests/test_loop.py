@@ -92,18 +92,17 @@ def test_a_process_reads_only_its_share_and_all_together_read_the_order_once(sma
         assert read == halves[1]
 
 def test_a_gradient_far_above_the_median_of_the_last_is_logged(small, capsys, tmp_path):
-    config = small(steps=32, spike=1.05, save_every=24)
+    config = small(steps=32, spike=1.05, save_every=20)
     train.main(config)
     norms = [entry["grad_norm"] for entry in metrics(config, "train")]
     expected = [(n + 1, norms[n], statistics.median(norms[:n])) for n in range(20, 32)
                 if norms[n] > 1.05 * statistics.median(norms[:n])]
     spikes = lines(config, "spike")
     assert [(s["step"], s["grad_norm"], s["median"]) for s in spikes] == expected and 0 < len(spikes) < 12
-    assert spikes[-1]["step"] > 24
     assert not any(s["skipped"] for s in spikes) and "spike" in capsys.readouterr().out
     # the norms of before are part of the state
-    resumed = small(steps=32, spike=1.05, save_every=24, out_dir=str(tmp_path / "resumed"))
-    continue_from(config, resumed, 24)
+    resumed = small(steps=32, spike=1.05, save_every=20, out_dir=str(tmp_path / "resumed"))
+    continue_from(config, resumed, 20)
     assert lines(resumed, "spike") == spikes
 
 def test_the_update_of_a_spike_is_left_out_where_asked_for(small, monkeypatch):

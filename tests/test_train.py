@@ -186,7 +186,8 @@ def test_the_files_of_a_run_hold_what_they_promise(small):
                                                ".lock"}
     assert set(os.listdir(step_folder(config, 8))) == {
         "model.safetensors", "optimizer.safetensors", "state.json", "config.json", "tokenizer.json",
-        "manifest.json"}
+        # what transformers needs to load it
+        "tokenizer_config.json", "lost.py", "modeling_lost.py", "manifest.json"}
     state = load_model(config.out_dir)[1]
     # and nothing that no one reads
     assert set(state) == {"step", "samples", "tokens", "evaluated", "norms", "config"}
