@@ -147,7 +147,8 @@ def test_layers_of_an_experiment_are_named_where_no_code_travels(exported, monke
         for p in model.model["layers"][0].mlp.up_proj.parameters():
             p.fill_(0.1)
     exported(model)
-    assert "no code travels with layers of kind doubled: only this program loads it" in capsys.readouterr().out
+    line = "no code travels with layers of kind doubled: only this program loads it"
+    assert line in capsys.readouterr().out
     with pytest.raises(UserError, match="up_proj is a Doubled, which no single matrix replaces: leave"):
         main(Config(ckpt=str(tmp_path / "run"), out_dir=str(tmp_path / "other"), merge=True))
 

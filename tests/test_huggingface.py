@@ -1,6 +1,7 @@
 """Models in and out of Hugging Face: what config.json may say, transformers as the oracle of its meaning."""
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from public_configs import CONFIGS
 from safetensors import safe_open
 from small_models import SIZES, all_logits, kinds, largest_difference, small, spread, tokens
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -341,6 +343,73 @@ def test_other_model_type_is_refused_by_name(theirs):
     with pytest.raises(ConfigError, match=f"model_type = '{kind}' is not supported, only llama, mistral, "):
         config_from_hf(theirs.to_dict())
 
+# --- the table of docs/huggingface.md ---
+
+def shrunk(config):
+    """The same model with few and narrow layers: heads keep their groups, D what it is beside the width."""
+    heads = config["num_attention_heads"]
+    group = heads // config.get("num_key_value_heads", heads)
+    width = config["hidden_size"] // heads
+    small_ones = {
+        "vocab_size": 257,
+        "hidden_size": 2 * group * 16,
+        "intermediate_size": 44,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2 * group,
+        "max_position_embeddings": min(config["max_position_embeddings"], 16_384),
+    }
+    if "num_key_value_heads" in config:
+        small_ones["num_key_value_heads"] = 2
+    if "head_dim" in config:
+        small_ones["head_dim"] = 16 if config["head_dim"] == width else 24
+    return {**config, **small_ones}
+
+def verdict(config):
+    """What the table says of a model."""
+    try:
+        config_from_hf(config)
+    except ConfigError as e:
+        return f"refused: `{re.match('config.json: ([a-z_.]+)', str(e))[1]}`"
+    return "loads"
+
+def row(name):
+    config = CONFIGS[name]
+    return f"| {name} | `{config['model_type']}` | {verdict(config)} |"
+
+def test_the_page_says_of_each_public_model_what_is_true():
+    with open(os.path.join(ROOT, "docs/huggingface.md"), encoding="utf-8") as f:
+        rows = [line.strip() for line in f if re.match(r"\|.*\| (loads|refused: .*) \|$", line)]
+    assert rows == [row(name) for name in CONFIGS]
+
+@pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if verdict(config) == "loads"])
+def test_a_public_model_that_loads_has_the_logits_of_transformers(name, tmp_path):
+    config = transformers.AutoConfig.for_model(**shrunk(CONFIGS[name]))
+    theirs = spread(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    with torch.no_grad():
+        for p in theirs.model.layers.parameters():
+            # of wide layers the sums would be so large that softmax amplifies the last bit
+            p.mul_((8 / config.hidden_size) ** 0.5 if p.dim() == 2 else 1)
+    theirs.save_pretrained(tmp_path)
+    # as the file stands in the folder that people have, without what transformers adds on saving
+    (tmp_path / "config.json").write_text(json.dumps(shrunk(CONFIGS[name])))
+    ours, _ = load_model(str(tmp_path))
+    assert difference(ours, theirs, 300) <= 1e-4
+    # and goes out as what it came in as
+    again = config_json(ours, 0)
+    assert again["model_type"] == CONFIGS[name]["model_type"] and config_from_hf(again) == ours.config
+
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
+    with open(os.path.join(ROOT, "docs/huggingface.md"), encoding="utf-8") as f:
+        (code,) = re.findall("```python\n(.*?)```", f.read(), re.S)
+    model = apply_lost(small(), 6, 0.1)
+    saved(model, tmp_path / "out", step=1000)
+    monkeypatch.chdir(tmp_path)
+    space = {}
+    exec(code, space)
+    ids = space["tokenizer"]("a text", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert largest_difference(space["model"](ids).logits, all_logits(model, ids)) < 1e-4
+
 # --- windows ---
 
 WINDOWS = [
@@ -477,3 +546,54 @@ def test_missing_size_is_refused(key):
     with pytest.raises(ConfigError, match=f"config.json lacks {key}: is it a LLaMA"):
         config_from_hf(theirs)
 
+
+# --- lm-eval ---
+
+def with_its_own_beginning(place):
+    """A vocabulary of bytes whose texts begin with another token than they end with, as LLaMA's."""
+    def text(name):
+        return {"Sequence": {"id": name, "type_id": 0}}
+    content = json.loads(BYTE.to_json())
+    begin = {"id": 257, "content": "<|begin|>", "single_word": False, "lstrip": False, "rstrip": False,
+             "normalized": False, "special": True}
+    content["added_tokens"].append(begin)
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|begin|>", "type_id": 0}}, text("A")],
+        "pair": [text("A"), text("B")],
+        "special_tokens": {"<|begin|>": {"id": "<|begin|>", "ids": [257], "tokens": ["<|begin|>"]}},
+    }
+    place.mkdir()
+    (place / "tokenizer.json").write_text(json.dumps(content))
+    roles = {"bos_token": "<|begin|>", "eos_token": "<|endoftext|>"}
+    (place / "tokenizer_config.json").write_text(json.dumps(roles))
+    return Tokenizer.load(str(place))
+
+QUESTIONS = [("Question: which?\nAnswer:", " this one"), ("", "a text alone"), ("one", " two"), ("x", "yy")]
+
+def log_likelihood(model, tokenizer, context, continuation):
+    """(sum over the continuation, whether greedy text would be it), by our own model."""
+    ids = torch.from_numpy(tokenizer.document(context + continuation).astype("int64"))
+    count = len(tokenizer.encode(continuation))
+    logits = all_logits(model, ids[None, :-1])[0, -count:]
+    chosen = logits.log_softmax(-1).gather(1, ids[-count:, None])
+    return chosen.sum().item(), torch.equal(logits.argmax(-1), ids[-count:])
+
+@pytest.mark.parametrize("lost", [False, True], ids=["dense", "lost"])
+@pytest.mark.parametrize("own", [False, True], ids=["one token ends and begins", "two tokens"])
+def test_log_likelihoods_of_lm_eval_are_those_of_our_model(own, lost, tmp_path):
+    harness = pytest.importorskip("lm_eval.models.huggingface", reason="needs lm-eval: pip install .[eval]")
+    from lm_eval.api.instance import Instance
+    tokenizer = with_its_own_beginning(tmp_path / "vocabulary") if own else BYTE
+    model = small(vocab_size=258, max_seq_len=64)
+    if lost:
+        apply_lost(model, 6, 0.1)
+    folder = saved(model, tmp_path, tokenizer=tokenizer)
+    assert (read(folder)["bos_token_id"], read(folder)["eos_token_id"]) == (257 if own else 256, 256)
+    how = dict(trust_remote_code=True, device="cpu", dtype="float32", batch_size=2)
+    judge = harness.HFLM(pretrained=folder, **how)
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(QUESTIONS)]
+    answers = judge.loglikelihood(requests, disable_tqdm=True)
+    for pair, (found, greedy) in zip(QUESTIONS, answers, strict=True):
+        total, same = log_likelihood(model, tokenizer, *pair)
+        assert found == pytest.approx(total, abs=1e-4) and greedy == same
