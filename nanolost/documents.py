@@ -61,10 +61,11 @@ def kind_of(source: str) -> str:
                     "and .parquet")
 
 def package(name: str, ending: str):
-    """A package that only some kinds of input need."""
+    """A module of a package that only some kinds of input need."""
     try:
         return importlib.import_module(name)
     except ImportError:
+        name = name.partition(".")[0]
         raise UserError(f"{ending} needs the package {name}: pip install {name}") from None
 
 def check_kind(source: str):
@@ -142,7 +143,9 @@ def innermost(error: Exception) -> str:
 def matches(file: str, pattern: str) -> bool:
     """As a shell matches: * stays inside a folder, ** does not."""
     if "**" in pattern:
-        return fnmatch.fnmatchcase(file, pattern)
+        # "**/" stands for no folder, too
+        shorter = pattern.replace("**/", "")
+        return fnmatch.fnmatchcase(file, pattern) or fnmatch.fnmatchcase(file, shorter)
     names = file.split("/")
     parts = pattern.split("/")
     return len(names) == len(parts) and all(map(fnmatch.fnmatchcase, names, parts))
@@ -151,7 +154,8 @@ def files_of_hub(pattern: str, hub: dict) -> list[str]:
     """The files of the hub that HUB_PATTERN names, as hf://OWNER/NAME/FILE. hub: pattern → repository, commit
     and files; a pattern that is in there needs no network, and keeps its commit."""
     parts = pattern.removeprefix(f"{HUB}datasets/").split("/", 2)
-    if not pattern.startswith(f"{HUB}datasets/") or len(parts) < 3 or not all(parts):
+    # without datasets/ the second one is empty
+    if len(parts) < 3 or not all(parts):
         raise UserError(f"{pattern} names no files of a data set: {HUB_PATTERN}")
     owner, name, wanted = parts
     if pattern not in hub:
