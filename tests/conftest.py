@@ -106,8 +106,9 @@ def launch(config, processes=1, fault="", flags=(), under=(), env=(), **kwargs) 
     command = [*under, sys.executable, *(torchrun if processes > 1 else []), script, *flags_of(config)]
     defaults = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "preexec_fn": default_interrupt}
     kwargs = {**defaults, **kwargs}
-    # torchrun kills a process that is stopped after this grace, from torch 2.12 on; its default is 30 s
-    grace = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}
+    # torchrun ends a process that does not end itself after 30 s, from torch 2.12 on after these seconds; a
+    # step on a busy machine may take longer
+    grace = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault, **grace, **dict(env)}
     LAUNCHED.append(subprocess.Popen(command, text=True, env=environment, **kwargs))
     return LAUNCHED[-1]

@@ -375,11 +375,14 @@ def test_the_slurm_script_queues_a_stopped_job_again_and_no_other(small, tmp_pat
 
 # --- a process that stops, fails or hangs ---
 
+# torchrun waits so long for a process that will never end itself
+IMPATIENT = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}
+
 @linux
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_stopped_process_ends_the_job_within_the_time_out(small, rank):
     config = small(steps=100_000, save_every=10, timeout=10)
-    process = launch(config, 2)
+    process = launch(config, 2, env=IMPATIENT)
     wait_for(process, "step     20/")
     os.kill(children(process.pid)[rank], signal.SIGSTOP)
     output = ended(process, 1)
@@ -399,7 +402,7 @@ def test_a_stopped_process_ends_the_job_within_the_time_out(small, rank):
 ])
 def test_a_process_that_fails_or_hangs_ends_the_job_and_is_named(small, fault, timeout, reason):
     config = small(timeout=timeout)
-    output = ended(launch(config, 2, fault=fault), 1)
+    output = ended(launch(config, 2, fault=fault, env=IMPATIENT if "sleep" in fault else {}), 1)
     assert status(config)["state"] == "failed" and status(config)["step"] == 4, output
     assert reason in status(config)["reason"], output
     assert checkpoint.load_model(config.out_dir)[1]["step"] == 4
