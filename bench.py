@@ -56,12 +56,12 @@ class Config:
     what: str = flag("init,layer,step,decode,data", "the parts to measure")
     model: str = flag("130m", "size", list(MODELS))
     device: str = flag("auto", "the best there is", ["auto", *DEVICES])
-    dtype: str = flag("bfloat16", "of autocast, and of the weights that decode", ["float32", "bfloat16"])
+    dtype: str = flag("bfloat16", "autocast, and the weights in the decode part", ["float32", "bfloat16"])
     compile: bool = flag(True, "torch.compile on every contestant")
-    tokens: int = flag(2048, "of a micro-batch, in windows of --seq_len")
+    tokens: int = flag(2048, "tokens in a micro-batch, in windows of --seq_len")
     seq_len: int = flag(256, "tokens of a window")
-    new_tokens: int = flag(64, "that decode adds")
-    rounds: int = flag(7, "turns of each contestant")
+    new_tokens: int = flag(64, "new tokens in the decode part")
+    rounds: int = flag(7, "how often each contestant takes its turn")
     vocab_size: int = flag(50257, "rows of embedding and head")
 
 # --- taking turns ---

@@ -79,7 +79,7 @@ class Config:
                                    f"{HUB_PATTERN}; or builtin, text of Python's library")
     val_input: list[str] | None = flag(None, "files for validation, left out of --input; else a hash of each "
                                        "document decides, or its position in a text of a few documents")
-    tokenizer: str = flag("gpt2", "gpt2, byte, train:N (a BPE of N ids), a folder of Hugging Face, a "
+    tokenizer: str = flag("gpt2", "gpt2, byte, train:N (a BPE of N ids), a Hugging Face folder, a "
                           "tokenizer.json or a .tiktoken file")
     split_pattern: str | None = flag(None, "regular expression that cuts a text before merging, for a "
                                      ".tiktoken file that is not OpenAI's")
@@ -226,7 +226,8 @@ def choose_tokenizer(config: Config, streams: dict[str, list[str]], manifest: di
     # rustbpe counts the 256 bytes among its ids, but not end-of-text
     ranks = sorted(bpe.get_mergeable_ranks(), key=lambda entry: entry[1])
     if len(ranks) < size - 1:
-        raise UserError(f"--tokenizer {config.tokenizer}: this text yields only {len(ranks) + 1} ids")
+        raise UserError(f"--tokenizer {config.tokenizer}: this text yields only {len(ranks) + 1} ids: "
+                        "ask for no more")
     return Tokenizer.of([bytes(token) for token, _ in ranks], name=config.tokenizer)
 
 def training_texts(config: Config, streams: dict[str, list[str]], manifest: dict):
@@ -527,7 +528,7 @@ def plan(config: Config, sources: list[str]):
     print(f"up to {tokens:,.0f} tokens, {readable(shards)} to write into {config.out_dir}, "
           f"{readable(free)} free there", flush=True)
     if shards + download > free:
-        raise UserError(f"{readable(shards + download)} are needed, {readable(free)} are free: free some, or "
+        raise UserError(f"{readable(shards + download)} are needed, {readable(free)} are free: make room, or "
                         "use another --out_dir (and HF_HOME, the hub's cache) or fewer --train_tokens")
 
 def tokens_in(sources: list[str], config: Config) -> int:

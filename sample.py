@@ -27,9 +27,9 @@ class Config:
     num_samples: int = flag(1, "independent samples, an empty line between them")
     chat: bool = flag(False, "the prompt is what a user says: apply the model's chat template and print the "
                       "answer alone")
-    seed: int = flag(0, "of the draws")
+    seed: int = flag(0, "seed of the draws")
     device: str = flag("auto", "cuda, mps or cpu; auto is the best there is", ["auto", "cuda", "mps", "cpu"])
-    dtype: str = flag("float32", "of weights and activations", ["float32", "bfloat16"])
+    dtype: str = flag("float32", "number format of weights and activations", ["float32", "bfloat16"])
     compile: bool = flag(False, "compile the decode step: a minute at the start, for long texts")
 
 def check(config: Config):

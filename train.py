@@ -9,20 +9,18 @@ Run the same command again to continue. The samples of a step are a function of 
 number of processes: the state of a run is weights, moments and a few counters."""
 import nanolost  # noqa: F401, I001  before torch: OpenMP reads its settings once
 
-import contextlib
 import dataclasses
 import os
 import sys
-import traceback
 
 import numpy as np
-import torch
 
 from model import Llama, LlamaConfig
 from nanolost import checkpoint, out_dir
 from nanolost.budget import checkpoint_bytes, describe, describe_dense
 from nanolost.data import SampleOrder, TokenDataset
 from nanolost.errors import UserError
+from nanolost.failures import failures_with_their_repair
 from nanolost.flags import command, parse, say
 from nanolost.job import Job, place
 from nanolost.loop import Report, State, Validation, evaluate, identity, measure, update
@@ -128,8 +126,8 @@ def check_same_run(saved: dict, now: dict, say):
         if before == value:
             continue
         if name in FIXED:
-            raise UserError(f"{name} was {before} when this run began and is {value} now: go back, "
-                            "or use another --out_dir")
+            raise UserError(f"{name} was {before} when this run began and is {value} now: give the old "
+                            "value, or use another --out_dir")
         say(f"changed: {name} {before} → {value}")
 
 def settle(config: Config, saved: dict):
@@ -172,39 +170,6 @@ def dry_run(config: Config):
         lines += describe_dense(model, config)
     if rank == 0:
         say("\n".join(lines))
-
-def passed_the_compiler(error: BaseException) -> bool:
-    """Whether an error came through torch.compile, or through loading it, which torch's optimizers do too."""
-    parts = [frame.f_code.co_filename.split(os.sep) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return any("_inductor" in part or "_dynamo" in part for part in parts)
-
-def is_of_the_compiler(error: BaseException) -> bool:
-    # to import the module takes seconds, and fails where the cache folder does
-    known = sys.modules.get("torch._dynamo.exc")
-    return known is not None and isinstance(error, known.BackendCompilerFailed)
-
-@contextlib.contextmanager
-def failures_with_their_repair():
-    """The failures of a machine that a flag or a variable mends, in one line each."""
-    cache = "a cache folder that you may write by TORCHINDUCTOR_CACHE_DIR"
-    try:
-        yield
-    except torch.OutOfMemoryError as e:
-        cause = str(e).partition(" Of the allocated")[0]
-        raise MemoryError(f"{cause} With a smaller --micro_batch or --recompute true the same command "
-                          "continues, with the same samples") from e
-    except OSError as e:
-        if not passed_the_compiler(e):
-            raise
-        raise UserError(f"torch cannot use the cache folder of its compiler ({e}): name {cache}") from e
-    except RuntimeError as e:
-        if not is_of_the_compiler(e):
-            raise
-        # torch 2.13 wraps some causes, in words over several lines, and not others
-        cause = getattr(e, "inner_exception", e)
-        line = str(cause).strip().partition("\n")[0]
-        raise UserError(f"torch.compile failed ({line}): use --compile false, or name a C++ compiler by the "
-                        f"variable CXX and {cache}") from e
 
 def train(state: State, texts: Texts, config: Config, job: Job, report: Report, save) -> str:
     """Update, evaluate and save until the last step, or until a signal: returns its name, "" at the end."""

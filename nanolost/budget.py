@@ -53,6 +53,9 @@ def size(count: int) -> str:
     unit, name = (1e9, "GB") if count >= 1e8 else (1e6, "MB")
     return f"{count / unit:.3g} {name}"
 
+def count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
 def describe_sizes(model: Llama, config) -> list[str]:
     low_rank, sparse, dense = count_by_path(model)
     weights, gradients, moments = count_bytes(model, config.optimizer)
@@ -68,13 +71,14 @@ def describe_sizes(model: Llama, config) -> list[str]:
 
 def describe_batch(config, world: int, accumulation: int) -> list[str]:
     total = config.steps * config.batch_tokens
+    processes = count(world, "process", "processes")
     # a dry run has not chosen them yet
     threads = ""
     if config.threads:
-        threads = f"{config.threads} thread{'s' if config.threads > 1 else ''}, "
+        threads = count(config.threads, "thread", "threads") + ", "
     return [
         f"device      {config.device}, {threads}{config.dtype}, compile {config.compile}",
-        f"tokens      {total:,} = {config.steps:,} updates × {world} processes × {accumulation} "
+        f"tokens      {total:,} = {config.steps:,} updates × {processes} × {accumulation} "
         f"micro-batches × {config.micro_batch} samples × {config.seq_len}",
     ]
 

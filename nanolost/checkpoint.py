@@ -418,21 +418,22 @@ def load_optimizer(folder: str, model: Llama, optimizers: list):
     now = sorted({type(optimizer).__name__ for optimizer in optimizers})
     # an optimizer without state would take any other's, and any other would start anew from its
     if kinds not in (None, now):
-        raise UserError(f"{folder} has the optimizer state of {kinds!r:.80}, not of {now}: it is another "
-                        "optimizer's")
+        raise UserError(f"{folder} has the optimizer state of {kinds!r:.80}, not of {now}: train with "
+                        "the --optimizer that the run began with")
     names = {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 if names[p] not in states:
-                    raise UserError(f"{folder} has no optimizer state for {names[p]}: it is another "
-                                    "optimizer's")
+                    raise UserError(f"{folder} has no optimizer state for {names[p]}: train with "
+                                    "the --optimizer that the run began with")
                 state = states[names[p]]
                 optimizer.state[p] = {key: placed(key, value, p, group) for key, value in state.items()}
 
 def checkpoint_folder(path: str) -> str:
     """The folder with a model's files: `path` itself, or the newest good checkpoint of the out_dir `path`."""
-    refused = "pickled checkpoints are refused, since loading one can run any code: convert it to safetensors"
+    refused = ("pickled checkpoints are refused, since loading one can run any code: where you trust it, "
+               "convert it to safetensors, in transformers by from_pretrained(OLD).save_pretrained(NEW)")
     if os.path.isfile(path):
         raise UserError(f"{path} is a file: give an out_dir or a checkpoint folder ({refused})")
     # ours is checked first: a truncated file must not pass for a model from elsewhere
@@ -472,7 +473,7 @@ def load_weights(folder: str) -> dict[str, torch.Tensor]:
     tensors = {}
     for file in sorted(set(weight_map.values())):
         if file not in files:
-            raise UserError(f"{folder} lacks {file}, which {INDEX} names: bring that file too")
+            raise UserError(f"{folder} lacks {file}, which {INDEX} names: copy that file beside it")
         content = load_tensors(os.path.join(folder, file))
         # a tensor that lies in two files is the one that the index says
         for name in weight_map:

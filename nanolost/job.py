@@ -67,7 +67,7 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return here[0]
     if name not in here:
-        raise UserError(f"--device {name}: this machine or this torch has none; use {' or '.join(here)}")
+        raise UserError(f"--device {name}: not available here; use {' or '.join(here)}")
     return name
 
 def _local_rank(rank: int) -> int:

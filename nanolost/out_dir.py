@@ -82,7 +82,7 @@ def choose_checkpoint(out_dir: str, resume: str, overwrite: bool) -> str | None:
     deletes nothing: `make_way` does, once nothing else can refuse."""
     home = os.path.join(out_dir, "checkpoints")
     if os.path.lexists(home) and not os.path.isdir(home):
-        raise UserError(f"{home} is in the way of the checkpoints: it is no folder, move it elsewhere")
+        raise UserError(f"{home} is not a folder, and checkpoints must go there: move it elsewhere")
     if resume == "auto":
         folder = newest_checkpoint(out_dir)
         if folder is None:

@@ -47,10 +47,10 @@ DEVICES = {
 
 @dataclass
 class FileFlags:
-    data_dir: str = flag("data/c4", "folder of token shards, made by prepare_c4.py", section="files")
+    data_dir: str = flag("data/c4", "folder with token shards (prepare_c4.py makes them)", section="files")
     out_dir: str = flag("out", "folder for checkpoints, metrics.jsonl, config.json and status.json")
     tokenizer: str | None = flag(None, "gpt2, byte or a file, for shards that came without a tokenizer.json")
-    init_from: str | None = flag(None, "start from a folder of Hugging Face or one of our checkpoints: its "
+    init_from: str | None = flag(None, "start from a Hugging Face folder or one of our checkpoints: its "
                                        "weights, sizes, layers and tokenizer, and a recipe of its own")
 
 @dataclass
@@ -59,7 +59,7 @@ class ModelFlags:
                       list(MODELS), section="model")
     n_layer: int | None = flag(None, "blocks (by --model)")
     n_head: int | None = flag(None, "attention heads (by --model)")
-    n_kv_head: int | None = flag(None, "heads of keys and values; fewer is grouped-query attention (n_head)")
+    n_kv_head: int | None = flag(None, "heads of keys and values; fewer: grouped-query (as --n_head)")
     n_embd: int | None = flag(None, "width (by --model)")
     n_ffn: int | None = flag(None, "inner width of the MLP (by --model)")
     tie_embeddings: bool = flag(False, "share one weight between embedding and head")
@@ -68,7 +68,7 @@ class ModelFlags:
 
 @dataclass
 class MethodFlags:
-    linear: str = flag("lost", "kind: LOST, dense, plain low-rank or CoLA",
+    linear: str = flag("lost", "kind of linear layer; lowrank is plain low rank",
                        METHODS, section="linear layers")
     rank: int | dict | None = flag(None, "r; by module too: q_proj=64,default=128 (by --model)")
     sparsity: float | dict = flag(0.01, "ρ, share of input channels kept in the sparse path; by module too")
@@ -76,17 +76,18 @@ class MethodFlags:
     learn_gamma: bool = flag(False, "train γ, one for each layer, in [0, 1]")
     init: str = flag("svd", "first factors: from the weight's SVD, or random as CoLA's", SWITCHES["init"])
     select: str = flag("residual", "channels by column norm (residual: L2), or random", SWITCHES["select"])
-    sparse_init: str = flag("weight", "columns that the sparse path starts from", SWITCHES["sparse_init"])
+    sparse_init: str = flag("weight", "whose columns the sparse path starts from: W's or the residual's",
+                            SWITCHES["sparse_init"])
     activation: str = flag("silu", "function between the factors", SWITCHES["activation"])
 
 @dataclass
 class TrainingFlags:
     seq_len: int = flag(256, "tokens of a training window", section="training")
     batch_tokens: int = flag(131_072, "tokens of an update, over all processes and micro-batches")
-    micro_batch: int | None = flag(None, "windows of one forward pass (what suits the device)")
+    micro_batch: int | None = flag(None, "windows of a forward pass (by device; lower it if memory runs out)")
     steps: int | None = flag(None, "updates (by --model)")
     lr: float | None = flag(None, "peak learning rate of the blocks' matrices (by --model)")
-    aux_lr: float | None = flag(None, "peak learning rate of embedding, head, vectors and γ (--lr)")
+    aux_lr: float | None = flag(None, "peak learning rate of embedding, head, vectors and γ (as --lr)")
     warmup: int | None = flag(None, "updates of linear warm-up (a tenth of --steps)")
     min_lr_ratio: float = flag(0.1, "end of the cosine, as a share of the peak")
     optimizer: str = flag("adamw", "adamw, or muon for the blocks' matrices and AdamW elsewhere",
@@ -96,7 +97,7 @@ class TrainingFlags:
     momentum: float = flag(0.95, "Muon's momentum")
     grad_clip: float = flag(0.5, "largest norm of the whole gradient; 0 for no clipping")
     spike: float = flag(5.0, "log a gradient norm above this many times the median of the last 100; 0: never")
-    skip_spikes: bool = flag(False, "leave out the update of such a step, from step 21 on")
+    skip_spikes: bool = flag(False, "leave out the update of a step that --spike would log, from step 21 on")
     freeze: list[str] | None = flag(None, "patterns of names of parameters that stay as they are: "
                                           "model.embed_tokens.* '*norm*'")
     seed: int = flag(0, "seed of the first weights and of the order of samples")
@@ -117,10 +118,10 @@ class RunFlags:
     save_every: int = flag(1000, "updates between checkpoints; one more at the end")
     keep: int = flag(3, "newest checkpoints that are kept")
     log_every: int = flag(10, "updates between lines of the log")
-    resume: str = flag("auto", "auto: from the newest good checkpoint of out_dir; never; or a PATH")
+    resume: str = flag("auto", "auto: from the newest good checkpoint; never; or a checkpoint's PATH")
     overwrite: bool = flag(False, "with --resume never or PATH: delete the run that is in out_dir")
     deterministic: bool = flag(False, "refuse operations whose result varies from run to run")
-    timeout: int = flag(600, "seconds within which a job ends when a process hangs; ten times that in a save")
+    timeout: int = flag(600, "seconds until a job ends when a process hangs; ten times that in a save")
     dry_run: bool = flag(False, "print parameters, memory and tokens, and exit")
 
 @dataclass

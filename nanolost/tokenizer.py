@@ -91,7 +91,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str, split_pattern: str | None = None) -> "Tokenizer":
-        """From a folder of Hugging Face, a tokenizer.json (theirs, or our older format), or a .tiktoken file,
+        """From a Hugging Face folder, a tokenizer.json (theirs, or our older format), or a .tiktoken file,
         whose split pattern must be known here or given. UserError for any other file, and for one whose
         tokens or pattern lose text."""
         path = expanded(os.fspath(path))
@@ -99,7 +99,7 @@ class Tokenizer:
             with silent_stderr():
                 return cls._read(path, split_pattern)
         except UserError as e:
-            raise UserError(f"{path} is no tokenizer: {e}; give a tokenizer.json, a folder of Hugging Face, "
+            raise UserError(f"{path} is no tokenizer: {e}; give a tokenizer.json, a Hugging Face folder, "
                             "or a .tiktoken file with ranks 0, 1, 2, …") from None
 
     @classmethod

@@ -30,6 +30,7 @@ import train
 from nanolost import checkpoint, data
 from nanolost.checkpoint import load_model
 from nanolost.errors import UserError
+from nanolost.failures import failures_with_their_repair
 from nanolost.optim import lr_at
 from nanolost.tokenizer import Tokenizer
 
@@ -372,13 +373,13 @@ def test_no_compiler_or_cache_folder_is_one_line_with_its_repair(small, tmp_path
 
 def test_other_errors_of_the_operating_system_are_not_taken_for_the_compilers():
     for error in (OSError("full"), RuntimeError("a defect")):
-        with pytest.raises(type(error)) as caught, train.failures_with_their_repair():
+        with pytest.raises(type(error)) as caught, failures_with_their_repair():
             raise error
         assert caught.value is error
 
 def test_too_little_memory_of_a_gpu_names_the_flags_that_save_it():
     with pytest.raises(MemoryError, match="Tried 1 GiB. With a smaller --micro_batch") as caught:
-        with train.failures_with_their_repair():
+        with failures_with_their_repair():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried 1 GiB. Of the allocated …")
     assert "allocated" not in str(caught.value)
 
