@@ -73,12 +73,12 @@ LATER_FLAGS = ("rows", "text_key")
 class Config:
     out_dir: str = flag("data/c4", "where the shards go")
     train_tokens: int = flag(1_320_000_000, "stop once reached; the default is one epoch of the 60m run")
-    val_tokens: int = flag(10_000_000, "stop once reached; of --rows it counts targets, no padding")
+    val_tokens: int = flag(10_000_000, "stop once reached; in rows targets are counted, not padding")
     input: list[str] | None = flag(None, "GLOBs of files instead of C4: .json, .jsonl (lines with a text "
                                    "key) or .txt, each also with .gz or .zst; .parquet; files of the hub, "
                                    f"{HUB_PATTERN}; or builtin, text of Python's library")
-    val_input: list[str] | None = flag(None, "files for validation, left out of --input; else a hash of each "
-                                       "document decides, or its position in a text of a few documents")
+    val_input: list[str] | None = flag(None, "files for validation, left out of --input; without it a hash of "
+                                       "each document decides, or its place in a text of few documents")
     tokenizer: str = flag("gpt2", "gpt2, byte, train:N (a BPE of N ids), a Hugging Face folder, a "
                           "tokenizer.json or a .tiktoken file")
     split_pattern: str | None = flag(None, "regular expression that cuts a text before merging, for a "

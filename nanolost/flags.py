@@ -133,6 +133,16 @@ def parse(cls, argv: list[str], description: str = "") -> dict:
         raise UserError(_explain_unknown(unknown[0], [f.name for f in dataclasses.fields(cls)]))
     return vars(given)
 
+def spelled(value) -> str:
+    """A default as one would type it: true, 131_072, 0.9,0.95."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return f"{value:_}" if value >= 10_000 else str(value)
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value)
+
 def _add_flag(group, field: dataclasses.Field, hint):
     # None is only ever a default, no value that can be typed
     kind = next(k for k in KINDS if hint in (k, k | None))
@@ -140,15 +150,17 @@ def _add_flag(group, field: dataclasses.Field, hint):
     choices = field.metadata["choices"]
     # argparse fills in %(default)s and the like
     text = field.metadata["help"].replace("%", "%%")
-    if field.default is not None:
-        default = str(field.default).lower() if kind is bool else field.default
-        text += f" (default {default})".replace("%", "%%")
+    # an empty prompt is not worth a word
+    if field.default not in (None, ""):
+        text += f" (default {spelled(field.default)})".replace("%", "%%")
     extra = {}
     if kind is bool:
         # --dry_run alone is --dry_run true
         extra = {"nargs": "?", "const": True}
     elif kind == list[str]:
+        # argparse shows TEXT [TEXT ...]
         extra = {"nargs": "+"}
+        shown = "TEXT"
     group.add_argument(f"--{field.name}", help=text, choices=choices,
                        type=_checked(convert, choices, f"--{field.name} {shown}"),
                        metavar="|".join(choices) if choices else shown, **extra)

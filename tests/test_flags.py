@@ -15,7 +15,7 @@ import sample
 import train
 from nanolost import flags
 from nanolost.errors import UserError
-from nanolost.flags import flag, parse
+from nanolost.flags import flag, parse, spelled
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {"train": train.Config, "prepare_c4": prepare_c4.Config, "sample": sample.Config}
@@ -133,10 +133,6 @@ def test_a_flag_without_its_value_is_refused(argv):
     with pytest.raises(UserError, match=argv[0]):
         parse(Example, argv)
 
-def spelled(value) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 @every_command
 def test_every_default_can_be_given_as_a_value(command):
@@ -153,8 +149,7 @@ def test_help_shows_every_flag_with_meaning_and_default(command, capsys, monkeyp
     text = " ".join(capsys.readouterr().out.split())
     assert "what it does, 100%" in text
     for f in dataclasses.fields(CONFIGS[command]):
-        default = "" if f.default is None else f" (default {f.default})"
-        default = default.lower() if isinstance(f.default, bool) else default
+        default = "" if f.default in (None, "") else f" (default {spelled(f.default)})"
         entry = text[text.index(f" --{f.name} "):][:400]
         assert " ".join((f.metadata["help"] + default).split()) in entry
         assert all(choice in entry for choice in f.metadata["choices"] or [])
