@@ -77,8 +77,8 @@ class Config:
     input: list[str] | None = flag(None, "GLOBs of files instead of C4: .json, .jsonl (lines with a text "
                                    "key) or .txt, each also with .gz or .zst; .parquet; files of the hub, "
                                    f"{HUB_PATTERN}; or builtin, text of Python's library")
-    val_input: list[str] | None = flag(None, "files for validation, left out of --input; without it a hash of "
-                                       "each document decides, or its place in a text of few documents")
+    val_input: list[str] | None = flag(None, "files for validation, left out of --input; else a hash of each "
+                                       "document decides, or its place in a text of few documents")
     tokenizer: str = flag("gpt2", "gpt2, byte, train:N (a BPE of N ids), a Hugging Face folder, a "
                           "tokenizer.json or a .tiktoken file")
     split_pattern: str | None = flag(None, "regular expression that cuts a text before merging, for a "
