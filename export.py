@@ -50,6 +50,7 @@ class Config:
 
 def check(config: Config):
     """UserError for flags out of range and for an --out_dir that is taken, before anything is read."""
+    # huggingface_hub would refuse it too, though only once the model is in memory
     if not SIZE.fullmatch(config.max_shard_size):
         raise UserError(f"--max_shard_size {config.max_shard_size}: give a number and KB, MB, GB or TB, as "
                         "5GB")
@@ -57,6 +58,7 @@ def check(config: Config):
     # a link to a folder is not what a rename replaces
     if os.path.islink(place) or os.path.exists(place) and not os.path.isdir(place):
         raise UserError(f"{place} is no folder: use another --out_dir")
+    # nothing is ever overwritten
     if os.path.isdir(place) and os.listdir(place):
         raise UserError(f"{place} is not empty: use another --out_dir")
 
@@ -64,9 +66,11 @@ def check(config: Config):
 
 def merged(name: str, layer: nn.Module) -> nn.Linear:
     """The one linear layer with the same output. UserError where there is none."""
+    # a kind of layer says by this method that it can
     if not hasattr(layer, "merge"):
         raise UserError(f"{name} is a {type(layer).__name__}, which no single matrix replaces: leave --merge "
                         "out")
+    # SiLU stands between the factors
     with as_user_error(LOSTError, prefix=f"{name} cannot be merged: "):
         return layer.merge()
 
@@ -103,6 +107,7 @@ def write_whole(out_dir: str, write):
         raise UserError(f"cannot write {out_dir} ({e}): use another --out_dir, or make room") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    # without this a power cut may undo the rename
     sync_folder(home)
 
 def describe(out_dir: str, model: Llama) -> list[str]:
@@ -112,6 +117,7 @@ def describe(out_dir: str, model: Llama) -> list[str]:
     files = "1 file" if len(names) == 1 else f"{len(names)} files"
     lines = [f"{out_dir}: {count_parameters(model):,} parameters, {size:,} bytes in {files}"]
     layers = settings_of(model)
+    # others run code of a folder only where they are asked to
     call = f'AutoModelForCausalLM.from_pretrained("{out_dir}")'
     if travels(layers):
         call = call.replace(")", ", trust_remote_code=True)")
@@ -127,10 +133,12 @@ def main(config: Config):
     check(config)
     # one look for the newest checkpoint: training may add another meanwhile
     folder = checkpoint_folder(expanded(config.ckpt))
+    # of all files the smallest to read and the first to be missing
     tokenizer = Tokenizer.load(folder)
     if config.merge:
         # on shapes first: a refusal after minutes of reading would be late
         merge_layers(empty_model(read_json(os.path.join(folder, "config.json")), folder))
+    # read as float32, whatever the folder has
     dtype = weights_dtype(folder)
     if config.save_dtype != "auto":
         dtype = getattr(torch, config.save_dtype)

@@ -63,8 +63,15 @@ def check_value(name: str, value, limits: tuple):
     if type(value) not in types or not least <= value <= most:
         raise ConfigError(f"{name} = {shown(value)} must be {EXPECTED[kind].format(least, most)}")
 
-def refuse_multiple(sizes: dict, large: str, small: str, multiple: str, names: dict):
+def refuse_multiple(
+    sizes: dict,
+    large: str,
+    small: str,
+    multiple: str,
+    names: dict,
+):
     """Raises ConfigError for a size that is not such a multiple of another."""
+    # "hidden_size 36" to who has written it so
     whole = f"{names.get(large, large)} {sizes[large]}"
     part = f"{names.get(small, small)} {sizes[small]}"
     raise ConfigError(f"{whole} must be {multiple} of {part}")
@@ -85,14 +92,19 @@ def check_sizes(sizes: dict, names: dict):
     if sizes["n_head"] % sizes["n_kv_head"]:
         refuse_multiple(sizes, "n_head", "n_kv_head", "a multiple", names)
 
-def check_scaling(scaling: Sequence[float], names: Sequence[str] = ("rope_scaling",) * 4):
-    """Raises ConfigError for a scaling that `rope_table` does not compute."""
+def check_scaling(scaling: tuple, names: list[str] | None = None):
+    """Raises ConfigError for a scaling that `slowed` does not compute. names: of its numbers."""
     if len(scaling) not in (0, 1, 4):
         raise ConfigError(f"rope_scaling = {shown(scaling)} must be empty, 1 or 4 numbers")
-    for name, value in zip(names, scaling, strict=False):
+    names = names or ["rope_scaling"] * len(scaling)
+    for name, value in zip(names, scaling, strict=True):
         check_value(name, value, SCALING_LIMITS)
-    if len(scaling) == 4 and not scaling[1] < scaling[2]:
-        raise ConfigError(f"{names[1]} {scaling[1]} must be below {names[2]} {scaling[2]}")
+    if len(scaling) < 4:
+        return
+    _, low, high, _ = scaling
+    # the slope between them would have no width, or run backwards
+    if low >= high:
+        raise ConfigError(f"{names[1]} {low} must be below {names[2]} {high}")
 
 @dataclass
 class LlamaConfig:
@@ -125,6 +137,7 @@ class LlamaConfig:
         # JSON has lists
         self.rope_scaling = tuple(self.rope_scaling)
         check_scaling(self.rope_scaling)
+        # after the check, which says more of sizes than of their quotient
         if self.head_dim is None:
             self.head_dim = self.n_embd // self.n_head
 
@@ -144,18 +157,27 @@ MODELS = {
 def generator_of(seed: int, name: str) -> torch.Generator:
     """A generator of the CPU for one weight. What it draws depends on the seed and the name alone, so that a
     weight can be drawn alone, in any order, and by any process of any number: the same on every device."""
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    text = f"{seed}/{name}"
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     # 63 bits, as torch takes a signed number
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    number = int.from_bytes(digest, "little") >> 1
+    return torch.Generator().manual_seed(number)
 
 def draw_normal(p: torch.Tensor, std: float, generator: torch.Generator):
     """Fill p with independent draws from N(0, std²), made on the CPU whatever its device."""
     drawn = torch.empty(p.shape, dtype=p.dtype, device="cpu")
-    p.copy_(drawn.normal_(0.0, std, generator=generator))
+    drawn.normal_(0.0, std, generator=generator)
+    p.copy_(drawn)
 
 # --- the model, from the inside out ---
 
-def slowed(frequency: torch.Tensor, factor: float, low=None, high=None, window=None) -> torch.Tensor:
+def slowed(
+    frequency: torch.Tensor,
+    factor: float,
+    low: float = 0.0,
+    high: float = 0.0,
+    window: float | None = None,
+) -> torch.Tensor:
     """Frequencies (D/2,) of a model whose limit was stretched after its training on `window` tokens.
 
     factor alone: all of them divided (Chen et al. 2023, arXiv 2306.15595). With the others LLaMA 3.1's rule:
@@ -164,15 +186,25 @@ def slowed(frequency: torch.Tensor, factor: float, low=None, high=None, window=N
     if window is None:
         return frequency / factor
     turns = window * frequency / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return kept * frequency + (1 - kept) * frequency / factor
+    # the share of its frequency that a pair keeps: fast ones tell neighbours apart, as before
+    slope = (turns - low) / (high - low)
+    kept = slope.clamp(0, 1)
+    slow = frequency / factor
+    return kept * frequency + (1 - kept) * slow
 
 # an operation of its own, into which the compiler does not look: otherwise it computes power, cosine and
 # sine again for each head of each layer, 0.6 ms of the 11 of a decode step (LOST 350m, bfloat16, two cores)
 @torch.library.custom_op("nanolost::rope_table", mutates_args=())
-def rope_table(positions: torch.Tensor, dim: int, theta: float, scaling: Sequence[float]) -> torch.Tensor:
-    """cos and sin of the rotary angles, (2, T, D/2) float32: dimensions d and d + D/2 turn alike."""
-    steps = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device)
+def rope_table(
+    positions: torch.Tensor,
+    dim: int,
+    theta: float,
+    scaling: Sequence[float],
+) -> torch.Tensor:
+    """cos and sin of the rotary angles, (2, T, D/2) float32: dimensions d and d + D/2 turn alike. scaling:
+    LlamaConfig's."""
+    device = positions.device
+    steps = torch.arange(0, dim, 2, dtype=torch.float32, device=device)
     # the first pair turns by a radian a token, the last by almost 1 / theta
     frequency = theta ** (steps / -dim)
     if scaling:
@@ -183,7 +215,8 @@ def rope_table(positions: torch.Tensor, dim: int, theta: float, scaling: Sequenc
 
 @rope_table.register_fake
 def _(positions, dim, theta, scaling):
-    return torch.empty(2, *positions.shape, dim // 2, device=positions.device)
+    T = len(positions)
+    return torch.empty(2, T, dim // 2, device=positions.device)
 
 def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     """Su et al. 2021 (arXiv 2104.09864), eq. 34, in the rotate-half layout. x: (B, T, H, D)."""
@@ -203,19 +236,23 @@ class Attention(nn.Module):
         self.layer = layer
         self.n_head = config.n_head
         self.n_kv_head = config.n_kv_head
-        width = config.n_head * config.head_dim
+        C = config.n_embd
+        D = config.head_dim
+        # as a rule C, though not in Qwen3
+        width = D * self.n_head
         # grouped queries (Ainslie et al. 2023, arXiv 2305.13245): fewer heads of K and V
-        kv_width = config.n_kv_head * config.head_dim
-        self.q_proj = nn.Linear(config.n_embd, width, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(width, config.n_embd, bias=config.o_bias)
+        kv_width = D * self.n_kv_head
+        bias = config.qkv_bias
+        self.q_proj = nn.Linear(C, width, bias)
+        self.k_proj = nn.Linear(C, kv_width, bias)
+        self.v_proj = nn.Linear(C, kv_width, bias)
+        self.o_proj = nn.Linear(width, C, config.o_bias)
         self.q_norm = None
         self.k_norm = None
         if config.qk_norm:
             # Henry et al. 2020, arXiv 2010.04245, as Qwen3 has it: of each head, before it is turned
-            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.q_norm = nn.RMSNorm(D, config.norm_eps)
+            self.k_norm = nn.RMSNorm(D, config.norm_eps)
 
     def forward(self, x, rope, cache=None):
         B, T, _ = x.shape
@@ -225,6 +262,7 @@ class Attention(nn.Module):
         q = q.view(B, T, self.n_head, -1)                                                  # (B, T, H, D)
         k = k.view(B, T, self.n_kv_head, -1)                                               # (B, T, n_kv, D)
         v = v.view(B, T, self.n_kv_head, -1)
+        # of each head by itself, over D
         if self.q_norm is not None:
             q = self.q_norm(q)
             k = self.k_norm(k)
@@ -234,6 +272,7 @@ class Attention(nn.Module):
         q = q.transpose(1, 2)                                                              # (B, H, T, D)
         k = k.transpose(1, 2)
         v = v.transpose(1, 2)
+        # without a cache each token sees those before it, which needs no mask in memory
         mask = None
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                                          # (B, n_kv, S, D)
@@ -252,9 +291,12 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.n_embd, config.n_ffn, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.n_embd, config.n_ffn, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.n_ffn, config.n_embd, bias=config.mlp_bias)
+        C = config.n_embd
+        inner = config.n_ffn
+        bias = config.mlp_bias
+        self.gate_proj = nn.Linear(C, inner, bias)
+        self.up_proj = nn.Linear(C, inner, bias)
+        self.down_proj = nn.Linear(inner, C, bias)
 
     def forward(self, x):
         gate = F.silu(self.gate_proj(x))
@@ -325,6 +367,7 @@ class Llama(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("norm.weight"):
                 p.fill_(1.0)
+            # only models that were trained elsewhere have them, and bring their own
             elif name.endswith("_proj.bias"):
                 p.zero_()
             elif name.endswith("_proj.weight"):
@@ -340,6 +383,7 @@ class Llama(nn.Module):
             # of a text that is read to be continued only the last position matters
             return self.lm_head(x[:, -1:]), None                                           # (B, 1, V)
         targets = targets.flatten()
+        # some rows at a time: the logits are the largest tensor of a step
         if loss_only:
             x = x.flatten(0, 1)
             return None, head_loss(self.lm_head, x, targets)

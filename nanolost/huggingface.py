@@ -103,6 +103,7 @@ def type_of(hf: dict) -> str:
 
 def check_fields(hf: dict, only: dict):
     """Raises ConfigError for fields that have another value than the one that is computed."""
+    # absent and null mean the default, which is the one
     for name, value in only.items():
         found = hf.get(name)
         if found is not None and found != value:
@@ -116,7 +117,9 @@ def check_code(hf: dict):
         return
     if not isinstance(brought, dict):
         refuse("auto_map", brought, "an object")
+    # a class of a config or a tokenizer changes no formula
     for kind, name in brought.items():
+        # transformers writes "owner/model--file.Class" for code from a hub
         ours = isinstance(name, str) and name.split("--")[-1].startswith("modeling_lost.")
         if kind.startswith("AutoModel") and not ours:
             refuse(f"auto_map.{kind}", name, "the models' own classes: code of a folder is never run here")
@@ -125,6 +128,7 @@ def check_code(hf: dict):
 
 def windowed(hf: dict, model_type: str) -> bool:
     """Whether any layer has a sliding window, by the rules of the types that know one."""
+    # transformers 5 names the kind of each layer, and then nothing else counts
     kinds = hf.get("layer_types")
     if kinds is not None:
         if not isinstance(kinds, list):
@@ -143,6 +147,7 @@ def check_window(hf: dict, model_type: str, limit: int):
     window = hf.get("sliding_window")
     if window is None or not windowed(hf, model_type):
         return
+    # up to the limit one that is as long hides nothing; beyond it nobody here goes
     if type(window) is not int or window < limit:
         refuse("sliding_window", window, f"null, or at least max_position_embeddings {shown(limit)}")
 
@@ -185,6 +190,7 @@ def read_rope(hf: dict) -> dict:
         known = field_ in numbers or field_ in NEUTRAL and NEUTRAL[field_] in (None, value)
         if not known and value is not None:
             refuse(f"{name}.{field_}", value, ", ".join(["rope_theta", "rope_type", *numbers]))
+    # transformers guesses the missing ones, with a warning
     missing = [number for number in numbers if rope.get(number) is None]
     if missing:
         raise ConfigError(f"config.json: {name} lacks {', '.join(missing)}")
@@ -203,6 +209,7 @@ def write_rope(config: LlamaConfig) -> dict:
     numbers = dict(zip(SCALINGS[kind], config.rope_scaling, strict=True))
     parameters = {"rope_theta": config.rope_theta, "rope_type": kind, **numbers}
     fields = {"rope_parameters": parameters}
+    # 4 takes what it does not know for a scaling
     if numbers:
         fields["rope_scaling"] = {"rope_type": kind, **numbers}
     return fields
@@ -219,6 +226,7 @@ def read_sizes(hf: dict) -> dict:
     # null: every head has its own K and V
     if sizes.get("n_kv_head") is None:
         sizes["n_kv_head"] = sizes["n_head"]
+    # as absent: 10 000 in all types
     if sizes.get("rope_theta", 0) is None:
         del sizes["rope_theta"]
     return sizes
@@ -244,6 +252,7 @@ def config_from_hf(hf: dict) -> LlamaConfig:
     kind = TYPES[name]
     check_fields(hf, {**ONLY, **kind.only})
     check_code(hf)
+    # from here on an absent field is one with the type's default
     hf = {**kind.defaults, **hf}
     try:
         sizes = read_sizes(hf)
@@ -263,7 +272,8 @@ def write_switches(config: LlamaConfig) -> dict:
     fields = {}
     for name, ours in kind.biases.items():
         fields[name] = getattr(config, ours[0])
-    written = {**dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias", "qk_norm"), False)}
+    # what the reader will make of them
+    written = dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias", "qk_norm"), False)
     written |= read_switches(fields, kind)
     for name, value in written.items():
         if getattr(config, name) != value:
@@ -312,6 +322,7 @@ def travels(layers: dict[str, dict]) -> bool:
 
 def travelling_code() -> dict[str, bytes]:
     """The files by name that a folder with layers of ours needs beside its weights."""
+    # read anew, never from the folder that a model came in
     here = os.path.dirname(os.path.abspath(__file__))
     paths = os.path.join(here, "modeling_lost.py"), lost.__file__
     return {os.path.basename(path): read_bounded(path, CODE_LIMIT) for path in paths}

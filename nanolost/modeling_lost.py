@@ -29,6 +29,7 @@ class WithLayers:
     """Before a class of transformers: the same model with the layers that its configuration names."""
 
     def __init__(self, config):
+        # dense layers first: from_pretrained makes them as shapes alone
         super().__init__(config)
         # an inner model has the names of the whole one without their first part
         inner = not hasattr(self, "lm_head")
@@ -51,6 +52,8 @@ class WithLayers:
 
 # one class a model type: AutoModel finds them by their names
 
+# LLaMA
+
 class LOSTLlamaConfig(LlamaConfig):
     model_type = "lost_llama"
 
@@ -59,6 +62,8 @@ class LOSTLlamaModel(WithLayers, LlamaModel):
 
 class LOSTLlamaForCausalLM(WithLayers, LlamaForCausalLM):
     config_class = LOSTLlamaConfig
+
+# Mistral, without a window
 
 class LOSTMistralConfig(MistralConfig):
     model_type = "lost_mistral"
@@ -69,6 +74,8 @@ class LOSTMistralModel(WithLayers, MistralModel):
 class LOSTMistralForCausalLM(WithLayers, MistralForCausalLM):
     config_class = LOSTMistralConfig
 
+# Qwen2 and 2.5: biases of q, k and v
+
 class LOSTQwen2Config(Qwen2Config):
     model_type = "lost_qwen2"
 
@@ -77,6 +84,8 @@ class LOSTQwen2Model(WithLayers, Qwen2Model):
 
 class LOSTQwen2ForCausalLM(WithLayers, Qwen2ForCausalLM):
     config_class = LOSTQwen2Config
+
+# Qwen3: a norm of each head of q and k
 
 class LOSTQwen3Config(Qwen3Config):
     model_type = "lost_qwen3"
