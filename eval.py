@@ -27,6 +27,8 @@ from nanolost.windows import RULES, Windows, standard_error
 
 # of a model from elsewhere, whose training window no file says
 FOREIGN_WINDOW = 1024
+# what evaluators of LOST's line of papers read at the most (GaLore, torchrun_main.py)
+PAPER_TOKENS = 10_000_000
 
 @dataclass
 class Config:
@@ -39,6 +41,8 @@ class Config:
                                      f"{FOREIGN_WINDOW})", section="how")
     stride: int | None = flag(None, "tokens from window to window; each token counts once (--seq_len)")
     tokens: int | None = flag(None, "predict about so many tokens, from the first on (all)")
+    paper_batch: int | None = flag(None, "say also the perplexity that the papers' evaluator would print, "
+                                         f"with batches of so many rows, of at most {PAPER_TOKENS:,} tokens")
     device: str = flag("auto", "cuda, mps or cpu; auto is the best there is", ["auto", *DEVICES])
     dtype: str = flag("auto", "autocast; auto is what the model was trained with there, else as in train.py",
                       ["auto", "float32", "bfloat16"])
@@ -53,7 +57,7 @@ def check(config: Config):
     """UserError for flags that do not go together, before anything is loaded."""
     if (config.data_dir is None) == (config.text is None):
         raise UserError("give a text: either --data_dir DIR or --text FILE …")
-    for name in ("stride", "tokens"):
+    for name in ("stride", "tokens", "paper_batch"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: must be positive")
@@ -183,6 +187,8 @@ def line(result: dict) -> str:
     perplexity = with_error(result["perplexity"], result["perplexity_stderr"], 2)
     bits = with_error(result["bits_per_byte"], result["bits_per_byte_stderr"], 4)
     names = ", ".join(text["name"] for text in result["text"])
+    if "paper_ppl" in result:
+        perplexity += f" (the papers' evaluator: {result['paper_ppl']:.2f})"
     return (f"loss {loss} | perplexity {perplexity} | {bits} bits per byte | {result['tokens']:,} tokens in "
             f"{result['windows']} windows of {result['window']}, stride {result['stride']}, of {names}")
 
@@ -211,14 +217,18 @@ def main(config: Config) -> dict:
         # as train.py's --eval_tokens
         samples = None if config.tokens is None else data.samples_for(config.tokens)
         text = Validation.of(data, samples, micro, tokenizer, rows)
+        if config.paper_batch:
+            text.paper = (config.paper_batch, PAPER_TOKENS)
         windows = []
         found = evaluate(model.to(job.device), text, autocast(config), job, windows)
         if found is None:
             # half of a text would be another number
             raise KeyboardInterrupt
         windows = sum(job.gather(windows), [])
+    paper = {name: found[name] for name in ("paper_ppl",) if name in found}
     result = {
         **numbers(found, windows),
+        **paper,
         "window": config.seq_len,
         "stride": config.stride,
         "text": names,

@@ -18,6 +18,7 @@ from small_models import small as small_model
 from test_prepare import files_of as files_in
 from test_prepare import manifest_of, prepare, put, some_texts
 
+import eval as eval_command
 import prepare_c4
 import train
 from nanolost.data import TokenDataset, read_shard, read_targets
@@ -469,6 +470,18 @@ def test_a_run_prints_both_perplexities_and_records_them(small, rows_dir, capsys
     for record in records:
         both = f"{record['val_ppl']:.2f} (the papers' evaluator: {record['paper_ppl']:.2f})"
         assert f"perplexity {both}" in printed
+
+def test_eval_prints_what_the_run_has_recorded(small, rows_dir, capsys):
+    config = small(data_dir=str(rows_dir), paper_batch=8)
+    train.main(config)
+    last = metrics(config, "eval")[-1]
+    capsys.readouterr()
+    evaluation = eval_command.Config(ckpt=config.out_dir, data_dir=str(rows_dir), device="cpu", paper_batch=8)
+    result = eval_command.main(evaluation)
+    assert (result["paper_ppl"], result["tokens"]) == (last["paper_ppl"], last["val_tokens"])
+    assert f"the papers' evaluator: {last['paper_ppl']:.2f}" in capsys.readouterr().out
+    evaluation.paper_batch = None
+    assert "paper_ppl" not in eval_command.main(evaluation)
 
 @pytest.mark.parametrize("value", [0, -1])
 def test_a_batch_of_no_rows_is_refused(small, value):
