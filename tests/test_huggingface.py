@@ -134,6 +134,8 @@ def test_a_saved_folder_loads_in_transformers_as_what_it_came_in_as(model_type, 
     folder = saved(model, tmp_path)
     theirs = theirs_of(folder)
     assert type(theirs).__name__ == f"{name}ForCausalLM"
+    # nobody shall take a folder with layers of ours for a dense model
+    assert read(folder)["model_type"] == ("lost_" if lost else "") + model_type
     # the logits are of the size of 10: 3e-6 of them
     largest = all_logits(model, tokens(3, 20)).abs().max().item()
     assert difference(model, theirs) <= 3e-6 * max(1, largest)
