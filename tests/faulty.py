@@ -44,23 +44,37 @@ def announce(point, module, name):
         return real(*args, **kwargs)
     setattr(module, name, announced)
 
+def cut(point, path: str):
+    """Make the middle of a file a point: it is then cut in half."""
+    with open(path, "rb") as f:
+        content = f.read()
+    os.truncate(path, len(content) // 2)
+    point(f"half of {os.path.basename(path)}")
+    with open(path, "wb") as f:
+        f.write(content)
+
 def half_way(point, path_of, module, name):
-    """Make the middle of the file that module.name writes a point: it is then cut in half."""
+    """Cut the file that module.name has just written."""
     real = getattr(module, name)
     def halved(*args, **kwargs):
-        result, path = real(*args, **kwargs), path_of(*args)
-        size = os.path.getsize(path)
-        with open(path, "rb") as f:
-            content = f.read()
-        os.truncate(path, size // 2)
-        point(f"half of {os.path.basename(path)}")
-        with open(path, "wb") as f:
-            f.write(content)
+        result = real(*args, **kwargs)
+        cut(point, path_of(*args))
         return result
     setattr(module, name, halved)
 
+def half_way_so_far(point, module, name):
+    """Cut each file that is there when module.name begins to write into the folder."""
+    real = getattr(module, name)
+    def later(folder, *args, **kwargs):
+        for file in sorted(os.listdir(folder)):
+            cut(point, os.path.join(folder, file))
+        return real(folder, *args, **kwargs)
+    setattr(module, name, later)
+
 def instrument_saves(deadly: int):
     point = Points(deadly)
+    # the tokenizer's files, and the code that travels with the weights
+    half_way_so_far(point, checkpoint, "write_weights")
     half_way(point, lambda tensors, path, *rest: path, checkpoint, "save_file")
     half_way(point, lambda folder, name, content: os.path.join(folder, name), checkpoint, "write_json")
     names = ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir")
