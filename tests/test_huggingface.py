@@ -161,6 +161,16 @@ def test_the_inner_model_loads_alone(pair):
     with torch.no_grad():
         assert largest_difference(model.hidden(idx), inner(idx).last_hidden_state) < 1e-4
 
+def test_a_head_of_ours_is_in_the_whole_model_and_not_in_the_inner_one(tmp_path):
+    model = apply_lost(small(), 6, 0.1, skip=())
+    folder = saved(model, tmp_path)
+    assert difference(model, theirs_of(folder)) < 1e-4
+    inner = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    assert not hasattr(inner, "lm_head") and isinstance(model.lm_head, LOSTLinear)
+    with torch.no_grad():
+        idx = tokens(2, 9)
+        assert largest_difference(model.hidden(idx), inner(idx).last_hidden_state) < 1e-4
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_save_pretrained_goes_round(pair, dtype, tmp_path):
     model, folder = pair
