@@ -91,6 +91,7 @@ class TargetsWriter:
 
     def append(self, targets: np.ndarray):
         """targets: (n,) bool, of the tokens that the shard gets."""
+        # a byte, not a bit: one line of numpy reads it
         self.file.write(targets.astype(np.uint8).tobytes())
         self.count += int(targets.sum())
 
@@ -169,6 +170,7 @@ def convert_nanogpt(path: str, out_dir: str):
     # OpenWebText has 9 billion tokens, more than a header can count
     for number, start in enumerate(range(0, len(tokens), NANOGPT_SHARD)):
         name = f"{split}_{number:05d}.bin"
+        # without a manifest, which would have to say whose ids they are
         write_shard(os.path.join(out_dir, name), tokens[start:start + NANOGPT_SHARD], 2**16)
 
 def read_targets(path: str, tokens: int) -> np.ndarray:
@@ -531,6 +533,7 @@ class TokenDataset:
         samples = np.asarray(samples)
         if not self.row:
             return np.full(samples.shape, self.seq_len)
+        # read anew in each update, 256 bytes a row: to count all at the start would read a third of the text
         marks = self._gather(samples.ravel(), self._marks, self.seq_len, np.uint8)
         return marks.sum(1, dtype=np.int64).reshape(samples.shape)
 

@@ -18,7 +18,7 @@ import huggingface_hub
 
 from nanolost.data import nanogpt_command
 from nanolost.errors import UserError
-from nanolost.files import expanded, open_regular
+from nanolost.files import open_regular
 
 HUB = "hf://"
 # what a user types, as Hugging Face's own libraries spell it
@@ -48,6 +48,7 @@ def kind_of(source: str) -> str:
     if source == "builtin":
         return "txt"
     name = source
+    # a.txt.gz is a text
     for ending in PACKED:
         name = name.removesuffix(ending)
     ending = name.rpartition(".")[2]
@@ -89,15 +90,19 @@ def check_source(source: str):
     if empty:
         raise UserError(f"{source} holds no document: remove it from the input")
 
-def place(source: str) -> str:
-    """Equal for two names of one file: a.jsonl, ./a.jsonl and a link to it."""
-    return source if source.startswith(HUB) else os.path.realpath(source)
+def place(source: str) -> str | tuple[int, int]:
+    """Equal for two names of one file: a.jsonl, ./a.jsonl, and a link to it of either kind."""
+    if source == "builtin" or source.startswith(HUB):
+        return source
+    # realpath would tell two hard links apart
+    status = os.stat(source)
+    return status.st_dev, status.st_ino
 
 def expand(patterns: list[str], hub: dict) -> list[str]:
     """The sources that the patterns name, sorted, each file once; "builtin" stands for itself. hub: what was
     found before by the patterns of the hub (see `files_of_hub`), to which what is found now is added."""
     names = set()
-    for pattern in map(expanded, patterns):
+    for pattern in patterns:
         # a name with brackets is a file and not a pattern
         if pattern == "builtin" or os.path.exists(pattern):
             names.add(pattern)
@@ -108,6 +113,7 @@ def expand(patterns: list[str], hub: dict) -> list[str]:
         names.update(found)
     once = {}
     for name in sorted(names):
+        # the first bytes of a file of the hub would have to be downloaded
         if name.startswith(HUB):
             check_kind(name)
         else:
@@ -165,6 +171,7 @@ def files_of_hub(pattern: str, hub: dict) -> list[str]:
         except Exception as e:
             raise UserError(f"cannot list {pattern} ({innermost(e)}): check the name, and the "
                             "network") from None
+        # one listing, of one commit: a file that is added meanwhile belongs to another
         found = [entry.rfilename for entry in info.siblings if matches(entry.rfilename, wanted)]
         hub[pattern] = {"repository": repository, "commit": info.sha, "files": sorted(found)}
     repository = hub[pattern]["repository"]
@@ -213,6 +220,7 @@ def unpacked(file):
 
 def lines_of(chunks):
     """Lines with their ends, out of pieces of any size."""
+    # pieces of a line are joined once: a line may be many chunks long
     rest = []
     for chunk in chunks:
         *ended, last = chunk.split(b"\n")
@@ -264,6 +272,7 @@ def entries(path: str, names: tuple[str, ...]):
             # without a column pyarrow gives no rows, but there are some
             if not columns:
                 columns = None
+            # a file may be larger than the memory
             for batch in file.iter_batches(PARQUET_ROWS, columns=columns):
                 yield from batch.to_pylist()
     except arrow.ArrowException as e:
@@ -336,6 +345,7 @@ class Documents:
 
     def _entry(self, entry: dict, path: str, number: int) -> str | Pair | None:
         key = self.text_key
+        # a text wins over a prompt beside it
         names = (key,)
         if key not in entry and all(name in entry for name in Pair._fields):
             if not self.pairs:

@@ -99,6 +99,7 @@ def shares(targets: np.ndarray) -> np.ndarray:
     """What each micro-batch's mean loss is divided by, so that the sum of all is the mean over all targets.
     targets: of each sample, (micro-batches, processes, samples). Returns (micro-batches, processes)."""
     counts = targets.sum(2)
+    # each process counts the whole update by itself, which costs less than to ask the others
     total = counts.sum()
     # without masks the number of micro-batches, exactly; one without a target adds nothing
     return np.divide(total, counts, out=np.full(counts.shape, np.inf), where=counts > 0)
@@ -219,6 +220,7 @@ def paper_perplexity(windows: list[tuple], batch: int, tokens: int) -> float:
 
     About 2 % too low, by the count; a mean over tokens is what `evaluate` gives."""
     total = 0.0
+    # theirs begins at 1 and is divided by
     batches = 1
     read = 0
     for first in range(0, len(windows), batch):
@@ -226,6 +228,7 @@ def paper_perplexity(windows: list[tuple], batch: int, tokens: int) -> float:
             break
         part = windows[first:first + batch]
         targets = sum(window[1] for window in part)
+        # a batch with few targets weighs as much as any other
         total += sum(window[0] for window in part) / max(targets, 1)
         batches += 1
         # a row's first token is no target, and no padding
@@ -239,6 +242,7 @@ def evaluate(model: Llama, text: Validation, context, job, windows: list | None 
     run. windows: takes (nats, targets, bytes) of each window that this process reads. None if a process was
     asked to stop meanwhile."""
     nats, tokens, text_bytes = 0.0, 0, 0
+    # whole batches of theirs may lie across ours, and across processes
     if windows is None and text.paper:
         windows = []
     # each process takes every world-th micro-batch

@@ -30,6 +30,7 @@ class Stream:
         self.dtype = token_dtype(tokenizer.vocab_size)
 
     def __call__(self, text: str) -> Encoded:
+        # a vocabulary of our own begins a document with end-of-text, a foreign one with what it prescribes
         tokens = self.tokenizer.document(text).astype(self.dtype)
         return Encoded(tokens, None, len(text.encode()), len(tokens))
 
@@ -42,6 +43,7 @@ class Rows:
         self.dtype = token_dtype(tokenizer.vocab_size)
         self.bytes = tokenizer.token_bytes()
         edges = len(tokenizer.before) + len(tokenizer.after)
+        # a token and its target, and one of the text
         least = max(2, edges + 1)
         if length < least:
             raise UserError(f"--rows {length}: this tokenizer puts {edges} tokens around a text; use {least} "
@@ -51,6 +53,7 @@ class Rows:
         ids, known = self.ids(document)
         before = self.tokenizer.before
         after = self.tokenizer.after
+        # the text is cut, never what stands around it; so does transformers' truncation=True
         ids = ids[:self.length - len(before) - len(after)]
         text = [*before, *ids, *after]
         tokens = np.full(self.length, self.tokenizer.pad, self.dtype)
@@ -69,6 +72,7 @@ class Rows:
         if isinstance(document, str):
             return encode(document), 0
         prompt = encode(document.prompt)
+        # at once: LLaMA-2's kind would put a space in front of a completion that is encoded by itself
         whole = encode(document.prompt + document.completion)
         # a token across the border: the model will see the prompt alone before it has to go on
         if whole[:len(prompt)] != prompt:
