@@ -313,6 +313,7 @@ class SplitWriter:
         if not self.shard:
             self.open(document)
         self.shard.append(document.tokens)
+        # beside each shard of rows, in step with it
         if self.targets:
             self.targets.append(document.targets)
         self.bytes += document.text_bytes
@@ -341,6 +342,7 @@ class SplitWriter:
             "documents": self.documents,
             "sha256": self.shard.sha256,
         }
+        # a shard without its targets would train on prompts and padding: both are there before the entry is
         if self.targets:
             self.targets.close()
             entry["text_tokens"] = self.text_tokens
@@ -399,6 +401,7 @@ def begin(config: Config, streams: dict[str, list[str]], hub: dict) -> dict:
             request[name] = getattr(config, name)
     local = [s for s in itertools.chain(*streams.values()) if not s.startswith(HUB)]
     sources = {source: identity(source) for source in local}
+    # before the first download: the list of files is of this commit
     revisions = {listing["repository"]: listing["commit"] for listing in hub.values()}
     new = {"version": 1, "complete": False, "request": request, "sources": sources, "revisions": revisions,
            "held_out": None, "shards": [], "reached": {}}
@@ -488,6 +491,7 @@ def verify(out_dir: str):
     if manifest is None:
         raise UserError(f"no manifest.json in {out_dir}: nothing to verify against")
     digests = {shard["name"]: shard.get("sha256") for shard in manifest["shards"]}
+    # a flipped mark is a prompt that is learned
     targets = [shard["targets"] for shard in manifest["shards"] if "targets" in shard]
     digests |= {entry["name"]: entry["sha256"] for entry in targets}
     digests["tokenizer.json"] = manifest.get("tokenizer", {}).get("sha256")
