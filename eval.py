@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from nanolost.checkpoint import checkpoint_folder, load_folder
 from nanolost.data import TokenDataset, read_shard
 from nanolost.errors import UserError
-from nanolost.files import expanded, open_regular
+from nanolost.files import open_regular
 from nanolost.flags import command, flag, parse
 from nanolost.job import Job
 from nanolost.loop import Validation, evaluate
@@ -33,10 +33,11 @@ PAPER_TOKENS = 10_000_000
 @dataclass
 class Config:
     ckpt: str = flag("out", "out_dir of train.py (its newest good checkpoint) or one checkpoint folder",
-                     section="what")
-    data_dir: str | None = flag(None, "folder of token shards: their validation split, cut as in training")
+                     section="what", path=True)
+    data_dir: str | None = flag(None, "folder of token shards: their validation split, cut as in training",
+                                path=True)
     text: list[str] | None = flag(None, "files of text, each read as one text; the first token of a window "
-                                        "is no target")
+                                        "is no target", path=True)
     seq_len: int | None = flag(None, "tokens of a window (what the model was trained at; of others at most "
                                      f"{FOREIGN_WINDOW})", section="how")
     stride: int | None = flag(None, "tokens from window to window; each token counts once (--seq_len)")
@@ -109,7 +110,7 @@ def load(folder: str):
 def read_text(path: str) -> bytes:
     # a pipe has no end that comes by itself
     try:
-        with open_regular(expanded(path)) as file:
+        with open_regular(path) as file:
             return file.read()
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from None

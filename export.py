@@ -30,7 +30,7 @@ from nanolost.checkpoint import (
 )
 from nanolost.counts import count_parameters
 from nanolost.errors import UserError, as_user_error
-from nanolost.files import expanded, read_json, sync_folder
+from nanolost.files import read_json, sync_folder
 from nanolost.flags import command, flag, parse, say
 from nanolost.huggingface import travelling_files, travels
 from nanolost.methods import settings_of, special_layers
@@ -42,8 +42,9 @@ SIZE = re.compile(r"[1-9][0-9]{0,9}(KB|MB|GB|TB)")
 
 @dataclass
 class Config:
-    ckpt: str = flag("out", "out_dir of train.py (its newest good checkpoint) or one checkpoint folder")
-    out_dir: str = flag("export", "folder to make; it must not exist, or be empty")
+    ckpt: str = flag("out", "out_dir of train.py (its newest good checkpoint) or one checkpoint folder",
+                     path=True)
+    out_dir: str = flag("export", "folder to make; it must not exist, or be empty", path=True)
     merge: bool = flag(False, "make plain linear layers of LOST ones without SiLU: the folder needs no code")
     save_dtype: str = flag("auto", "of the weights; auto is what the folder has them in", DTYPES)
     max_shard_size: str = flag("5GB", "a file of weights is at most so large, or holds one matrix")
@@ -129,10 +130,9 @@ def describe(out_dir: str, model: Llama) -> list[str]:
     return lines
 
 def main(config: Config):
-    config.out_dir = expanded(config.out_dir)
     check(config)
     # one look for the newest checkpoint: training may add another meanwhile
-    folder = checkpoint_folder(expanded(config.ckpt))
+    folder = checkpoint_folder(config.ckpt)
     # of all files the smallest to read and the first to be missing
     tokenizer = Tokenizer.load(folder)
     if config.merge:

@@ -17,7 +17,6 @@ a line or a word. A file that both --input and --val_input match is validation o
 import bisect
 import collections
 import contextlib
-import dataclasses
 import glob
 import hashlib
 import itertools
@@ -46,7 +45,7 @@ from nanolost.documents import (
     text_of,
 )
 from nanolost.errors import UserError
-from nanolost.files import claim, expanded, sha256_file, write_atomic
+from nanolost.files import claim, sha256_file, write_atomic
 from nanolost.flags import command, flag, parse
 from nanolost.rows import Encoded, Rows, Stream
 from nanolost.tokenizer import GPT2_PATTERN, Tokenizer
@@ -71,16 +70,18 @@ LATER_FLAGS = ("rows", "text_key")
 
 @dataclass
 class Config:
-    out_dir: str = flag("data/c4", "where the shards go")
+    out_dir: str = flag("data/c4", "where the shards go", path=True)
     train_tokens: int = flag(1_320_000_000, "stop once reached; the default is one epoch of the 60m run")
     val_tokens: int = flag(10_000_000, "stop once reached; in rows targets are counted, not padding")
     input: list[str] | None = flag(None, "GLOBs of files instead of C4: .json, .jsonl (lines with a text "
                                    "key) or .txt, each also with .gz or .zst; .parquet; files of the hub, "
-                                   f"{HUB_PATTERN}; or builtin, text of Python's library")
+                                   f"{HUB_PATTERN}; or builtin, text of Python's library",
+                                   path=True)
     val_input: list[str] | None = flag(None, "files for validation, left out of --input; else a hash of each "
-                                       "document decides, or its place in a text of few documents")
+                                       "document decides, or its place in a text of few documents",
+                                       path=True)
     tokenizer: str = flag("gpt2", "gpt2, byte, train:N (a BPE of N ids), a Hugging Face folder, a "
-                          "tokenizer.json or a .tiktoken file")
+                          "tokenizer.json or a .tiktoken file", path=True)
     split_pattern: str | None = flag(None, "regular expression that cuts a text before merging, for a "
                                      ".tiktoken file that is not OpenAI's")
     rows: int | None = flag(None, "one document a row of so many tokens, cut or padded; prompts of JSON "
@@ -219,7 +220,7 @@ def choose_tokenizer(config: Config, streams: dict[str, list[str]], manifest: di
     """The tokenizer that --tokenizer names; train:N is trained by rustbpe on the training documents."""
     size = trained_size(config)
     if size is None:
-        return Tokenizer.named(expanded(config.tokenizer), config.split_pattern)
+        return Tokenizer.named(config.tokenizer, config.split_pattern)
     print(f"training a tokenizer of {size} ids", flush=True)
     bpe = rustbpe.Tokenizer()
     bpe.train_from_iterator(training_texts(config, streams, manifest), size - 1, pattern=GPT2_PATTERN)
@@ -622,7 +623,6 @@ def prepare(config: Config, streams: dict[str, list[str]], manifest: dict):
     print(f"{config.out_dir}: {', '.join(counts)}")
 
 def main(config: Config):
-    config = dataclasses.replace(config, out_dir=expanded(config.out_dir))
     if config.verify:
         return verify(config.out_dir)
     check_flags(config)

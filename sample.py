@@ -18,7 +18,8 @@ from nanolost.tokenizer import Tokenizer
 
 @dataclass
 class Config:
-    ckpt: str = flag("out", "out_dir of train.py (its newest good checkpoint) or one checkpoint folder")
+    ckpt: str = flag("out", "out_dir of train.py (its newest good checkpoint) or one checkpoint folder",
+                     path=True)
     prompt: str = flag("", "text to continue, or FILE:path; by default a new document")
     max_new_tokens: int = flag(200, "tokens to add; a sample ends earlier where the model ends the document")
     temperature: float = flag(0.8, "divides the logits; 0 takes the likeliest token each time")

@@ -26,7 +26,15 @@ from nanolost.job import Job, place
 from nanolost.loop import Report, State, Validation, evaluate, identity, measure, update
 from nanolost.methods import build_model, owners
 from nanolost.optim import freeze
-from nanolost.settings import FIXED, Config, resolve, settle_device, settle_schedule, split_batch
+from nanolost.settings import (
+    FIXED,
+    Config,
+    resolve,
+    saved_value,
+    settle_device,
+    settle_schedule,
+    split_batch,
+)
 from nanolost.source import Source, remembered
 from nanolost.threads import use_threads
 from nanolost.tokenizer import Tokenizer
@@ -134,7 +142,9 @@ def settle(config: Config, saved: dict):
     """Choose what is chosen once for a run; `saved` is the config of its checkpoint."""
     settle_schedule(config, saved)
     # bit for bit holds for equal threads only
-    config.threads = use_threads(config.threads or saved.get("threads"))
+    if config.threads is None and saved.get("threads") is not None:
+        config.threads = saved_value(saved, "threads")
+    config.threads = use_threads(config.threads)
 
 def resumed(config: Config, job: Job, texts: Texts, folder: str, report: Report) -> tuple[State, dict]:
     """The state that the checkpoint `folder` holds, and what the run is now."""

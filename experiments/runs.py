@@ -45,8 +45,8 @@ class Settings:
     """Flags that all experiments share. Frozen, so that what is computed from them can be kept."""
 
     # of files and numbers a driver has its own defaults
-    data_dir: str = flag("data/controls", "folder of token shards")
-    out_dir: str = flag("out/controls", "folder of the runs: ROW/lr-seed")
+    data_dir: str = flag("data/controls", "folder of token shards", path=True)
+    out_dir: str = flag("out/controls", "folder of the runs: ROW/lr-seed", path=True)
     steps: int = flag(200, "updates of each run, a tenth of them warm-up")
     lrs: Rates | None = flag(None, "learning rates of every sweep")
     widen: int = flag(4, "learning rates that a sweep may add where its best one is at an end")
@@ -54,8 +54,9 @@ class Settings:
     rows: str | None = flag(None, "rows to run or print, separated by / (all)")
     jobs: int = flag(usable_cores(), "runs at a time, a core each")
     extra: str = flag("", "more flags of train.py, separated by spaces, for what no row sets")
-    results: str | None = flag(None, "print the table of this file of results, not of the runs in out_dir")
-    fill: str | None = flag(None, "put the table into this file, between its two markers")
+    results: str | None = flag(None, "print the table of this file of results, not of the runs in out_dir",
+                               path=True)
+    fill: str | None = flag(None, "put the table into this file, between its two markers", path=True)
 
 def check(config: Settings):
     """UserError for numbers with which nothing would run."""

@@ -45,8 +45,8 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Config(Settings):
-    data_dir: str = flag("data/tiny", "folder of token shards")
-    out_dir: str = flag("out/tiny", "folder of the runs: ROW/lr-seed")
+    data_dir: str = flag("data/tiny", "folder of token shards", path=True)
+    out_dir: str = flag("out/tiny", "folder of the runs: ROW/lr-seed", path=True)
     steps: int = flag(RECIPES["tiny"]["steps"], "updates of each run, a tenth of them warm-up")
     lrs: Rates | None = flag(None, "learning rates of every sweep (each optimizer has its own)")
 

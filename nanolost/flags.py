@@ -14,6 +14,7 @@ import traceback
 import typing
 
 from nanolost.errors import UserError
+from nanolost.files import expanded
 
 # our flags and what nanoGPT, nanochat, litgpt and Hugging Face call them
 OTHER_NAMES = {
@@ -52,10 +53,11 @@ RANK_0_SPEAKS = 5
 
 # --- values ---
 
-def flag(default, help, choices=None, section=None):
+def flag(default, help, choices=None, section=None, path=False):
     """A field of a dataclass of flags. choices: the allowed values. section: heading in --help of this flag
-    and of those after it."""
-    metadata = {"help": help, "choices": choices, "section": section}
+    and of those after it. path: a name of files, in which ~ is replaced: bash does it behind "--flag " and
+    not behind "--flag="."""
+    metadata = {"help": help, "choices": choices, "section": section, "path": path}
     return dataclasses.field(default=default, metadata=metadata)
 
 def integer(text: str) -> int:
@@ -147,6 +149,8 @@ def _add_flag(group, field: dataclasses.Field, hint):
     # None is only ever a default, no value that can be typed
     kind = next(k for k in KINDS if hint in (k, k | None))
     shown, convert = KINDS[kind]
+    if field.metadata["path"]:
+        convert = expanded
     choices = field.metadata["choices"]
     # argparse fills in %(default)s and the like
     text = field.metadata["help"].replace("%", "%%")

@@ -23,7 +23,7 @@ from nanolost.checkpoint import (
     verify,
 )
 from nanolost.errors import UserError
-from nanolost.files import expanded, read_bounded, read_json, write_atomic
+from nanolost.files import read_bounded, read_json, write_atomic
 
 CONFIG = "config.json"
 STATUS = "status.json"
@@ -93,7 +93,7 @@ def choose_checkpoint(out_dir: str, resume: str, overwrite: bool) -> str | None:
     if resume == "never":
         refuse_old_run(out_dir, overwrite)
         return None
-    folder = checkpoint_folder(expanded(resume))
+    folder = checkpoint_folder(resume)
     require_state(folder)
     if is_inside(folder, out_dir):
         refuse_later(out_dir, folder, overwrite)

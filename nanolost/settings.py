@@ -1,6 +1,9 @@
 """Every setting of a training run: its flag, its default, its limits, and the recipe of each size."""
 import dataclasses
 import math
+import os
+import types
+import typing
 from dataclasses import dataclass
 
 import torch
@@ -47,11 +50,15 @@ DEVICES = {
 
 @dataclass
 class FileFlags:
-    data_dir: str = flag("data/c4", "folder with token shards (prepare_c4.py makes them)", section="files")
-    out_dir: str = flag("out", "folder for checkpoints, metrics.jsonl, config.json and status.json")
-    tokenizer: str | None = flag(None, "gpt2, byte or a file, for shards that came without a tokenizer.json")
+    data_dir: str = flag("data/c4", "folder with token shards (prepare_c4.py makes them)",
+                         section="files", path=True)
+    out_dir: str = flag("out", "folder for checkpoints, metrics.jsonl, config.json and status.json",
+                        path=True)
+    tokenizer: str | None = flag(None, "gpt2, byte or a file, for shards that came without a tokenizer.json",
+                                 path=True)
     init_from: str | None = flag(None, "start from a Hugging Face folder or one of our checkpoints: its "
-                                       "weights, sizes, layers and tokenizer, and a recipe of its own")
+                                       "weights, sizes, layers and tokenizer, and a recipe of its own",
+                                 path=True)
 
 @dataclass
 class ModelFlags:
@@ -118,7 +125,8 @@ class RunFlags:
     save_every: int = flag(1000, "updates between checkpoints; one more at the end")
     keep: int = flag(3, "newest checkpoints that are kept")
     log_every: int = flag(10, "updates between lines of the log")
-    resume: str = flag("auto", "auto: from the newest good checkpoint; never; or a checkpoint's PATH")
+    resume: str = flag("auto", "auto: from the newest good checkpoint; never; or a checkpoint's PATH",
+                       path=True)
     overwrite: bool = flag(False, "with --resume never or PATH: delete the run that is in out_dir")
     deterministic: bool = flag(False, "refuse operations whose result varies from run to run")
     timeout: int = flag(600, "seconds until a job ends when a process hangs; ten times that in a save")
@@ -128,8 +136,9 @@ class RunFlags:
 class Config(RunFlags, TrainingFlags, MethodFlags, ModelFlags, FileFlags):
     """Every setting of a run, in the order of its base classes from the last."""
 
-# Architecture and data of a run: a resume must agree in these. Any other value that changed is printed
-FIXED = {"seq_len", "optimizer", "freeze", "init_from", "data", "tokenizer_sha256"}
+# Architecture and data of a run: a resume must agree in these. Any other value that changed is printed.
+# Another seed is another order of the data: some would come twice and some never
+FIXED = {"seq_len", "seed", "optimizer", "freeze", "init_from", "data", "tokenizer_sha256"}
 FIXED |= {f.name for f in dataclasses.fields(MethodFlags)}
 FIXED |= {f.name for f in dataclasses.fields(ModelFlags)}
 # a name for sizes that are compared one by one
@@ -139,16 +148,23 @@ FIXED -= {"model"}
 
 POSITIVE = (
     "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn",
-    "seq_len", "batch_tokens", "micro_batch", "steps", "threads",
-    "eval_every", "eval_tokens", "paper_batch", "save_every", "keep", "log_every", "timeout",
+    "seq_len", "batch_tokens", "micro_batch", "steps",
+    "eval_every", "eval_tokens", "paper_batch", "save_every", "keep", "log_every",
 )
 FINITE = ("lr", "aux_lr", "init_std")
+
+# OpenMP does not refuse what the system cannot start: it crashes
+MOST_THREADS = max(1024, 4 * (os.cpu_count() or 1))
+# seconds: three years. C++ counts ten times as many in nanoseconds, of 64 bits
+LONGEST = 10**8
 
 # name → (what its value must do, the test of it)
 LIMITS = {
     **dict.fromkeys(POSITIVE, ("be positive", lambda n: n >= 1)),
     **dict.fromkeys(FINITE, ("be positive and finite", lambda x: 0 < x < math.inf)),
-    "weight_decay": ("not be negative", lambda x: x >= 0),
+    "threads": (f"lie between 1 and {MOST_THREADS}", lambda n: 1 <= n <= MOST_THREADS),
+    "timeout": (f"be positive and at most {LONGEST}", lambda n: 1 <= n <= LONGEST),
+    "weight_decay": ("be finite and not negative", lambda x: 0 <= x < math.inf),
     "grad_clip": ("not be negative", lambda x: x >= 0),
     "warmup": ("not be negative", lambda n: n >= 0),
     "min_lr_ratio": ("lie in [0, 1]", lambda x: 0 <= x <= 1),
@@ -163,6 +179,30 @@ def check_limits(config):
         value = getattr(config, name, None)
         if value is not None and not fits(value):
             raise UserError(f"--{name} {value}: must {must}")
+
+def has_type(value, hint) -> bool:
+    """Whether a value of JSON, other than null, is one for an annotation of a flag."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    # True is an int in Python, and 1 is a float in JSON
+    if isinstance(value, bool):
+        return bool in kinds
+    if isinstance(value, int) and float in kinds:
+        return True
+    return any(isinstance(value, typing.get_origin(kind) or kind) for kind in kinds if kind is not type(None))
+
+def saved_value(saved: dict, name: str, default=None):
+    """A setting that goes on as a checkpoint holds it, in `saved`; `default` where it is not there. UserError
+    for one that nobody could have typed: the file was edited, or is another program's."""
+    if name not in saved:
+        return default
+    value = saved[name]
+    choices = Config.__dataclass_fields__[name].metadata["choices"]
+    must, fits = LIMITS.get(name, ("be one of the flag's values", lambda value: True))
+    good = has_type(value, typing.get_type_hints(Config)[name])
+    if not good or (choices and value not in choices) or not fits(value):
+        raise UserError(f"{name} is {value!r:.40} in the checkpoint's state.json, and must {must}: restore "
+                        "the checkpoint, or use another one")
+    return value
 
 def check_method(config: Config, given: dict):
     """UserError for switches that mean nothing, or that leave a path which never learns."""
@@ -246,7 +286,7 @@ def settle_schedule(config: Config, saved: dict):
     checkpoint, began with, so that a longer --steps does not put the rate back onto the ramp."""
     if config.warmup is None:
         trained = config.init_from is not None
-        config.warmup = saved.get("warmup", config.steps // WARMUP[trained])
+        config.warmup = saved_value(saved, "warmup", config.steps // WARMUP[trained])
     check_warmup(config)
 
 def autocast(config) -> torch.autocast:

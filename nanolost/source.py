@@ -11,10 +11,10 @@ import torch
 from model import Llama
 from nanolost.checkpoint import STATE, checkpoint_folder, checkpoints, empty_model, load_folder
 from nanolost.errors import UserError
-from nanolost.files import expanded, read_json
+from nanolost.files import read_json
 from nanolost.huggingface import travelling_files
 from nanolost.methods import METHODS, keep_function, settings_of
-from nanolost.settings import Config, MethodFlags, ModelFlags
+from nanolost.settings import Config, MethodFlags, ModelFlags, saved_value
 
 # tokens of a training window, unless more are asked for: a folder may say 131072
 WINDOW = 1024
@@ -28,7 +28,7 @@ def own_checkpoint(out_dir: str, resume: str) -> tuple[str | None, dict]:
     Whether all of it is good is for the resume to say."""
     if resume == "never":
         return None, {}
-    home = expanded(out_dir if resume == "auto" else resume)
+    home = out_dir if resume == "auto" else resume
     folders = [home, *reversed(checkpoints(home))]
     for folder in folders:
         # a damaged one is no reason to ask for the folder that the run once began with
@@ -47,9 +47,9 @@ def remembered(given: dict) -> dict:
     place = given.get("out_dir", Config.out_dir)
     _, saved = own_checkpoint(place, given.get("resume", Config.resume))
     known = {}
-    for name in ("init_from", "steps", "seq_len", "optimizer", "freeze"):
+    for name in ("init_from", "steps", "seq_len", "seed", "optimizer", "freeze"):
         if saved.get(name) is not None:
-            known[name] = saved[name]
+            known[name] = saved_value(saved, name)
     return {**known, **given}
 
 # --- what one begins with ---
@@ -72,7 +72,7 @@ class Source:
         if config.init_from is None:
             return None
         # one name for it, whatever folder the command is typed in
-        config.init_from = os.path.abspath(expanded(config.init_from))
+        config.init_from = os.path.abspath(config.init_from)
         folder, saved = own_checkpoint(config.out_dir, config.resume)
         source = cls(folder or checkpoint_folder(config.init_from), saved)
         source.settle(config)
@@ -85,7 +85,7 @@ class Source:
         config.tokenizer = self.folder
         limit = sizes.max_seq_len
         if config.seq_len is None:
-            config.seq_len = self.saved.get("seq_len", min(WINDOW, limit))
+            config.seq_len = saved_value(self.saved, "seq_len", min(WINDOW, limit))
         # the model has never seen such positions
         if config.seq_len > limit:
             raise UserError(f"--seq_len {config.seq_len} is above the {limit} tokens that the model in "
@@ -98,7 +98,8 @@ class Source:
             # a name for tables: what a layer is stands in the folder, beside its name
             config.linear = min(kinds, default="dense")
             for name in (f.name for f in dataclasses.fields(MethodFlags)):
-                setattr(config, name, self.saved.get(name, getattr(config, name)))
+                if self.saved.get(name) is not None:
+                    setattr(config, name, saved_value(self.saved, name))
             return
         if kinds and not self.saved:
             there = " and ".join(sorted(kinds))

@@ -2,17 +2,22 @@
 import dataclasses
 import io
 import os
+import re
 import subprocess
 import sys
 import types
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+import eval as evaluating
+import export
 import prepare_c4
 import sample
 import train
+from experiments import tiny
 from nanolost import flags
 from nanolost.errors import UserError
 from nanolost.flags import flag, parse, spelled
@@ -284,6 +289,29 @@ def test_output_that_is_lost_to_a_full_disk_is_an_error(unbuffered, monkeypatch)
     assert code == 1 and error == "error: [Errno 28] No space left on device\n"
 
 # --- under torchrun ---
+
+COMMANDS = [train.Config, prepare_c4.Config, sample.Config, evaluating.Config, export.Config, tiny.Config]
+# the text that --prompt=FILE:~/x names is opened by sample.py, --extra holds flags of another command
+OTHERS = {"prompt", "extra", "split_pattern", "save_dtype", "max_shard_size"}
+
+@pytest.mark.parametrize("config", COMMANDS, ids=lambda config: config.__module__)
+def test_a_tilde_is_replaced_in_every_path_of_a_command_however_it_is_typed(config, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    hints = typing.get_type_hints(config)
+    found = 0
+    for field in dataclasses.fields(config):
+        words = re.search(r"\b(folder|file|files|PATH|GLOBs|shards go)\b", field.metadata["help"])
+        of_text = hints[field.name] in (str, str | None, list[str], list[str] | None)
+        if not words or not of_text or field.name in OTHERS:
+            continue
+        found += 1
+        for argv in ([f"--{field.name}=~/a b"], [f"--{field.name}", "~/a b"]):
+            value = parse(config, argv)[field.name]
+            assert value in ("/home/me/a b", ["/home/me/a b"]), field.name
+    assert found
+
+def test_a_tilde_in_any_other_text_stays():
+    assert parse(sample.Config, ["--prompt=~/x"]) == {"prompt": "~/x"}
 
 SCRIPT = """
 import sys, time

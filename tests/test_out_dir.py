@@ -229,11 +229,6 @@ def test_a_runs_future_goes_only_when_that_is_asked_for(here, tmp_path, linked, 
     make_way(str(here), path, path, True)
     assert steps(here) == [2] and os.path.exists(path) and (here / "metrics.jsonl").exists()
 
-def test_a_path_may_begin_with_a_tilde(here, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    other = a_run(tmp_path / "other", 3)
-    assert choose_checkpoint(str(here), "~/other", False) == step_folder(other, 3)
-
 def test_the_newest_good_one_may_be_named_although_later_ones_are_damaged(here):
     a_run(here, 4, 8)
     os.truncate(step_folder(here, 8) + "/model.safetensors", 10)

@@ -24,6 +24,7 @@ import prepare_c4
 from nanolost import files
 from nanolost.data import read_shard
 from nanolost.errors import UserError
+from nanolost.flags import parse
 from nanolost.tokenizer import GPT2_PATTERN, Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -249,11 +250,12 @@ def test_a_finished_split_is_not_read_again(tmp_path, out):
     (tmp_path / "val_1.jsonl").write_text("no json\n")
     assert attempt()["complete"]
 
-def test_no_text_is_in_both_splits(tmp_path, monkeypatch, capsys, out):
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
+def test_no_text_is_in_both_splits(tmp_path, monkeypatch, capsys, out, link):
     monkeypatch.chdir(tmp_path)
     for name in ("x-0", "x-1", "x-val"):
         put(tmp_path / f"{name}.jsonl", [f"text of {name}"])
-    os.symlink("x-1.jsonl", tmp_path / "x-link.jsonl")
+    link("x-1.jsonl", "x-link.jsonl")
     prepare(out, input=["./x-*.jsonl"], val_input=["x-val.jsonl", str(tmp_path / "x-link.jsonl")])
     assert documents(out, "train") == ["text of x-0"]
     assert sorted(documents(out, "val")) == ["text of x-1", "text of x-val"]
@@ -265,10 +267,11 @@ def test_input_that_is_all_validation_is_refused(tmp_path, out):
         prepare(out, input=[source], val_input=[str(tmp_path / "*.jsonl")])
     assert not out.exists()
 
-def test_a_file_under_two_names_is_read_once(tmp_path, monkeypatch, val, out):
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
+def test_a_file_under_two_names_is_read_once(tmp_path, monkeypatch, val, out, link):
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "a.jsonl", ["a"])
-    os.symlink(tmp_path / "a.jsonl", tmp_path / "link.jsonl")
+    link(tmp_path / "a.jsonl", tmp_path / "link.jsonl")
     prepare(out, input=["a.jsonl", "./a.jsonl", str(tmp_path / "a.jsonl"), "link.jsonl"], val_input=[val])
     assert documents(out, "train") == ["a"]
 
@@ -760,9 +763,10 @@ def test_the_home_folder_is_found_in_every_flag_that_names_files(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "in" / "a.jsonl", ["a"])
     Tokenizer.named("byte").save(tmp_path / "t.json")
-    prepare_c4.main(prepare_c4.Config(out_dir="~/out", input=["~/in/*.jsonl"], val_input=["~/v.jsonl"],
-                                      tokenizer="~/t.json"))
-    prepare_c4.main(prepare_c4.Config(out_dir="~/out", verify=True))
+    def command(*argv):
+        prepare_c4.main(prepare_c4.Config(**parse(prepare_c4.Config, ["--out_dir=~/out", *argv])))
+    command("--input", "~/in/*.jsonl", "--val_input=~/v.jsonl", "--tokenizer=~/t.json")
+    command("--verify")
     assert documents(tmp_path / "out", "train") == ["a"] and not (tmp_path / "~").exists()
 
 def test_local_input_speaks_of_no_download(tmp_path, capsys, out):

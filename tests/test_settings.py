@@ -8,7 +8,16 @@ from nanolost.errors import UserError
 from nanolost.flags import parse
 from nanolost.methods import METHODS
 from nanolost.optim import OPTIMIZERS
-from nanolost.settings import FIXED, LIMITS, Config, resolve, settle_device, settle_schedule, split_batch
+from nanolost.settings import (
+    FIXED,
+    LIMITS,
+    Config,
+    resolve,
+    saved_value,
+    settle_device,
+    settle_schedule,
+    split_batch,
+)
 
 def test_a_size_brings_its_recipe_and_each_value_can_be_overridden():
     config = resolve({"model": "350m", "lr": 1e-4, "linear": "cola"})
@@ -24,7 +33,10 @@ def test_a_size_brings_its_recipe_and_each_value_can_be_overridden():
     (dict(lr=float("nan")), "--lr nan: must be positive"), (dict(aux_lr=0.0), "--aux_lr 0.0: must"),
     (dict(grad_clip=-1.0), "--grad_clip -1.0: must not be"), (dict(n_head=0), "--n_head 0: must be"),
     (dict(n_kv_head=0), "--n_kv_head 0: must be"), (dict(timeout=0), "--timeout 0: must be positive"),
-    (dict(threads=0), "--threads 0: must be"), (dict(momentum=1.0), "--momentum 1.0: must lie"),
+    (dict(threads=0), "--threads 0: must lie"), (dict(threads=100_000), "--threads 100000: must lie between"),
+    (dict(threads=3 * 10**9), "--threads 3000000000"), (dict(timeout=10**18), "--timeout 10{18}: must be"),
+    (dict(weight_decay=float("inf")), "--weight_decay inf: must be finite"),
+    (dict(momentum=1.0), "--momentum 1.0: must lie"),
     (dict(min_lr_ratio=2.0), "--min_lr_ratio 2.0: must lie"), (dict(weight_decay=-0.1), "--weight_decay -0"),
     (dict(gamma=1.0), "--gamma 1.0: one of the two paths would never"), (dict(gamma=0.0), "--gamma 0.0"),
     (dict(linear="cola", sparsity=0.1), "or 1 with --sparsity 0"),
@@ -51,7 +63,7 @@ def test_the_names_of_kinds_and_optimizers_are_those_that_are_registered():
             parse(Config, [f"--{name}", "other"])
 
 def test_a_resume_must_agree_in_the_architecture_and_may_differ_in_how_it_trains():
-    assert {"n_embd", "rank", "linear", "gamma", "vocab_size", "seq_len", "optimizer"} <= FIXED
+    assert {"n_embd", "rank", "linear", "gamma", "vocab_size", "seq_len", "optimizer", "seed"} <= FIXED
     assert not FIXED & {"model", "steps", "lr", "batch_tokens", "micro_batch", "device", "threads", "out_dir"}
 
 # --- what is chosen once ---
@@ -66,6 +78,29 @@ def test_warm_up_is_a_tenth_of_the_steps_and_stays_what_it_was_when_steps_grow()
     typed = resolve({"steps": 5000, "warmup": 7})
     settle_schedule(typed, {"warmup": 50})
     assert typed.warmup == 7
+
+@pytest.mark.parametrize("value", ["x", -3, None, 2.5, True, [3]])
+def test_a_warm_up_that_nobody_could_have_typed_is_refused_in_a_checkpoint(value):
+    with pytest.raises(UserError, match="warmup is .* in the checkpoint's state.json, and must not be neg"):
+        settle_schedule(resolve({"steps": 500}), {"warmup": value})
+
+@pytest.mark.parametrize("value", ["x", -3, 0, 100_000, 3 * 10**9, 1.5, True])
+def test_a_number_of_threads_that_nobody_could_have_typed_is_refused_in_a_checkpoint(value):
+    with pytest.raises(UserError, match="threads is .* in the checkpoint's state.json, and must lie between"):
+        train.settle(resolve({}), {"threads": value, "warmup": 1})
+
+@pytest.mark.parametrize("name, value", [
+    ("optimizer", "other"), ("optimizer", 3), ("linear", "other"), ("seq_len", "512"), ("seq_len", 0),
+    ("freeze", "model.*"), ("seed", 1.5), ("tie_embeddings", 1), ("gamma", "0.7"), ("gamma", True)])
+def test_a_saved_setting_is_one_that_could_be_typed(name, value):
+    with pytest.raises(UserError, match=f"{name} is .* in the checkpoint's state.json"):
+        saved_value({name: value}, name)
+
+@pytest.mark.parametrize("name, value", [
+    ("optimizer", "muon"), ("linear", "dense"), ("seq_len", 512), ("freeze", ["model.*"]), ("gamma", 1),
+    ("rank", 8), ("rank", {"q_proj": 8}), ("tie_embeddings", True), ("threads", 1024), ("init_from", "a")])
+def test_a_setting_that_could_be_typed_is_taken_as_it_was_saved(name, value):
+    assert saved_value({name: value}, name) == value and saved_value({}, name, 7) == 7
 
 def test_auto_becomes_what_suits_the_device_and_what_was_typed_stays():
     config = resolve({"device": "cpu"})
