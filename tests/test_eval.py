@@ -191,7 +191,7 @@ def test_texts_that_are_none_and_shards_of_another_tokenizer_are_refused(trained
             run(ckpt=config.out_dir, text=[str(tmp_path / "bad.txt")])
     other = str(tmp_path / "other")
     prepare_c4.main(prepare_c4.Config(input=["builtin"], tokenizer="train:300", out_dir=other, workers=1))
-    with pytest.raises(UserError, match="another tokenizer"):
+    with pytest.raises(UserError, match="was made with another tokenizer than"):
         run(ckpt=config.out_dir, data_dir=other)
 
 def test_a_foreign_folder_has_a_window_of_its_limit_and_a_longer_one_is_a_warning(trained, tmp_path, capsys):
