@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+from collections import defaultdict
 
 import torch
 import torch.nn as nn
@@ -51,6 +52,8 @@ STATE = "state.json"
 MANIFEST = "manifest.json"
 # every version of this program has written these beside the weights
 NEEDED = (MOMENTS, "config.json", STATE, "tokenizer.json")
+# state of torch's Adam and AdamW whose root is taken, and every optimizer's count of its steps
+NEVER_NEGATIVE = ("step", "exp_avg_sq", "max_exp_avg_sq")
 
 # --- which folders there are, and whose ---
 
@@ -402,19 +405,105 @@ def saved_states(path: str) -> tuple[list | None, dict[str, dict]]:
         states.setdefault(parameter, {})[key] = tensor
     return kinds, states
 
-def placed(key: str, value, p: nn.Parameter, group: dict):
-    """A value of the state of `p` on the device where torch would keep it."""
+def state_made(optimizer: torch.optim.Optimizer, group: dict, p: nn.Parameter) -> dict:
+    """The state that `optimizer` itself makes for a parameter like `p`, of `group`, in a step of zeros: keys,
+    shapes, dtypes and devices. Takes the memory of one more such parameter with its gradient and state."""
+    # Adagrad makes it in its constructor
+    if optimizer.state.get(p):
+        return optimizer.state[p]
+    like = nn.Parameter(torch.zeros_like(p))
+    like.grad = torch.zeros_like(p)
+    groups = optimizer.param_groups
+    states = optimizer.state
+    # no copy of the optimizer: torch's leaves out what a class of one's own keeps beside groups and state
+    optimizer.param_groups = [{**group, "params": [like]}]
+    optimizer.state = defaultdict(dict)
+    try:
+        optimizer.step()
+        return optimizer.state[like]
+    finally:
+        optimizer.param_groups = groups
+        optimizer.state = states
+
+def misfit(value, made) -> str | None:
+    """Why `value` cannot stand where an optimizer keeps `made`, None if it can."""
+    if type(value) is not type(made):
+        return f"is a {type(value).__name__}, not a {type(made).__name__}"
     if not isinstance(value, torch.Tensor):
-        return value
-    # a step that no kernel reads stays on the CPU, as in torch's Optimizer.load_state_dict: each read of one
-    # on a GPU would wait for all work there
-    if key == "step" and not group.get("fused") and not group.get("capturable"):
-        return value
-    return value.to(p.device)
+        return None
+    # torch's fused kernels trust the sizes, and write past the end of a tensor that is too small
+    if value.shape != made.shape:
+        return f"is {list(value.shape)}, not {list(made.shape)}"
+    if value.dtype != made.dtype:
+        return f"is {value.dtype}, not {made.dtype}"
+    return None
+
+def impossible(key: str, value) -> str | None:
+    """Why no optimizer has the numbers `value` as its state `key`, None if one may."""
+    if not isinstance(value, torch.Tensor | int | float):
+        return None
+    numbers = value
+    if not isinstance(value, torch.Tensor):
+        numbers = torch.tensor(float(value))
+    # a moment may overflow in a run that goes on, a count may not
+    if numbers.isnan().any() or (numbers.dim() == 0 and numbers.isinf()):
+        return "is not finite"
+    if key in NEVER_NEGATIVE and (numbers < 0).any():
+        return "is negative"
+    return None
+
+def fitting(saved: dict, made: dict, later: set[str], p: nn.Parameter) -> dict:
+    """The saved state of `p` on the devices where its optimizer keeps it, as in `made`. later: keys that it
+    may have besides. UserError for what its optimizer cannot have written."""
+    for key in made:
+        if key not in saved:
+            raise UserError(f"{key} is missing")
+    state = {}
+    for key, value in saved.items():
+        if key not in made and key not in later:
+            raise UserError(f"{key!r:.40} is no state of this optimizer")
+        wanted = made.get(key)
+        # what comes after the first step is one number, or one for each weight
+        if wanted is None and isinstance(value, torch.Tensor):
+            wanted = p.detach() if value.dim() else p.detach().new_zeros(())
+        fault = impossible(key, value)
+        if wanted is not None:
+            fault = misfit(value, wanted) or fault
+        if fault is not None:
+            raise UserError(f"{key!r:.40} {fault}")
+        # a step that no kernel reads stays on the CPU: each read of one on a GPU would wait for all work
+        if isinstance(value, torch.Tensor):
+            value = value.to(wanted.device)
+        state[key] = value
+    return state
+
+def common_keys(optimizer: torch.optim.Optimizer, states: dict[nn.Parameter, dict]) -> set[str]:
+    """Keys that the state of each trained parameter of an optimizer has."""
+    every = [set(states[p]) for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    return set.intersection(*every) if every else set()
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, states: dict[nn.Parameter, dict], names: dict):
+    """Give each parameter of one optimizer its state. UserError, by `names`, for one that does not fit."""
+    later = common_keys(optimizer, states)
+    restored = {}
+    for group in optimizer.param_groups:
+        # a model has many parameters of few shapes
+        made = {}
+        for p in group["params"]:
+            kind = p.shape, p.dtype
+            if kind not in made:
+                made[kind] = state_made(optimizer, group, p)
+            # a frozen one need not have any
+            if states[p] or p.requires_grad:
+                with as_user_error(UserError, prefix=f"the state of {names[p]}: "):
+                    restored[p] = fitting(states[p], made[kind], later, p)
+    optimizer.state.update(restored)
 
 def load_optimizer(folder: str, model: Llama, optimizers: list):
-    """Put the saved state back. UserError if it is the state of other optimizers."""
-    kinds, states = saved_states(os.path.join(folder, MOMENTS))
+    """Put the saved state back. UserError if it is the state of other optimizers or of another model, or has
+    what these optimizers cannot have written."""
+    path = os.path.join(folder, MOMENTS)
+    kinds, states = saved_states(path)
     now = sorted({type(optimizer).__name__ for optimizer in optimizers})
     # an optimizer without state would take any other's, and any other would start anew from its
     if kinds not in (None, now):
@@ -422,13 +511,17 @@ def load_optimizer(folder: str, model: Llama, optimizers: list):
                         "the --optimizer that the run began with")
     names = {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                if names[p] not in states:
-                    raise UserError(f"{folder} has no optimizer state for {names[p]}: train with "
-                                    "the --optimizer that the run began with")
-                state = states[names[p]]
-                optimizer.state[p] = {key: placed(key, value, p, group) for key, value in state.items()}
+        mine = {}
+        for p in [p for group in optimizer.param_groups for p in group["params"]]:
+            if names[p] not in states:
+                raise UserError(f"{folder} has no optimizer state for {names[p]}: train with "
+                                "the --optimizer that the run began with")
+            mine[p] = states.pop(names[p])
+        with as_user_error(UserError, prefix=f"{path} does not fit, use an earlier checkpoint: "):
+            restore_optimizer(optimizer, mine, names)
+    for name in states:
+        raise UserError(f"{path} has state for {name!r:.80}, which is no parameter that is trained: use an "
+                        "earlier checkpoint")
 
 def checkpoint_folder(path: str) -> str:
     """The folder with a model's files: `path` itself, or the newest good checkpoint of the out_dir `path`."""

@@ -1,6 +1,7 @@
 """Checkpoints are whole or absent, verified before use, and hold everything."""
 import errno
 import json
+import math
 import os
 import pickle
 import shutil
@@ -8,6 +9,7 @@ import stat
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import train
@@ -88,6 +90,12 @@ def step_of(model):
         one_step(again, adamw(again))
         if same_tensors(again.state_dict(), model.state_dict()):
             return step
+
+def one_line(error):
+    """The error line that the command would print."""
+    line = f"error: {' '.join(str(error.value).split())}"
+    assert error.type is UserError and len(line) < 1000, line
+    return line
 
 # --- damaged ones ---
 
@@ -492,6 +500,111 @@ def test_notes_that_are_none_are_refused(tmp_path, notes):
     with pytest.raises(UserError, match=path if "optimizers" not in notes else "train with the --optimizer"):
         load_optimizer(folder, model, adamw(model))
 
+def change_state(folder, change):
+    """Other tensors and notes in optimizer.safetensors, under a manifest that agrees with them."""
+    path = os.path.join(folder, "optimizer.safetensors")
+    tensors = load_file(path)
+    with safe_open(path, "pt") as f:
+        notes = json.loads(f.metadata()["nanolost"])
+    change(tensors, notes)
+    save_file(tensors, path, {"nanolost": json.dumps(notes)})
+    with open(path, "rb") as f:
+        replace(folder, "optimizer.safetensors", f.read())
+
+W = "model.layers.0.mlp.up_proj.A"
+STRANGE_STATES = {
+    "too small": lambda t, n: t.update({f"{W}.exp_avg": torch.zeros(1)}),
+    "a number": lambda t, n: t.update({f"{W}.exp_avg": torch.zeros(())}),
+    "transposed": lambda t, n: t.update({f"{W}.exp_avg": t[f"{W}.exp_avg"].T.contiguous()}),
+    "flat": lambda t, n: t.update({f"{W}.exp_avg_sq": t[f"{W}.exp_avg_sq"].flatten()}),
+    "empty": lambda t, n: t.update({f"{W}.exp_avg_sq": torch.zeros(0)}),
+    "a step a weight": lambda t, n: t.update({f"{W}.step": torch.ones(t[f"{W}.exp_avg"].shape)}),
+    "half": lambda t, n: t.update({f"{W}.exp_avg": t[f"{W}.exp_avg"].half()}),
+    "double": lambda t, n: t.update({f"{W}.exp_avg": t[f"{W}.exp_avg"].double()}),
+    "whole": lambda t, n: t.update({f"{W}.exp_avg": t[f"{W}.exp_avg"].int()}),
+    "a whole step": lambda t, n: t.update({f"{W}.step": torch.tensor(1)}),
+    "complex": lambda t, n: t.update({f"{W}.exp_avg": t[f"{W}.exp_avg"].to(torch.complex64)}),
+    "missing": lambda t, n: t.pop(f"{W}.exp_avg"),
+    "no step": lambda t, n: t.pop(f"{W}.step"),
+    "none at all": lambda t, n: [t.pop(f"{W}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")]
+                                and n["values"].update({W: {}}),
+    "a note for a tensor": lambda t, n: t.pop(f"{W}.step") is None or n["values"].update({W: {"step": 1}}),
+    "one more": lambda t, n: t.update({f"{W}.momentum_buffer": t[f"{W}.exp_avg"].clone()}),
+    "one more note": lambda t, n: n["values"].update({W: {"rate": 0.1}}),
+    "not a number": lambda t, n: t[f"{W}.exp_avg"].flatten()[3:4].fill_(math.nan),
+    "a step that is none": lambda t, n: t[f"{W}.step"].fill_(math.nan),
+    "an infinite step": lambda t, n: t[f"{W}.step"].fill_(math.inf),
+    "a negative step": lambda t, n: t[f"{W}.step"].fill_(-1),
+    "a negative square": lambda t, n: t[f"{W}.exp_avg_sq"].flatten()[3:4].fill_(-1),
+    "an unknown one": lambda t, n: t.update({"nowhere.weight.exp_avg": torch.zeros(1)}),
+    "no name": lambda t, n: t.update({"exp_avg": torch.zeros(1)}),
+    "an unknown note": lambda t, n: n["values"].update({"nowhere": {}}),
+}
+
+@pytest.mark.parametrize("change", STRANGE_STATES.values(), ids=STRANGE_STATES)
+def test_state_that_the_optimizer_cannot_have_written_is_refused_by_name(tmp_path, change):
+    folder = saved(tmp_path, 8)
+    change_state(folder, change)
+    model, _ = load_model(folder)
+    with pytest.raises(ValueError) as error:
+        load_optimizer(folder, model, adamw(model))
+    line = one_line(error)
+    assert folder in line and any(name in line for name in (W, "nowhere", "''")), line
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in ("sgd", "python")])
+@pytest.mark.parametrize("change", [lambda t: t.reshape(-1)[:1].clone(), lambda t: t[None].clone(),
+                                    lambda t: t.double()], ids=["first", "deeper", "double"])
+def test_no_optimizer_takes_a_tensor_of_another_shape_or_dtype(tmp_path, name, change):
+    model = new_model()
+    optimizers = [OPTIMIZERS[name](list(model.parameters()))]
+    one_step(model, optimizers)
+    folder = save_checkpoint(str(tmp_path), 1, model, optimizers, {}, BYTE, 1)
+    stored = load_file(os.path.join(folder, "optimizer.safetensors"))
+    for key in {key.rpartition(".")[2]: key for key in stored if key.startswith(W)}.values():
+        tensor = change(stored[key])
+        if tensor.shape == stored[key].shape and tensor.dtype == stored[key].dtype:
+            continue
+        change_state(folder, lambda t, n, key=key, tensor=tensor: t.update({**stored, key: tensor}))
+        with pytest.raises(UserError, match=f"the state of {W}: '{key.rpartition('.')[2]}' is"):
+            load_optimizer(folder, model, [OPTIMIZERS[name](list(model.parameters()))])
+
+def test_a_look_at_what_an_optimizer_makes_changes_nothing(tmp_path):
+    model = new_model()
+    optimizer = adamw(model)[0]
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    made = checkpoint.state_made(optimizer, optimizer.param_groups[0], model.lm_head.weight)
+    assert made["exp_avg"].shape == model.lm_head.weight.shape and made["step"].dim() == 0
+    assert same_tensors(before, dict(model.named_parameters())) and not optimizer.state
+    assert all(p.grad is None for p in optimizer.param_groups[0]["params"])
+    assert len(optimizer.param_groups[0]["params"]) == len(before)
+
+class KeepsMoreLater(torch.optim.SGD):
+    """From its second step on a sum of squares and a number for each parameter."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            state["step"] = state.get("step", 0) + 1
+            if state["step"] > 1:
+                state["squares"] = state.get("squares", torch.zeros_like(p)) + p.grad ** 2
+                state["norm"] = p.norm()
+        super().step()
+
+def test_state_that_comes_after_the_first_step_is_restored_where_it_fits(tmp_path):
+    model = new_model()
+    optimizer = KeepsMoreLater(list(model.parameters()), lr=0.1)
+    one_step(model, [optimizer])
+    one_step(model, [optimizer])
+    folder = save_checkpoint(str(tmp_path), 1, model, [optimizer], {}, BYTE, 1)
+    again = KeepsMoreLater(list(model.parameters()), lr=0.1)
+    load_optimizer(folder, model, [again])
+    for p, state in optimizer.state.items():
+        assert torch.equal(again.state[p]["squares"], state["squares"])
+    change_state(folder, lambda t, n: t.update({f"{W}.squares": torch.zeros(1)}))
+    with pytest.raises(UserError, match=f"the state of {W}: 'squares' is"):
+        load_optimizer(folder, model, [again])
+
 # --- which files count ---
 
 def test_ours_loads_exactly_the_files_of_its_manifest(tmp_path):
@@ -616,12 +729,6 @@ LAYERS = [
     {"gamma": None}, {"activation": "gelu"}, {"activation": []}, {"in_features": -5}, {"in_features": 10**30},
     {"out_features": 0}, {"bias": True}, {"in_features": 32}, {"learn_gamma": True},
 ]
-
-def one_line(error):
-    """The error line that the command would print."""
-    line = f"error: {' '.join(str(error.value).split())}"
-    assert error.type is UserError and len(line) < 1000, line
-    return line
 
 @pytest.mark.parametrize("content", CONFIGS, ids=lambda content: repr(content)[:40])
 def test_a_config_json_of_anybody_is_refused_in_one_line(tmp_path, content):
