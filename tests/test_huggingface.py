@@ -609,3 +609,18 @@ def test_log_likelihoods_of_lm_eval_are_those_of_our_model(own, lost, tmp_path):
     for pair, (found, greedy) in zip(QUESTIONS, answers, strict=True):
         total, same = log_likelihood(model, tokenizer, *pair)
         assert found == pytest.approx(total, abs=1e-4) and greedy == same
+
+# --- a real model ---
+
+def test_a_real_model_goes_out_with_the_same_logits_ids_and_text(real_model, tmp_path):
+    ours, _ = load_model(real_model)
+    tokenizer = Tokenizer.load(real_model)
+    folder = saved(ours.eval(), tmp_path, tokenizer=tokenizer)
+    theirs = theirs_of(folder)
+    text = "In 2023 the capital of France was"
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"]
+    assert ids[0].tolist() == tokenizer.row(text).tolist()
+    with torch.no_grad():
+        assert largest_difference(all_logits(ours, ids), theirs(ids).logits) < 1e-3
+    expected = theirs.generate(ids, max_new_tokens=12, **GREEDY)
+    assert torch.equal(generate(ours, ids, 12, temperature=0), expected)
