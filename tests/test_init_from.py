@@ -248,7 +248,7 @@ def test_flags_are_remembered_only_for_a_run_that_began_in_a_folder(dense, from_
     config = from_folder(dense, steps=1)
     train.main(config)
     found = remembered({"out_dir": config.out_dir})
-    known = {"init_from": dense, "steps": 1, "seq_len": 32, "optimizer": "adamw"}
+    known = {"init_from": dense, "steps": 1, "seq_len": 32, "optimizer": "adamw", "seed": 0}
     assert found == {**known, "out_dir": config.out_dir}
     assert remembered({"out_dir": config.out_dir, "resume": "never"}).keys() == {"out_dir", "resume"}
     assert remembered({"out_dir": config.out_dir, "model": "60m"}).keys() == {"out_dir", "model"}
