@@ -130,10 +130,13 @@ def check_index(index: Tensor, in_features: int, name: str):
     # values of the meta device cannot be looked at; they come later, by another load
     if index.is_meta:
         return
+    counts = not index.is_floating_point() and index.dtype != torch.bool
+    # in int64, where no difference of two int32 wraps around
+    index = index.long()
     rising = (index.diff() > 0).all()
     # where they rise, the ends say all about the range
     within = index[0] >= 0 and index[-1] < in_features
-    if index.is_floating_point() or not rising or not within:
+    if not counts or not rising or not within:
         raise LOSTError(f"{name} must hold different channels of 0 … {in_features - 1} in ascending order: "
                         "the file is damaged, or of another layer")
 
@@ -279,8 +282,10 @@ class Inner(torch.autograd.Function):
     def backward(ctx, dz, dx_I):
         x, A, index = ctx.saved_tensors
         dx = dz @ A
-        # plain addition is enough, since the indices are distinct: `check_index`
-        dx[..., index] += dx_I
+        # plain addition is enough, since the indices are distinct: `check_index`. Not as dx[..., index] +=,
+        # which torch.func batches wrongly where each member of an ensemble has its own index
+        own = dx.index_select(-1, index) + dx_I
+        dx = dx.index_copy(-1, index.long(), own)
         # one product over all rows, whatever dimensions they come in
         dz = dz.reshape(-1, A.shape[0])
         x = x.reshape(-1, A.shape[1])
@@ -386,7 +391,8 @@ class LOSTLinear(nn.Module):
         check_linear(linear)
         weight = linear.weight
         out_features, in_features = weight.shape
-        k = int(fraction("sparsity", sparsity) * in_features)
+        # 0.29 of 100 is 28.999… in floating point, and 29 in eq. 5
+        k = int(fraction("sparsity", sparsity) * in_features + 1e-9)
         if sparsity:
             k = max(1, k)
         # stricter than the constructor, which also reads old files
@@ -618,8 +624,13 @@ def check_skip(model: nn.Module, skip: tuple[str, ...]):
     # the letters of a string would be taken for names
     if isinstance(skip, str):
         raise LOSTError(f"skip = {skip!r} must be a tuple of names: skip=({skip!r},)")
+    if not isinstance(skip, (tuple, list, set, frozenset)):
+        raise LOSTError(f"skip = {skip!r} must be a tuple of names, () for none")
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     for key in skip:
+        # "" would end every name
+        if not isinstance(key, str) or not key:
+            raise LOSTError(f"skip: {key!r} is not a name")
         # the default names a head, which not every model has
         if key not in HEAD and not is_name(key, names):
             raise LOSTError(f"skip: no module is called {key!r}")

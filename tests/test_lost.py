@@ -1025,3 +1025,38 @@ def test_settings_rebuild_the_layer(sparsity, every_warning_is_an_error):
     rebuilt = LOSTLinear(**layer.settings(), dtype=torch.float64)
     rebuilt.load_state_dict(layer.state_dict())
     assert rebuilt.settings() == layer.settings() and torch.equal(rebuilt(inputs(16)), layer(inputs(16)))
+
+# --- whole ensembles, indices that wrap around, shares that floating point rounds down ---
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_an_ensemble_has_the_gradients_of_its_members(rows):
+    layers = [LOSTLinear.from_linear(dense_layer((6, 8), seed=seed), 3, 0.25) for seed in range(3)]
+    x = torch.randn(3, rows, 8, generator=seeded(), dtype=layers[0].A.dtype)
+    out = torch.randn(rows, 6, generator=seeded(1), dtype=x.dtype)
+    parameters, buffers = torch.func.stack_module_state(layers)
+    assert len({tuple(index.tolist()) for index in buffers["index"]}) > 1
+    def loss(parameters, buffers, x):
+        return (torch.func.functional_call(layers[0], (parameters, buffers), x) * out).sum()
+    with warnings.catch_warnings():
+        # torch has no batching rule for index_copy and runs it member by member
+        warnings.simplefilter("ignore")
+        found = torch.func.vmap(torch.func.grad(loss, 2))(parameters, buffers, x)
+    for layer, one, gradient in zip(layers, x, found, strict=True):
+        one = one.clone().requires_grad_()
+        (layer(one) * out).sum().backward()
+        assert torch.allclose(one.grad, gradient, atol=1e-6)
+
+@pytest.mark.parametrize("index", [torch.tensor([1, 2**31 - 1, -2**31 + 2, 3], dtype=torch.int32),
+                                   torch.tensor([False, True])], ids=["wraps around", "bool"])
+def test_an_index_that_rises_only_by_overflow_is_refused(index):
+    layer = LOSTLinear.from_linear(dense_layer((6, 8)), 3, len(index) / 8)
+    with pytest.raises(LOSTError, match="must hold different channels"):
+        layer.load_state_dict({**layer.state_dict(), "index": index})
+
+def test_the_share_of_channels_is_that_of_the_equation_where_floating_point_falls_below():
+    assert LOSTLinear.from_linear(nn.Linear(100, 8), 3, 0.29).k == 29
+
+@pytest.mark.parametrize("skip", [("",), None, (3,)])
+def test_a_skip_that_names_nothing_is_refused(skip):
+    with pytest.raises(LOSTError, match="skip"):
+        apply_lost(nn.Sequential(nn.Linear(8, 8)), 2, 0.5, skip=skip)
