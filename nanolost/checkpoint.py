@@ -57,6 +57,13 @@ NEVER_NEGATIVE = ("step", "exp_avg_sq", "max_exp_avg_sq")
 
 # --- which folders there are, and whose ---
 
+@functools.cache
+def warn_once(line: str):
+    """One line on stderr; the same one is not said again."""
+    # nobody may be listening any more, which is no reason to end a run
+    with contextlib.suppress(OSError):
+        print(f"WARNING: {line}", file=sys.stderr, flush=True)
+
 def step_of(folder: str) -> int | None:
     """The step in a checkpoint's name, None for a name that this program does not give."""
     match = NAME.fullmatch(os.path.basename(folder))
@@ -70,8 +77,8 @@ def is_aside(folder: str) -> bool:
     """Whether a newer save of the same step has replaced this checkpoint, or was about to."""
     return "_before" in os.path.basename(folder)
 
-def checkpoints(out_dir: str) -> list[str]:
-    """Folders of the finished checkpoints, oldest first."""
+def named_folders(out_dir: str) -> list[str]:
+    """Folders with a checkpoint's name, oldest first."""
     home = os.path.join(out_dir, "checkpoints")
     found = []
     # a folder of Hugging Face has none of these, a new run not yet
@@ -80,6 +87,34 @@ def checkpoints(out_dir: str) -> list[str]:
         found = [path for path in paths if step_of(path) is not None and os.path.isdir(path)]
     # of two of one step the newer one comes last
     return sorted(found, key=lambda path: (step_of(path), not is_aside(path), path))
+
+def renamed_from(folder: str) -> int | None:
+    """The step that a good state.json says where the folder's name says another; None where they agree, or
+    nothing can be said."""
+    named = step_of(folder)
+    if named is None:
+        return None
+    path = os.path.join(folder, STATE)
+    # a damaged one says nothing: the folder is a damaged checkpoint then, not somebody's copy
+    with contextlib.suppress(UserError, OSError):
+        step = read_json(path).get("step")
+        digest = read_json(os.path.join(folder, MANIFEST)).get(STATE)
+        if type(step) is int and step != named and sha256_file(path) == digest:
+            return step
+    return None
+
+def checkpoints(out_dir: str) -> list[str]:
+    """Folders of the finished checkpoints, oldest first. A copy under the name of another step is the user's:
+    it would be the newest for ever."""
+    found = []
+    for folder in named_folders(out_dir):
+        step = renamed_from(folder)
+        if step is None:
+            found.append(folder)
+        else:
+            warn_once(f"{folder} is a copy of step {step} by its {STATE}: it is left alone, and not "
+                      "continued from")
+    return found
 
 def is_own(folder: str) -> bool:
     """Whether this program wrote the folder: a model of Hugging Face has neither of these files."""
@@ -91,13 +126,6 @@ def unused(path: str) -> str:
     return next(name for name in itertools.chain([path], numbered) if not os.path.lexists(name))
 
 # --- deleting ---
-
-@functools.cache
-def warn_once(line: str):
-    """One line on stderr; the same one is not said again."""
-    # nobody may be listening any more, which is no reason to end a run
-    with contextlib.suppress(OSError):
-        print(f"WARNING: {line}", file=sys.stderr, flush=True)
 
 def delete(folder: str):
     """Delete a folder under a temporary name. One that cannot go is a warning, not the end of a run: an
@@ -169,6 +197,9 @@ def verify(folder: str) -> str | None:
         digests = read_manifest(folder)
     except UserError as e:
         return f"{MANIFEST} is missing or damaged: {e}"
+    step = renamed_from(folder)
+    if step is not None:
+        return f"it is a copy of step {step} by its {STATE}: give it that step's name, or one without a step"
     for name, digest in digests.items():
         try:
             if sha256_file(os.path.join(folder, name)) != digest:
@@ -191,6 +222,10 @@ def newest_checkpoint(out_dir: str) -> str | None:
     if found:
         raise UserError(f"all {len(found)} checkpoints of {out_dir} are damaged: restore one, or start "
                         "again with --resume never --overwrite")
+    copies = named_folders(out_dir)
+    if copies:
+        raise UserError(f"{out_dir} has no checkpoint but copies under the names of other steps, such as "
+                        f"{copies[-1]}: give that one the name of its step, or use another --out_dir")
     return None
 
 # --- what is in the files ---

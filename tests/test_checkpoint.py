@@ -170,6 +170,35 @@ def test_a_copy_under_a_name_of_the_users_is_neither_the_newest_nor_deleted(tmp_
     assert load_model(str(tmp_path))[1]["step"] == 7
     assert names_in(tmp_path) == sorted(["step_00000007", name]) and checkpoint.verify(str(copy)) is None
 
+@pytest.mark.parametrize("name", [
+    "step_00000099", "step_00000099_before", "step_00000002", "step_00000004_before"])
+def test_a_copy_under_the_name_of_another_step_is_neither_the_newest_nor_deleted(tmp_path, name, capsys):
+    copy = shutil.copytree(saved(tmp_path, 5), tmp_path / "checkpoints" / name)
+    assert checkpoint.newest_checkpoint(str(tmp_path)) == folder_of(tmp_path, 5)
+    saved(tmp_path, 6, 7, keep=1)
+    assert checkpoint.checkpoints(str(tmp_path)) == [folder_of(tmp_path, 7)]
+    assert load_model(str(tmp_path))[1]["step"] == 7
+    assert names_in(tmp_path) == sorted(["step_00000007", name])
+    assert "it is a copy of step 5" in checkpoint.verify(str(copy))
+    assert capsys.readouterr().err.count(f"WARNING: {copy} is a copy of step 5") == 1
+    # under the name that it came with it is a checkpoint again
+    assert checkpoint.verify(str(shutil.copytree(copy, folder_of(tmp_path, 5)))) is None
+
+def test_a_save_of_the_step_whose_name_a_copy_has_leaves_the_copy_whole(tmp_path):
+    shutil.move(saved(tmp_path, 5), folder_of(tmp_path, 6))
+    assert checkpoint.verify(saved(tmp_path, 6, keep=1)) is None
+    assert names_in(tmp_path) == ["step_00000006", "step_00000006_before"]
+    assert load_folder(folder_of(tmp_path, 6) + "_before")[1]["step"] == 5
+
+def test_training_never_starts_again_silently_where_there_are_copies_alone(small):
+    config = small()
+    train.main(config)
+    shutil.rmtree(folder_of(config.out_dir, 4))
+    shutil.move(folder_of(config.out_dir, 8), folder_of(config.out_dir, 99))
+    with pytest.raises(UserError, match="no checkpoint but copies under the names of other steps"):
+        train.main(config)
+    assert names_in(config.out_dir) == ["step_00000099"]
+
 def test_retention_leaves_a_good_checkpoint_of_a_later_step(tmp_path):
     saved(tmp_path, 2, 8)
     saved(tmp_path, 4, keep=1)
