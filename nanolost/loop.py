@@ -21,6 +21,7 @@ from nanolost import methods
 from nanolost.budget import peak_flops, peak_memory
 from nanolost.counts import count_flops
 from nanolost.data import TokenDataset
+from nanolost.errors import UserError
 from nanolost.files import write_atomic
 from nanolost.loss import head_loss
 from nanolost.optim import build_optimizers, clip, flat_gradients, freeze, set_rates
@@ -28,7 +29,32 @@ from nanolost.settings import autocast
 
 # --- the state of a run ---
 
-COUNTERS = ("step", "samples", "tokens", "evaluated", "norms")
+# the last whole number before which JSON's readers, of which some have float64 alone, lose none
+MOST = 2**53
+
+# what state.json keeps beside the tensors: name → (type, least, most); of a list those of its entries
+COUNTERS = {
+    "step": (int, 0, MOST),
+    "samples": (int, 0, MOST),
+    "tokens": (int, 0, MOST),
+    "evaluated": (int, 0, MOST),
+    "norms": (list[float], 0.0, sys.float_info.max),
+}
+
+def check_counter(name: str, value):
+    """UserError for a value that no run has written."""
+    kind, least, most = COUNTERS[name]
+    values = [value]
+    words = "a whole number"
+    fits = type(value) is int
+    if kind is not int:
+        words = "a list of numbers"
+        fits = type(value) is list and all(type(x) in (int, float) for x in value)
+        values = value
+    # NaN is in no range
+    if not fits or not all(least <= x <= most for x in values):
+        raise UserError(f'"{name}" of its state.json is {value!r:.40}, not {words} from {least} to {most:g}: '
+                        "use an earlier checkpoint")
 
 @dataclass
 class State:
@@ -58,10 +84,16 @@ class State:
         return {name: getattr(self, name) for name in COUNTERS}
 
     def restore(self, saved: dict):
-        """Take the counters of a state.json; those that an old one lacks stay at zero."""
+        """Take the counters of a state.json; those that an old one lacks stay at zero. UserError for values
+        that no run has written."""
         for name in COUNTERS:
             if name in saved:
+                check_counter(name, saved[name])
                 setattr(self, name, saved[name])
+        # it would not be evaluated again before that step
+        if self.evaluated > self.step:
+            raise UserError(f'"evaluated" of its state.json is {self.evaluated}, after its "step" '
+                            f"{self.step}: use an earlier checkpoint")
 
 # --- one update ---
 

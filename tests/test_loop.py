@@ -29,6 +29,7 @@ import train
 from model import Llama, LlamaConfig
 from nanolost import checkpoint, data, loop
 from nanolost.checkpoint import load_model
+from nanolost.errors import UserError
 from nanolost.loop import Figures, Report, State, Validation, evaluate
 
 # --- an update ---
@@ -141,6 +142,36 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_update(small):
         train.main(config)
     assert status(config)["state"] == "failed" and status(config)["step"] == 1
     assert load_model(config.out_dir)[1]["step"] == 1
+
+# --- the counters of a checkpoint ---
+
+GOOD = {"step": 8, "samples": 64, "tokens": 2048, "evaluated": 8, "norms": [1.5, 2, 0.0]}
+
+def empty_state() -> State:
+    return State(None, [], None, None)
+
+def test_counters_that_a_run_has_written_come_back():
+    state = empty_state()
+    state.restore(json.loads(json.dumps(GOOD)))
+    assert state.counters() == GOOD and GOOD.keys() == loop.COUNTERS.keys()
+
+@pytest.mark.parametrize("value", [
+    "x", "8", None, True, 1.5, 8.0, -1, -5, 2**63, 2**70, math.nan, math.inf, [], [8], {}], ids=str)
+@pytest.mark.parametrize("name", [name for name in GOOD if name != "norms"])
+def test_a_counter_that_no_run_has_written_is_refused_by_its_name(name, value):
+    with pytest.raises(UserError, match=f'^"{name}" of its state.json is .*: use an earlier checkpoint$'):
+        empty_state().restore({**GOOD, name: value})
+
+@pytest.mark.parametrize("value", [
+    5, "x", None, {}, True, ["x"], [None], [True], [[1.0]], [1.0, -1.0], [math.nan], [math.inf], [10**400]],
+    ids=lambda value: str(value)[:20])
+def test_gradient_norms_that_no_run_has_written_are_refused(value):
+    with pytest.raises(UserError, match='^"norms" of its state.json is'):
+        empty_state().restore({**GOOD, "norms": value})
+
+def test_an_evaluation_after_the_last_step_is_refused():
+    with pytest.raises(UserError, match='"evaluated" of its state.json is 99, after its "step" 8'):
+        empty_state().restore({**GOOD, "evaluated": 99})
 
 # --- an evaluation ---
 
