@@ -20,7 +20,7 @@ def count_bytes(model: Llama, optimizer: str) -> tuple[int, int, int]:
     # a frozen parameter has neither
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     blocks = [p for p in model.model["layers"].parameters() if p.requires_grad]
-    inner = sum(p.numel() for p in blocks if p.dim() == 2)
+    inner = sum(p.numel() for p in blocks if p.dim() >= 2)
     # AdamW keeps two moments, Muon one
     moments = 2 * trained - (inner if optimizer == "muon" else 0)
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
@@ -95,6 +95,6 @@ def describe_dense(model: Llama, config) -> list[str]:
     share = count_parameters(model) / count_parameters(dense)
     compute = count_flops(model) / count_flops(dense)
     return [
-        f"dense       {count_parameters(dense):,} parameters, {size(total)}: this model has {share:.2f} of "
-        f"the parameters and {compute:.2f} of the FLOPs",
+        f"dense       {count_parameters(dense):,} parameters, {count_multiplies(dense):,} multiplications, "
+        f"{size(total)}: this model has {share:.2f} of the parameters and {compute:.2f} of the FLOPs",
     ]

@@ -7,15 +7,16 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 def count_multiplies(model: nn.Module) -> int:
-    """Of the matrix products: each element of a matrix is used once a token, whatever layer it is in. The
-    embedding is a look-up, except where the head shares it."""
+    """Of the matrix products: each element of a matrix, or of a stack of them, is used once a token, whatever
+    layer it is in. The embedding is a look-up, except where the head shares it."""
     # by identity: a shared matrix is kept once, yet works for its linear layer
     matrices = {}
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             continue
         for p in module.parameters(recurse=False):
-            if p.dim() == 2:
+            # a stack, (blocks, out, in), multiplies as its matrices do
+            if p.dim() >= 2:
                 matrices[id(p)] = p.numel()
     return sum(matrices.values())
 

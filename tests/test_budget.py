@@ -4,10 +4,12 @@ import os
 
 import pytest
 import torch
+import torch.nn as nn
 from conftest import files_of, step_folder
 
 import train
 from nanolost import budget
+from nanolost.counts import count_multiplies
 from nanolost.methods import build_model
 from nanolost.settings import resolve
 
@@ -83,3 +85,16 @@ def test_a_gpu_has_the_peak_of_its_whole_name(monkeypatch, chip, peak):
                                          (100_000_000, "0.1 GB"), (27_000_000_000, "27 GB")])
 def test_bytes_are_said_in_a_unit_that_fits(count, text):
     assert budget.size(count) == text
+
+def test_the_dense_model_beside_a_run_has_the_multiplications_of_a_dense_run(capsys):
+    def lines(**given):
+        train.main(resolve(dict(model="350m", vocab_size=32_000, dry_run=True, device="cpu", **given)))
+        return {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    number = lines(linear="dense")["compute"].split()[1]
+    assert f" {number} multiplications" in lines()["dense"]
+
+def test_a_stack_of_matrices_multiplies_as_its_matrices_do():
+    layer = nn.Module()
+    layer.weight = nn.Parameter(torch.empty(4, 8, 6))
+    apart = nn.ModuleList(nn.Linear(6, 8) for _ in range(4))
+    assert count_multiplies(layer) == count_multiplies(apart) == 4 * 8 * 6
