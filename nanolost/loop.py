@@ -22,7 +22,7 @@ from nanolost.budget import peak_flops, peak_memory
 from nanolost.counts import count_flops
 from nanolost.data import TokenDataset
 from nanolost.errors import UserError
-from nanolost.files import write_atomic
+from nanolost.files import open_regular, write_atomic
 from nanolost.loss import head_loss
 from nanolost.optim import build_optimizers, clip, flat_gradients, freeze, set_rates
 from nanolost.settings import autocast
@@ -209,6 +209,17 @@ def update(state: State, data: TokenDataset, samples: np.ndarray, config, job) -
 
 # --- one evaluation ---
 
+def require_target(data: TokenDataset, samples: int, micro: int):
+    """UserError where the first `samples` have no target at all: rows may be all prompt."""
+    # the first batch nearly always has one
+    for first in range(0, samples, micro):
+        last = min(first + micro, samples)
+        _, y = data.batch(np.arange(first, last))
+        if (y >= 0).any():
+            return
+    raise UserError(f"the first {samples} samples of the validation text, all that is read of it, have no "
+                    "target: use a larger --eval_tokens, or rows with longer answers")
+
 @dataclass
 class Validation:
     """The text of an evaluation: the first `samples` windows of `data`, `micro` at a time. token_bytes:
@@ -227,6 +238,7 @@ class Validation:
             samples = len(data)
         # a text may be shorter than what is asked for, but is never nothing
         samples = max(1, min(samples, len(data)))
+        require_target(data, samples, micro)
         # ids of a padded vocabulary stand for no text, and none of a text is above a smaller one's
         padding = (0, rows - tokenizer.vocab_size)
         token_bytes = F.pad(torch.from_numpy(tokenizer.token_bytes()), padding)
@@ -355,27 +367,51 @@ def look_inside(model: Llama, text: Validation, context, job) -> dict:
 
 # what an evaluation records beside the loss: (model, text, autocast, job) → entries of its JSON line
 METRICS = [look_inside]
+# entries that the line has already, by `Report.record` and `evaluate`
+RESERVED = ("kind", "step", "time", "val_loss", "val_ppl", "val_bpb", "val_tokens", "paper_ppl")
 
 def measure(state: State, text: Validation, job) -> dict:
-    """What all METRICS say."""
+    """What all METRICS say. AssertionError for a name that another entry of the line has."""
     found = {}
     for metric in METRICS:
-        found |= metric(state.model, text, state.autocast, job)
+        entries = metric(state.model, text, state.autocast, job)
+        taken = entries.keys() & {*RESERVED, *found}
+        who = getattr(metric, "__name__", metric)
+        assert not taken, f"metric {who}: the line has {', '.join(sorted(taken))} already, use other names"
+        found |= entries
     return found
 
 # --- what is said ---
 
-def kept_lines(path: str, state: State) -> list[str]:
-    """The lines of a metrics.jsonl that a run which goes on from `state` will not write again. A half line
-    that a kill left is dropped; what is not ours stays."""
-    known = {"train": state.step, "spike": state.step, "eval": state.evaluated}
+def comes_again(line: bytes, state: State) -> bool:
+    """Whether a run that goes on from `state` will write this line of a metrics.jsonl again."""
+    last = {"train": state.step, "spike": state.step, "eval": state.evaluated}
+    # whatever is no JSON object with a kind and a step is somebody else's
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        entry = json.loads(line)
+        return entry["step"] > last[entry["kind"]]
+    return False
+
+def is_whole(line: bytes) -> bool:
+    """Whether a line that lacks its end is JSON: a part of one that a kill left is not."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+def kept_lines(path: str, state: State) -> list[bytes]:
+    """The lines of a metrics.jsonl, byte for byte, that a run which goes on from `state` will not write
+    again; without the half line that a kill left."""
     kept = []
-    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as f:
+    with contextlib.suppress(FileNotFoundError), open_regular(path) as f:
         for line in f:
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                entry = json.loads(line)
-                if entry.get("kind") not in known or entry["step"] <= known[entry["kind"]]:
-                    kept.append(line if line.endswith("\n") else line + "\n")
+            if comes_again(line, state):
+                continue
+            if line.endswith(b"\n"):
+                kept.append(line)
+            elif is_whole(line):
+                kept.append(line + b"\n")
     return kept
 
 def time_left(seconds: float) -> str:
@@ -384,6 +420,13 @@ def time_left(seconds: float) -> str:
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02} min"
     return f"{minutes} min" if seconds >= 90 else f"{round(seconds)} s"
+
+def as_json(value):
+    """What json asks for values that it does not know: numbers of torch and numpy, of any shape."""
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        return value.tolist()
+    raise TypeError(f"{value!r:.80} is a {type(value).__name__}: metrics.jsonl takes numbers, text, lists "
+                    "and dicts")
 
 class Report:
     """What a run says, by rank 0 alone: lines on stdout and, from `begin` on, status.json and metrics.jsonl
@@ -425,8 +468,9 @@ class Report:
         self.flops = count_flops(state.model, self.config.seq_len)
         self.peak = peak_flops(self.job.device)
         if self.job.rank == 0:
-            path = os.path.join(self.config.out_dir, "metrics.jsonl")
-            write_atomic(path, "".join(kept_lines(path, state)).encode())
+            # of a link to another disk the file there, so that it stays a link
+            path = os.path.realpath(os.path.join(self.config.out_dir, "metrics.jsonl"))
+            write_atomic(path, b"".join(kept_lines(path, state)))
             self.metrics = open(path, "a", encoding="utf-8")
         self.status("running")
 
@@ -434,7 +478,7 @@ class Report:
         """One line of metrics.jsonl. time: seconds since 1970."""
         if self.metrics is not None:
             line = {"kind": kind, "step": self.state.step, "time": round(time.time(), 3), **fields}
-            print(json.dumps(line), file=self.metrics, flush=True)
+            print(json.dumps(line, default=as_json), file=self.metrics, flush=True)
 
     def sync(self):
         """The lines so far are on the disk for certain when it returns."""

@@ -31,6 +31,7 @@ from nanolost import checkpoint, data, loop
 from nanolost.checkpoint import load_model
 from nanolost.errors import UserError
 from nanolost.loop import Figures, Report, State, Validation, evaluate
+from nanolost.tokenizer import Tokenizer
 
 # --- an update ---
 
@@ -258,25 +259,141 @@ def test_a_metric_is_added_by_one_function_and_one_line(small, monkeypatch):
     assert last["weight_norm"] == pytest.approx(weight_norm(model, None, None, None)["weight_norm"], rel=1e-9)
     assert last["weight_norm"] != first["weight_norm"] and "layers" in last
 
+def test_every_entry_that_an_evaluation_has_of_itself_is_reserved(small):
+    config = small(steps=2, paper_batch=4)
+    train.main(config)
+    entry = metrics(config, "eval")[-1]
+    assert entry.keys() - {"layers"} == set(loop.RESERVED)
+
+@pytest.mark.parametrize("name", ["kind", "step", "time", "val_loss", "paper_ppl", "layers", "weight_norm"])
+def test_a_metric_with_a_name_that_is_taken_is_told_so(small, monkeypatch, name):
+    def colliding(*args) -> dict:
+        return {"fine": 1.0, name: 2.0}
+    monkeypatch.setattr(loop, "METRICS", [*loop.METRICS, weight_norm, colliding])
+    with started(small()) as (config, state, texts, job):
+        with pytest.raises(AssertionError, match=f"metric colliding: the line has {name} already"):
+            loop.measure(state, texts.validation, job)
+
+def test_a_metric_may_be_a_number_of_torch_or_numpy(small, monkeypatch):
+    found = {
+        "tensor": torch.tensor(1.5), "whole": torch.tensor(3), "half": torch.tensor(0.5).bfloat16(),
+        "parameter": nn.Parameter(torch.tensor(2.0)), "truth": torch.tensor(True),
+        "single": np.float32(0.25), "numpy_whole": np.int64(7), "array": np.array(2.5), "yes": np.bool_(True),
+        "inside": {"a": [torch.tensor(1.0)]}, "vector": torch.tensor([1, 2]),
+    }
+    monkeypatch.setattr(loop, "METRICS", [lambda *args: found])
+    config = small(steps=2)
+    train.main(config)
+    entry = metrics(config, "eval")[-1]
+    assert {name: entry[name] for name in found} == {
+        "tensor": 1.5, "whole": 3, "half": 0.5, "parameter": 2.0, "truth": True, "single": 0.25,
+        "numpy_whole": 7, "array": 2.5, "yes": True, "inside": {"a": [1.0]}, "vector": [1, 2]}
+
+def test_a_metric_that_is_no_number_is_named():
+    with pytest.raises(TypeError, match=r"\{3\} is a set: metrics.jsonl takes numbers"):
+        json.dumps({"a": {3}}, default=loop.as_json)
+
+# --- texts with few targets ---
+
+class Rows:
+    """Samples of 8 tokens, of which those of `with_targets` have targets."""
+
+    seq_len = 8
+
+    def __init__(self, samples: int, with_targets: set[int]):
+        self.samples = samples
+        self.with_targets = with_targets
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def batch(self, samples, device="cpu"):
+        x = torch.arange(8).repeat(len(samples), 1)
+        y = x + 1
+        for row, sample in enumerate(samples):
+            if sample not in self.with_targets:
+                y[row] = -1
+        return x.to(device), y.to(device)
+
+    def targets(self, samples) -> np.ndarray:
+        return 8 * np.isin(samples, list(self.with_targets))
+
+BYTE = Tokenizer.named("byte")
+
+def test_a_validation_text_without_a_target_is_refused_before_anything_is_trained():
+    for samples in (1, 3, 4):
+        with pytest.raises(UserError, match=f"the first {samples} samples of the validation text.*no target"):
+            Validation.of(Rows(6, {4}), samples, 2, BYTE, 257)
+    with pytest.raises(UserError, match="the first 6 samples"):
+        Validation.of(Rows(6, set()), None, 4, BYTE, 257)
+
+@pytest.mark.parametrize("micro", [1, 2, 5])
+def test_one_target_is_a_text(micro):
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(257, 32, 1, 2, n_embd=16, n_ffn=24))
+    text = Validation.of(Rows(6, {4}), 5, micro, BYTE, 257)
+    found = evaluate(model, text, FULL, ALONE)
+    assert found["val_tokens"] == 8 and math.isfinite(found["val_loss"])
+
+def test_an_update_without_a_target_has_a_gradient_of_zeros(small):
+    with started(small(spike=0)) as (config, state, texts, job):
+        samples = np.arange(8).reshape(2, 1, 4)
+        figures = loop.update(state, Rows(8, set()), samples, config, job)
+        assert figures.loss == figures.norm == 0 and not state.gradients.any() and state.step == 1
+        figures = loop.update(state, Rows(8, {5}), samples, config, job)
+        assert figures.loss > 0 and math.isfinite(figures.norm) and figures.norm > 0
+        assert all(p.isfinite().all() for p in state.model.parameters())
+
 # --- what is said ---
+
+def kept(path, step=4, evaluated=0) -> bytes:
+    return b"".join(loop.kept_lines(str(path), types.SimpleNamespace(step=step, evaluated=evaluated)))
 
 def test_lines_that_will_come_again_are_dropped_and_those_of_the_user_stay(tmp_path):
     entries = [{"kind": kind, "step": step} for step in (4, 5) for kind in ("train", "eval", "spike")]
-    own = [{"kind": "note", "step": 5, "text": "ρ"}, {"kind": "note"}, {"loss": 1}]
+    ours = [json.dumps(entry).encode() + b"\n" for entry in entries]
+    own = [
+        '{"kind": "note", "step": 5, "text": "ρ"}\n'.encode(), b'{"kind": "note"}\n', b'{"loss": 1}\n',
+        b'{"kind": "train"}\n', b'{"kind": "train", "step": "five"}\n', b'{"kind": [], "step": 5}\n',
+        b"3\n", b"[]\n", b"null\n", b"\n", b"# moved to another machine here\n", b"ends as on Windows\r\n",
+        b"\xff\xfe is no UTF-8\n", b'{"kind": "note", "text": "\xff"}\n', b"[" * 100_000 + b"\n",
+        b'{"kind": "eval", "st\n',
+    ]
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries + own) + "3\n[]\nnull\n{\"kind")
-    kept = loop.kept_lines(str(path), types.SimpleNamespace(step=4, evaluated=0))
-    assert [json.loads(line) for line in kept] == [entries[0], entries[2], *own]
-    assert all(line.endswith("\n") for line in kept)
-    assert loop.kept_lines(str(tmp_path / "none"), types.SimpleNamespace(step=0, evaluated=0)) == []
+    path.write_bytes(b"".join(ours + own) + b'{"kind": "tr')
+    assert kept(path) == b"".join([ours[0], ours[2], *own])
+    assert kept(tmp_path / "none") == b""
 
 def test_a_last_line_without_its_end_is_whole_or_gone(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "train", "step": 1}')
-    state = types.SimpleNamespace(step=4, evaluated=0)
-    assert loop.kept_lines(str(path), state) == ['{"kind": "train", "step": 1}\n']
-    path.write_bytes(b'{"kind": "note", "text": "\xff"}\n{"kind": "train", "st')
-    assert len(loop.kept_lines(str(path), state)) == 1
+    assert kept(path) == b'{"kind": "train", "step": 1}\n'
+    path.write_text('{"kind": "train", "step": 5}')
+    assert kept(path) == b""
+    for half in (b'{"kind": "train", "st', b"\xff", b"[" * 100_000):
+        path.write_bytes(b'{"kind": "note", "text": "\xff"}\n' + half)
+        assert kept(path) == b'{"kind": "note", "text": "\xff"}\n'
+
+def test_a_link_under_the_name_of_the_log_stays_one(small, tmp_path):
+    config = small(steps=2)
+    target = tmp_path / "elsewhere" / "log.jsonl"
+    target.parent.mkdir()
+    target.write_bytes(b"{}\n")
+    state = State(Llama(LlamaConfig(257, 32, 1, 2, n_embd=16, n_ffn=24)), [], torch.zeros(1), FULL)
+    os.makedirs(config.out_dir)
+    link = os.path.join(config.out_dir, "metrics.jsonl")
+    # also before there is anything where it leads
+    for before in (b"{}\n", b""):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(link)
+        os.symlink(target, link)
+        with Report(config, types.SimpleNamespace(**vars(ALONE), say=print)) as report:
+            report.begin(state)
+            report.record("train", loss=1.0)
+        assert os.path.islink(link) and os.readlink(link) == str(target)
+        kept_before, new = target.read_bytes()[:len(before)], target.read_bytes()[len(before):]
+        assert kept_before == before and json.loads(new)["loss"] == 1.0
+        os.remove(target)
 
 def test_records_of_the_users_own_kinds_survive_a_resume_and_ours_have_a_time(small):
     started_at = time.time()
