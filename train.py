@@ -9,6 +9,7 @@ Run the same command again to continue. The samples of a step are a function of 
 number of processes: the state of a run is weights, moments and a few counters."""
 import nanolost  # noqa: F401, I001  before torch: OpenMP reads its settings once
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -106,7 +107,8 @@ def first_model(config: Config, source: Source | None, device, part: tuple[int, 
 def prepare_out_dir(config: Config, texts: Texts, source: Source | None) -> str | None:
     """Rank 0's look at out_dir and at the data before anything is written: the folder of the checkpoint to
     continue from, None for a new run."""
-    # what a killed save left behind takes room
+    # what a killed run was to overwrite, and what a killed save left behind, which takes room
+    out_dir.end_overwrite(config.out_dir)
     checkpoint.sweep(config.out_dir)
     shapes = first_model(config, source, "meta")
     freeze(shapes, config.freeze)
@@ -216,7 +218,12 @@ def main(config: Config):
     if config.dry_run:
         with failures_with_their_repair():
             return dry_run(config)
-    with Job.start(config) as job, Report(config, job) as report, failures_with_their_repair():
+    with (
+        Job.start(config) as job,
+        contextlib.ExitStack() as at_end,
+        Report(config, job) as report,
+        failures_with_their_repair(),
+    ):
         source = Source.of(config)
         # read now: --overwrite may delete what the model comes from
         travelling = source.travelling() if source else {}
@@ -237,15 +244,20 @@ def main(config: Config):
             # in place: parameters keep their names
             state.model.compile()
 
-        # only now, when nothing can refuse any more, does --overwrite delete anything
+        # nothing can refuse any more: now a run gives way, to be deleted once this one has saved
+        if job.rank == 0:
+            at_end.enter_context(out_dir.overwriting(config.out_dir))
         job.first(lambda: out_dir.make_way(config.out_dir, folder, config.resume, config.overwrite))
         report.begin(state)
         job.first(lambda: out_dir.write_config(config.out_dir, dataclasses.asdict(config)))
+        def write():
+            checkpoint.save_checkpoint(
+                config.out_dir, state.step, state.model, state.optimizers,
+                {**state.counters(), "config": now}, texts.tokenizer, config.keep, travelling)
+            out_dir.end_overwrite(config.out_dir)
         def save():
             report.sync()
-            job.first(lambda: checkpoint.save_checkpoint(
-                config.out_dir, state.step, state.model, state.optimizers,
-                {**state.counters(), "config": now}, texts.tokenizer, config.keep, travelling))
+            job.first(write)
         report.end(train(state, texts, config, job, report, save))
 
 if __name__ == "__main__":

@@ -15,22 +15,31 @@ from nanolost.checkpoint import (
     STATE,
     checkpoint_folder,
     checkpoints,
+    delete,
     is_own,
     newest_checkpoint,
     retire,
     step_of,
-    sweep,
+    unused,
     verify,
 )
 from nanolost.errors import UserError
-from nanolost.files import read_bounded, read_json, write_atomic
+from nanolost.files import read_bounded, read_json, sync_folder, write_atomic
+from nanolost.flags import say
 
 CONFIG = "config.json"
 STATUS = "status.json"
 METRICS = "metrics.jsonl"
 EARLIER_CONFIG = re.compile(r"config_before_step_[0-9]{8,}(_[0-9]+)?\.json")
+# bytes: ours have 2000
+CONFIG_LIMIT = 1 << 20
 # no other program's config.json has all of these: they tell ours from, say, that of a Hugging Face model
 CONFIG_KEYS = {"out_dir", "steps", "lr", "save_every", "resume", "overwrite"}
+# a run that gave way to another, as long as that one has saved nothing: beside the checkpoints, whose folder
+# may be a link to another disk, and beside the other files
+ASIDE = ".overwritten"
+# the checkpoints that did not give way; written when all that did are aside
+STAYED = "stayed.json"
 STATES = ("running", "finished", "stopped", "failed")
 
 # --- whose folder it is ---
@@ -77,12 +86,27 @@ def refuse_foreign(out_dir: str):
 
 # --- where a run begins ---
 
-def choose_checkpoint(out_dir: str, resume: str, overwrite: bool) -> str | None:
-    """Folder to continue from, None for a new run. Raises UserError for all that does not fit together, and
-    deletes nothing: `make_way` does, once nothing else can refuse."""
+def refuse_obstacles(out_dir: str):
+    """UserError for what has a name that a run writes and cannot be replaced by it."""
     home = os.path.join(out_dir, "checkpoints")
     if os.path.lexists(home) and not os.path.isdir(home):
         raise UserError(f"{home} is not a folder, and checkpoints must go there: move it elsewhere")
+    configs = [CONFIG, *earlier_configs(out_dir)]
+    for name in (*configs, STATUS, METRICS, f"{CONFIG}.tmp", f"{STATUS}.tmp", f"{METRICS}.tmp"):
+        path = os.path.join(out_dir, name)
+        if os.path.lexists(path) and not os.path.isfile(path):
+            raise UserError(f"{path} is not a file, and a run writes one of this name: move it elsewhere")
+        # a config that goes is kept, and compared with those before
+        if name in configs and os.path.isfile(path):
+            read_bounded(path, CONFIG_LIMIT)
+
+def earlier_configs(out_dir: str) -> list[str]:
+    return [name for name in os.listdir(out_dir) if EARLIER_CONFIG.fullmatch(name)]
+
+def choose_checkpoint(out_dir: str, resume: str, overwrite: bool) -> str | None:
+    """Folder to continue from, None for a new run. Raises UserError for all that does not fit together, and
+    changes nothing: `make_way` does, once nothing else can refuse."""
+    refuse_obstacles(out_dir)
     if resume == "auto":
         folder = newest_checkpoint(out_dir)
         if folder is None:
@@ -112,23 +136,25 @@ def require_state(folder: str):
 
 def is_inside(folder: str, out_dir: str) -> bool:
     """Whether a checkpoint belongs to the run in out_dir."""
-    # by real paths, since its checkpoints may be a link to another disk
-    folder = os.path.realpath(folder)
-    homes = [out_dir, os.path.join(out_dir, "checkpoints")]
-    return any(folder.startswith(os.path.realpath(home) + os.sep) for home in homes)
+    # by real paths, since its checkpoints may be a link to another disk; a run in a folder inside is another
+    home = os.path.realpath(os.path.join(out_dir, "checkpoints"))
+    return os.path.dirname(os.path.realpath(folder)) == home
 
 def later_checkpoints(out_dir: str, folder: str) -> list[str]:
-    """The good checkpoints of later steps than that of `folder`."""
+    """The checkpoints of later steps than that of `folder`."""
     # a copy of a checkpoint may have any name, so the step is what its state says
     step = read_json(os.path.join(folder, STATE))["step"]
-    later = [other for other in checkpoints(out_dir) if step_of(other) > step]
-    # damaged ones are no loss: the next saves clear them away
-    return [other for other in later if verify(other) is None]
+    return [other for other in checkpoints(out_dir) if step_of(other) > step]
 
 def refuse_later(out_dir: str, folder: str, overwrite: bool):
     """UserError if the run in out_dir went on after `folder`: that part of it would be lost."""
-    later = [os.path.basename(other) for other in later_checkpoints(out_dir, folder)]
-    if later and not overwrite:
+    later = later_checkpoints(out_dir, folder)
+    if overwrite:
+        refuse_strangers(later)
+        return
+    # damaged ones are no loss: the next saves clear them away
+    later = [os.path.basename(other) for other in later if verify(other) is None]
+    if later:
         raise UserError(f"{folder} is not the newest checkpoint of {out_dir}: add --overwrite to delete "
                         f"{', '.join(later)} and continue from it, or use another --out_dir")
 
@@ -144,50 +170,117 @@ def refuse_old_run(out_dir: str, overwrite: bool):
     written = (CONFIG, STATUS, METRICS)
     if not is_run(out_dir) and any(os.path.lexists(os.path.join(out_dir, name)) for name in written):
         refuse_foreign(out_dir)
-    for folder in checkpoints(out_dir):
+    refuse_strangers(checkpoints(out_dir))
+
+def refuse_strangers(folders: list[str]):
+    """UserError for folders that have a checkpoint's name and are none."""
+    for folder in folders:
         if not os.path.islink(folder) and not is_own(folder):
             raise UserError(f"{folder} was not written by this program: move it elsewhere")
 
-# --- deleting what a run gives up ---
+# --- a run that gives way to another ---
 
 def make_way(out_dir: str, folder: str | None, resume: str, overwrite: bool):
-    """Delete what --overwrite gives up for a run that begins at `folder`, which `choose_checkpoint` returned:
-    the later checkpoints of the same run, or the whole run that is in out_dir."""
+    """Put aside what --overwrite gives up for a run that begins at `folder`, which `choose_checkpoint`
+    returned: later checkpoints of the same run, or the whole run in out_dir. `end_overwrite` deletes it."""
     # auto gives up nothing: it goes on from the newest
     if not overwrite or resume == "auto":
         return
-    if folder is None or not is_inside(folder, out_dir):
-        delete_run(out_dir)
-        return
-    for later in later_checkpoints(out_dir, folder):
-        forget(later)
-
-def forget(folder: str):
-    """Delete a checkpoint for certain; of a link only the link."""
-    if os.path.islink(folder):
-        os.unlink(folder)
-    else:
-        retire(folder)
-
-def delete_run(out_dir: str):
-    """Delete a run by the exact names that it gives, through a link to another disk as well."""
-    # first what could be resumed: a deleted run must never come back
-    for folder in checkpoints(out_dir):
-        forget(folder)
-    sweep(out_dir)
-    # fails, as it should, where it is a link or holds anything else
-    with contextlib.suppress(OSError):
-        os.rmdir(os.path.join(out_dir, "checkpoints"))
+    goes_on = folder is not None and is_inside(folder, out_dir)
+    going = later_checkpoints(out_dir, folder) if goes_on else checkpoints(out_dir)
     # a metrics.jsonl without a run's other traces has been refused
-    doomed = [METRICS]
-    doomed += [name for name in os.listdir(out_dir) if EARLIER_CONFIG.fullmatch(name)]
-    # config.json last: as long as it is there, a deletion that was killed can be made up
-    doomed += [STATUS]
+    names = [METRICS, STATUS, *earlier_configs(out_dir)]
     if _has_our_config(out_dir):
-        doomed += [CONFIG]
-    for name in doomed:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(out_dir, name))
+        names.append(CONFIG)
+    names = [name for name in names if os.path.lexists(os.path.join(out_dir, name))]
+    if going or names:
+        put_aside(out_dir, going, names, goes_on)
+
+def asides(out_dir: str) -> tuple[str, str]:
+    """Where files and where checkpoints are put aside."""
+    return os.path.join(out_dir, ASIDE), os.path.join(out_dir, "checkpoints", ASIDE)
+
+def put_aside(out_dir: str, going: list[str], names: list[str], copy: bool):
+    """Move checkpoints aside, and files, or copies of them for a run that writes on."""
+    files, folders = asides(out_dir)
+    os.makedirs(files, exist_ok=True)
+    if going:
+        os.makedirs(folders, exist_ok=True)
+    for folder in going:
+        os.rename(folder, os.path.join(folders, os.path.basename(folder)))
+    # in this order also after a power cut: from now on any other checkpoint is the new run's
+    if going:
+        sync_folder(os.path.dirname(folders))
+    stayed = [os.path.basename(folder) for folder in checkpoints(out_dir)]
+    write_atomic(os.path.join(files, STAYED), json.dumps({"checkpoints": stayed}).encode())
+    for name in names:
+        path = os.path.join(out_dir, name)
+        if copy:
+            with open(path, "rb") as file:
+                write_atomic(os.path.join(files, name), file.read())
+        else:
+            os.rename(path, os.path.join(files, name))
+
+def end_overwrite(out_dir: str):
+    """Delete what is aside where the new run has a good checkpoint, else put it back. What a kill has left
+    undone of either, or of `make_way`, is made up."""
+    files, folders = asides(out_dir)
+    if not os.path.isdir(files) and not os.path.isdir(folders):
+        return
+    stayed = _content(os.path.join(files, STAYED)).get("checkpoints")
+    # not all was aside yet, so that the new run had not begun
+    if stayed is None:
+        put_back(out_dir)
+        return
+    new = [folder for folder in checkpoints(out_dir) if os.path.basename(folder) not in stayed]
+    if any(verify(folder) is None for folder in new):
+        delete_aside(out_dir)
+        return
+    for folder in new:
+        retire(folder)
+    put_back(out_dir)
+    say(f"{out_dir}: the new run ended before its first checkpoint, and what it was to overwrite is back")
+
+def put_back(out_dir: str):
+    files, folders = asides(out_dir)
+    for name in names_in(files):
+        os.replace(os.path.join(files, name), os.path.join(out_dir, name))
+    # the files come first: without STAYED only checkpoints are aside
+    shutil.rmtree(files, ignore_errors=True)
+    for name in names_in(folders):
+        os.rename(os.path.join(folders, name), os.path.join(os.path.dirname(folders), name))
+    with contextlib.suppress(FileNotFoundError):
+        os.rmdir(folders)
+
+def delete_aside(out_dir: str):
+    """Delete a run that gave way. What cannot be deleted is a warning."""
+    files, folders = asides(out_dir)
+    # first what could be resumed: by a name that `sweep` knows it can't come back
+    if os.path.isdir(folders):
+        doomed = unused(os.path.join(os.path.dirname(folders), ".tmp_old_step_00000000"))
+        os.rename(folders, doomed)
+        delete(doomed)
+    # STAYED last: as long as it is there, a deletion that was killed can be made up
+    for name in names_in(files):
+        os.remove(os.path.join(files, name))
+    delete(files)
+
+def names_in(aside: str) -> list[str]:
+    """What is aside, without notes of our own."""
+    if not os.path.isdir(aside):
+        return []
+    return [name for name in os.listdir(aside) if name != STAYED and not name.endswith(".tmp")]
+
+@contextlib.contextmanager
+def overwriting(out_dir: str):
+    """A context in which `make_way` is called: a run that fails in it before its first save leaves the one
+    before as it was."""
+    try:
+        yield
+    finally:
+        # the next start makes up for it
+        with contextlib.suppress(OSError):
+            end_overwrite(out_dir)
 
 # --- what a run writes beside its checkpoints ---
 
@@ -212,13 +305,13 @@ def write_config(out_dir: str, values: dict):
         # through JSON, which turns tuples into lists
         if _content(path) == json.loads(data):
             return
-        keep_config(out_dir, read_bounded(path, 1 << 20))
+        keep_config(out_dir, read_bounded(path, CONFIG_LIMIT))
     write_atomic(path, data)
 
 def keep_config(out_dir: str, data: bytes):
     """Keep an earlier config.json, once: two commands in turn must not fill the folder."""
-    kept = [name for name in os.listdir(out_dir) if EARLIER_CONFIG.fullmatch(name)]
-    if any(read_bounded(os.path.join(out_dir, name), 1 << 20) == data for name in kept):
+    kept = earlier_configs(out_dir)
+    if any(read_bounded(os.path.join(out_dir, name), CONFIG_LIMIT) == data for name in kept):
         return
     # a run without a checkpoint begins again at step 0
     found = checkpoints(out_dir)

@@ -11,7 +11,14 @@ from model import Llama, LlamaConfig
 from nanolost import checkpoint, out_dir
 from nanolost.checkpoint import save_checkpoint
 from nanolost.errors import UserError
-from nanolost.out_dir import check_space, choose_checkpoint, make_way, write_config
+from nanolost.out_dir import (
+    check_space,
+    choose_checkpoint,
+    end_overwrite,
+    make_way,
+    overwriting,
+    write_config,
+)
 from nanolost.settings import Config
 from nanolost.tokenizer import Tokenizer
 
@@ -131,11 +138,11 @@ def test_a_damaged_config_json_does_not_take_the_checkpoints_away(here):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_something_else_called_checkpoints_is_said_before_the_first_save(here, overwrite):
     (here / "checkpoints").touch()
-    with pytest.raises(UserError, match="checkpoints is in the way"):
+    with pytest.raises(UserError, match="checkpoints is not a folder"):
         choose_checkpoint(str(here), "never", overwrite)
     os.remove(here / "checkpoints")
     os.symlink("nowhere", here / "checkpoints")
-    with pytest.raises(UserError, match="checkpoints is in the way"):
+    with pytest.raises(UserError, match="checkpoints is not a folder"):
         choose_checkpoint(str(here), "auto", overwrite)
 
 # --- where a run begins ---
@@ -228,6 +235,9 @@ def test_a_runs_future_goes_only_when_that_is_asked_for(here, tmp_path, linked, 
     assert choose_checkpoint(str(here), path, True) == path
     make_way(str(here), path, path, True)
     assert steps(here) == [2] and os.path.exists(path) and (here / "metrics.jsonl").exists()
+    save(here, 3)
+    end_overwrite(str(here))
+    assert steps(here) == [2, 3] and no_trace(here)
 
 def test_the_newest_good_one_may_be_named_although_later_ones_are_damaged(here):
     a_run(here, 4, 8)
@@ -236,11 +246,93 @@ def test_the_newest_good_one_may_be_named_although_later_ones_are_damaged(here):
         assert choose_checkpoint(str(here), step_folder(here, 4), overwrite) == step_folder(here, 4)
     assert choose_checkpoint(str(here), str(here), False) == step_folder(here, 4)
 
+@pytest.mark.parametrize("where", ["other", "checkpoints/other", "other/checkpoints/step_00000003"])
+def test_a_run_in_a_folder_inside_is_another_run(here, where):
+    a_run(here, 2, 4)
+    inside = here / where.partition("/checkpoints/step")[0]
+    a_run(inside, 3)
+    path, before = str(here / where), tree(here)
+    with pytest.raises(UserError, match="not empty: continue with --resume auto"):
+        choose_checkpoint(str(here), path, False)
+    assert tree(here) == before
+    folder = choose_checkpoint(str(here), path, True)
+    make_way(str(here), folder, path, True)
+    assert folder == step_folder(inside, 3) and steps(here) == [] and steps(inside) == [3]
+
+@pytest.mark.parametrize("name", [
+    "config.json", "status.json", "metrics.jsonl", "config.json.tmp", "metrics.jsonl.tmp", "status.json.tmp",
+    "config_before_step_00000001.json"])
+@pytest.mark.parametrize("resume", ["auto", "never", "PATH"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "dangling link"])
+def test_what_a_run_cannot_replace_is_said_before_anything_goes(here, tmp_path, name, resume, kind):
+    a_run(here, 2, 4)
+    path = str(a_run(tmp_path / "other", 3)) if resume == "PATH" else resume
+    (here / name).unlink(missing_ok=True)
+    make = {"folder": os.mkdir, "pipe": os.mkfifo, "dangling link": lambda path: os.symlink("nowhere", path)}
+    make[kind](here / name)
+    with pytest.raises(UserError, match=f"{name} is not a file, and a run writes one of this name: move it"):
+        choose_checkpoint(str(here), path, True)
+    assert steps(here) == [2, 4]
+
+@pytest.mark.parametrize("name", ["config.json", "config_before_step_00000001.json"])
+def test_a_config_too_large_to_keep_is_said_before_anything_goes(here, name):
+    a_run(here, 2, 4)
+    (here / name).write_bytes(b" " * 2_000_000)
+    with pytest.raises(UserError, match=name):
+        choose_checkpoint(str(here), "never", True)
+    assert steps(here) == [2, 4]
+
 # --- deleting a run ---
 
+def no_trace(folder):
+    """Whether nothing is aside, nor half deleted."""
+    return not [path for path in folder.rglob("*") if path.name.startswith((".overwritten", ".tmp_"))]
+
 def start_anew(folder):
+    """Overwrite the run in `folder` by one that saves and is deleted: only what is no run's is left."""
+    end_overwrite(str(folder))
+    checkpoint.sweep(str(folder))
     assert choose_checkpoint(str(folder), "never", True) is None
     make_way(str(folder), None, "never", True)
+    save(folder, 77)
+    end_overwrite(str(folder))
+    checkpoint.retire(step_folder(folder, 77))
+    if not os.listdir(folder / "checkpoints") and not os.path.islink(folder / "checkpoints"):
+        os.rmdir(folder / "checkpoints")
+
+def new_run(folder):
+    """What a run writes before its first save."""
+    write_config(str(folder), {**CONFIG, "lr": 9})
+    (folder / "status.json").write_text("new")
+    (folder / "metrics.jsonl").write_text("new")
+
+@pytest.mark.parametrize("linked", [False, True], ids=["here", "checkpoints on another disk"])
+@pytest.mark.parametrize("resume", ["never", "elsewhere", "inside"])
+@pytest.mark.parametrize("fault", [None, "damaged"])
+def test_a_run_that_fails_before_its_first_save_leaves_the_one_before(here, tmp_path, linked, resume, fault):
+    if linked:
+        (tmp_path / "big").mkdir()
+        os.symlink(tmp_path / "big", here / "checkpoints")
+    a_run(here, 2, 4, 6)
+    paths = {"elsewhere": str(a_run(tmp_path / "other", 3)), "inside": step_folder(here, 2)}
+    resume = paths.get(resume, resume)
+    before, saved = tree(here), steps(here)
+    folder = choose_checkpoint(str(here), resume, True)
+    with pytest.raises(ZeroDivisionError), overwriting(str(here)):
+        make_way(str(here), folder, resume, True)
+        assert steps(here) != saved
+        new_run(here)
+        if fault:
+            save(here, 4)
+            os.truncate(step_folder(here, 4) + "/model.safetensors", 10)
+        raise ZeroDivisionError
+    after = tree(here)
+    for path in here.glob("config_before_*"):
+        # a copy of what is back
+        after.pop(str(path))
+    assert after == before and steps(here) == saved and no_trace(here)
+    end_overwrite(str(here))
+    assert steps(here) == saved
 
 def test_extra_files_of_the_users_stay_when_a_run_is_deleted(here):
     a_run(here, 2, 4)
@@ -250,8 +342,9 @@ def test_extra_files_of_the_users_stay_when_a_run_is_deleted(here):
     shutil.copytree(step_folder(here, 4), here / "checkpoints" / "step_best")
     kept = {path: data for path, data in tree(here).items()
             if "best" in path or path.endswith((".lock", "notes.txt", "config_mine.json", "checkpoints"))}
+    inside = len(os.listdir(step_folder(here, 4)))
     start_anew(here)
-    assert tree(here) == kept and len(kept) == 5 + 6
+    assert tree(here) == kept and len(kept) == 5 + inside
 
 def test_overwrite_leaves_a_foreign_config_among_our_checkpoints(here):
     save(here, 2)
@@ -294,11 +387,12 @@ def test_a_checkpoints_name_with_foreign_content_is_said_before_anything_goes(he
 class Killed(BaseException):
     """What no handler catches."""
 
-def test_a_deletion_that_was_killed_anywhere_can_be_made_up(here, tmp_path, monkeypatch):
-    write_config(str(a_run(here, 2, 4)), {**CONFIG, "lr": 7})
+def killed_everywhere(monkeypatch, copies, work):
+    """Run work(folder) on copies of a folder, killed before its first, second … change of the disk; yields
+    each copy, the last one where it came to its end."""
     number, done = 0, False
     while not done:
-        folder = shutil.copytree(here, tmp_path / str(number))
+        folder = copies(number)
         left = iter(range(number))
         def announced(real, left=left):
             def operation(*args, **kwargs):
@@ -307,17 +401,53 @@ def test_a_deletion_that_was_killed_anywhere_can_be_made_up(here, tmp_path, monk
                 return real(*args, **kwargs)
             return operation
         with monkeypatch.context() as patch:
-            for name in ("rename", "unlink", "rmdir", "remove"):
+            for name in ("rename", "replace", "unlink", "rmdir", "remove", "mkdir"):
                 patch.setattr(os, name, announced(getattr(os, name)))
             try:
-                make_way(str(folder), None, "never", True)
+                work(str(folder))
                 done = True
             except Killed:
                 pass
-        start_anew(folder)
-        assert sorted(os.listdir(folder)) == [".lock"]
+        yield folder
         number += 1
-    assert number > 15
+    assert number > 5
+
+def test_a_deletion_that_was_killed_anywhere_can_be_made_up(here, tmp_path, monkeypatch):
+    write_config(str(a_run(here, 2, 4)), {**CONFIG, "lr": 7})
+    make_way(str(here), None, "never", True)
+    save(here, 3)
+    def copies(number):
+        return shutil.copytree(here, tmp_path / str(number))
+    for folder in killed_everywhere(monkeypatch, copies, end_overwrite):
+        end_overwrite(str(folder))
+        checkpoint.sweep(str(folder))
+        assert steps(folder) == [3] and no_trace(folder)
+        assert sorted(os.listdir(folder)) == [".lock", "checkpoints"]
+
+@pytest.mark.parametrize("resume", ["never", "inside"])
+def test_a_run_that_was_killed_as_it_gave_way_is_back_at_the_next_start(here, tmp_path, monkeypatch, resume):
+    write_config(str(a_run(here, 2, 4, 6)), {**CONFIG, "lr": 7})
+    def copies(number):
+        return shutil.copytree(here, tmp_path / str(number))
+    def work(folder):
+        path = os.path.join(folder, "checkpoints", "step_00000002")
+        make_way(folder, *((path, path) if resume == "inside" else (None, "never")), True)
+    def relative(folder):
+        return {os.path.relpath(path, folder): content for path, content in tree(folder).items()}
+    for folder in killed_everywhere(monkeypatch, copies, work):
+        end_overwrite(str(folder))
+        assert relative(folder) == relative(here)
+
+def test_a_run_is_back_though_its_return_was_killed(here, tmp_path, monkeypatch):
+    a_run(here, 2, 4)
+    before = {os.path.relpath(path, here): content for path, content in tree(here).items()}
+    make_way(str(here), None, "never", True)
+    new_run(here)
+    def copies(number):
+        return shutil.copytree(here, tmp_path / str(number))
+    for folder in killed_everywhere(monkeypatch, copies, end_overwrite):
+        end_overwrite(str(folder))
+        assert {os.path.relpath(path, folder): content for path, content in tree(folder).items()} == before
 
 # --- what is written ---
 

@@ -13,6 +13,7 @@ import torch
 from conftest import (
     PATIENCE,
     ROOT,
+    SMALL,
     continue_from,
     ended,
     files_of,
@@ -24,6 +25,7 @@ from conftest import (
     status,
     step_folder,
     val_losses,
+    wait_for,
 )
 
 import train
@@ -32,6 +34,7 @@ from nanolost.checkpoint import load_model
 from nanolost.errors import UserError
 from nanolost.failures import failures_with_their_repair
 from nanolost.optim import lr_at
+from nanolost.settings import resolve
 from nanolost.tokenizer import Tokenizer
 
 def tree(folder) -> dict:
@@ -292,6 +295,62 @@ def test_whatever_refuses_a_start_refuses_before_overwrite_deletes_anything(
     path = os.path.join(source.out_dir, "checkpoints", "step_00000008")
     with pytest.raises(UserError, match=message):
         train.main(small(resume=path, overwrite=True, **changed))
+    assert tree(small().out_dir) == before
+
+FAULTS = {
+    "no compiler": ("train.update", UserError("torch.compile failed")),
+    "out of memory": ("train.update", MemoryError("out of memory")),
+    "diverged": ("train.update", FloatingPointError("loss nan")),
+    "Ctrl-C": ("train.update", KeyboardInterrupt()),
+    "a fault of the program": ("train.evaluate", TypeError("x")),
+    "no room": ("train.out_dir.write_config", OSError("No space left")),
+    "a full disk": ("nanolost.checkpoint.write_tensors", OSError("No space left")),
+    "an optimizer that is refused": ("nanolost.checkpoint.optimizer_values", UserError("use another")),
+    "a failing disk": ("nanolost.checkpoint.put_in_place", OSError("is the disk failing?")),
+}
+
+@pytest.mark.parametrize("resume", ["never", "elsewhere", "step_00000004"])
+@pytest.mark.parametrize("place, error", FAULTS.values(), ids=list(FAULTS))
+def test_a_run_that_ends_before_its_first_save_overwrites_nothing(
+        overwritable, small, tmp_path, monkeypatch, place, error, resume):
+    old, other = (shutil.copytree(folder, tmp_path / name)
+                  for folder, name in zip(overwritable, ("out", "other"), strict=True))
+    before = tree(old)
+    if resume != "never":
+        resume = str((other if resume == "elsewhere" else old) / "checkpoints" / "step_00000004")
+    def fail(*args, **kwargs):
+        raise error
+    with monkeypatch.context() as patch:
+        patch.setattr(place, fail)
+        with pytest.raises(type(error)):
+            train.main(small(resume=resume, overwrite=True, steps=6, lr=1e-3))
+    after = tree(old)
+    for name in set(after) - set(before):
+        # a copy of the config.json that is back
+        assert name.startswith("config_before_step_") and after.pop(name) == before["config.json"]
+    assert after == before
+    train.main(small(resume=resume, overwrite=True, steps=6, lr=1e-3))
+    assert losses(small())[-1][0] == 6 and step_folder(small(), 8) not in checkpoint.checkpoints(str(old))
+    assert not [path for path in old.rglob("*") if path.name.startswith((".overwritten", ".tmp_"))]
+
+@pytest.fixture(scope="module")
+def overwritable(data_dir, tmp_path_factory):
+    """Folders of two runs of 8 steps with checkpoints of 4 and 8."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("old", "other")]
+    for folder in folders:
+        train.main(resolve({**SMALL, "rank": 8, "data_dir": data_dir, "out_dir": str(folder)}))
+    return folders
+
+def test_a_run_that_is_killed_before_its_first_save_has_overwritten_nothing(small):
+    train.main(small())
+    before = tree(small().out_dir)
+    process = launch(small(resume="never", overwrite=True, steps=10**6, save_every=10**6, eval_every=10**6))
+    wait_for(process, "step ")
+    assert checkpoint.checkpoints(small().out_dir) == []
+    process.kill()
+    process.wait()
+    # finished, it has nothing to do but to be back
+    train.main(small())
     assert tree(small().out_dir) == before
 
 def test_going_back_asks_before_it_gives_up_the_steps_after(small):
