@@ -9,6 +9,7 @@ To add one, write the layer in a file of its own, import it here and add a line 
     register("mine", MyLinear, convert_mine, uses=("rank",))"""
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -96,6 +97,20 @@ def look_inside(model: nn.Module, run: Callable, part: tuple[int, int] = (0, 1))
 
 # --- making one ---
 
+# where and in what a layer is made is never a file's to say: one on the meta device needs no memory
+PLACE = ("device", "dtype")
+
+def check_settings(layer: type[nn.Module], given: dict):
+    """UserError for names in `given` that cannot come from `settings()` of such a layer."""
+    parameters = inspect.signature(layer).parameters.values()
+    known = [p.name for p in parameters if p.name not in PLACE and p.kind is p.POSITIONAL_OR_KEYWORD]
+    known += [p.name for p in parameters if p.name not in PLACE and p.kind is p.KEYWORD_ONLY]
+    # **others of a subclass are what its parent takes, and says by itself
+    passes = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for name in given:
+        if name in PLACE or (name not in known and not passes):
+            raise UserError(f"unknown setting {name!r:.80}; it has {', '.join(known)}")
+
 def rebuild(model: nn.Module, settings: dict[str, dict]):
     """Put empty layers in place, as `settings_of` described them; their tensors come from a file."""
     for name, given in settings.items():
@@ -105,6 +120,7 @@ def rebuild(model: nn.Module, settings: dict[str, dict]):
             kind = given.pop("kind")
             if kind not in KINDS:
                 raise UserError(f"unknown kind {kind!r}; this program has {', '.join(KINDS)}")
+            check_settings(KINDS[kind].layer, given)
             model.get_submodule(name)
             model.set_submodule(name, KINDS[kind].layer(**given))
 

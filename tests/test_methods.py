@@ -55,6 +55,33 @@ def test_settings_that_describe_no_layer_are_refused_with_its_name(small, settin
     with pytest.raises(UserError, match=message):
         rebuild(model, settings)
 
+@pytest.mark.parametrize("name, value", [
+    ("device", "cpu"), ("device", None), ("dtype", "float64"), ("dtype", None), ("empty", True), ("self", 1),
+    ("args", []), ("kwargs", {}), ("", 1), ("A", [[1.0]])])
+def test_a_file_decides_neither_where_a_layer_is_made_nor_what_its_settings_do_not_say(small, name, value):
+    layer = "model.layers.0.mlp.up_proj"
+    settings = settings_of(build_model(small(vocab_size=257), "meta"))
+    made = build_model(small(linear="dense", vocab_size=257), "meta")
+    with pytest.raises(UserError, match=f"^layer {layer}: unknown setting '{name}'; it has in_features, "):
+        rebuild(made, {layer: {**settings[layer], name: value}})
+    assert not isinstance(made.get_submodule(layer), LOSTLinear)
+
+def test_a_subclass_that_passes_all_on_is_rebuilt_where_the_program_says(small, monkeypatch):
+    class Passing(LOSTLinear):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+    monkeypatch.setitem(methods.KINDS, "passing", methods.Kind(Passing))
+    layer = "model.layers.0.mlp.up_proj"
+    settings = {**settings_of(build_model(small(vocab_size=257), "meta"))[layer], "kind": "passing"}
+    made = build_model(small(linear="dense", vocab_size=257), "meta")
+    for name in ("device", "dtype"):
+        with pytest.raises(UserError, match=f"unknown setting '{name}'"):
+            rebuild(made, {layer: {**settings, name: None}})
+    with pytest.raises(UserError, match="nonsense"):
+        rebuild(made, {layer: {**settings, "nonsense": 1}})
+    rebuild(made, {layer: settings})
+    assert type(made.get_submodule(layer)) is Passing and settings_of(made) == {layer: settings}
+
 def test_parameters_are_counted_by_their_path(small):
     model = build_model(small(vocab_size=257), "cpu")
     layers = [module for module in model.modules() if isinstance(module, LOSTLinear)]
