@@ -478,6 +478,7 @@ def impossible(key: str, value) -> str | None:
     if not isinstance(value, torch.Tensor | int | float):
         return None
     numbers = value
+    # a note of JSON, where Python reads NaN and Infinity too
     if not isinstance(value, torch.Tensor):
         numbers = torch.tensor(float(value))
     # a moment may overflow in a run that goes on, a count may not
@@ -514,8 +515,12 @@ def fitting(saved: dict, made: dict, later: set[str], p: nn.Parameter) -> dict:
 
 def common_keys(optimizer: torch.optim.Optimizer, states: dict[nn.Parameter, dict]) -> set[str]:
     """Keys that the state of each trained parameter of an optimizer has."""
-    every = [set(states[p]) for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    return set.intersection(*every) if every else set()
+    # an optimizer may keep more from a later step on, but not for one parameter alone
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    every = [set(states[p]) for p in parameters if p.requires_grad]
+    if not every:
+        return set()
+    return set.intersection(*every)
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, states: dict[nn.Parameter, dict], names: dict):
     """Give each parameter of one optimizer its state. UserError, by `names`, for one that does not fit."""
@@ -547,10 +552,12 @@ def load_optimizer(folder: str, model: Llama, optimizers: list):
     names = {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers:
         mine = {}
-        for p in [p for group in optimizer.param_groups for p in group["params"]]:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for p in parameters:
             if names[p] not in states:
                 raise UserError(f"{folder} has no optimizer state for {names[p]}: train with "
                                 "the --optimizer that the run began with")
+            # what is left at the end is nobody's
             mine[p] = states.pop(names[p])
         with as_user_error(UserError, prefix=f"{path} does not fit, use an earlier checkpoint: "):
             restore_optimizer(optimizer, mine, names)

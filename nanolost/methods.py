@@ -102,11 +102,14 @@ PLACE = ("device", "dtype")
 
 def check_settings(layer: type[nn.Module], given: dict):
     """UserError for names in `given` that cannot come from `settings()` of such a layer."""
-    parameters = inspect.signature(layer).parameters.values()
-    known = [p.name for p in parameters if p.name not in PLACE and p.kind is p.POSITIONAL_OR_KEYWORD]
-    known += [p.name for p in parameters if p.name not in PLACE and p.kind is p.KEYWORD_ONLY]
-    # **others of a subclass are what its parent takes, and says by itself
-    passes = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    known = []
+    passes = False
+    for p in inspect.signature(layer).parameters.values():
+        # **others of a subclass are what its parent takes, which says itself what it does not know
+        if p.kind is p.VAR_KEYWORD:
+            passes = True
+        elif p.kind is not p.VAR_POSITIONAL and p.name not in PLACE:
+            known.append(p.name)
     for name in given:
         if name in PLACE or (name not in known and not passes):
             raise UserError(f"unknown setting {name!r:.80}; it has {', '.join(known)}")
