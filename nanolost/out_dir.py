@@ -244,7 +244,13 @@ def end_overwrite(out_dir: str):
 def put_back(out_dir: str):
     files, folders = asides(out_dir)
     for name in names_in(files):
-        os.replace(os.path.join(files, name), os.path.join(out_dir, name))
+        path = os.path.join(out_dir, name)
+        if os.path.islink(path):
+            # the copy of a file that a run wrote through its link, maybe on another disk
+            with open(os.path.join(files, name), "rb") as file:
+                write_atomic(os.path.realpath(path), file.read())
+        else:
+            os.replace(os.path.join(files, name), path)
     # the files come first: without STAYED only checkpoints are aside
     shutil.rmtree(files, ignore_errors=True)
     for name in names_in(folders):

@@ -311,6 +311,7 @@ def new_run(folder):
 @pytest.mark.parametrize("fault", [None, "damaged"])
 def test_a_run_that_fails_before_its_first_save_leaves_the_one_before(here, tmp_path, linked, resume, fault):
     if linked:
+        os.symlink(tmp_path / "log", here / "metrics.jsonl")
         (tmp_path / "big").mkdir()
         os.symlink(tmp_path / "big", here / "checkpoints")
     a_run(here, 2, 4, 6)
@@ -331,6 +332,7 @@ def test_a_run_that_fails_before_its_first_save_leaves_the_one_before(here, tmp_
         # a copy of what is back
         after.pop(str(path))
     assert after == before and steps(here) == saved and no_trace(here)
+    assert (here / "metrics.jsonl").read_text() == '{"kind": "train", "step": 1}\n'
     end_overwrite(str(here))
     assert steps(here) == saved
 
