@@ -442,8 +442,8 @@ def test_too_little_memory_of_a_gpu_names_the_flags_that_save_it():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried 1 GiB. Of the allocated …")
     assert "allocated" not in str(caught.value)
 
-@pytest.mark.parametrize("shell", ['"$@" | head -1; exit "${PIPESTATUS[0]}"', '"$@" >&-', '"$@" >/dev/full'],
-                         ids=["head", "closed", "full"])
+@pytest.mark.parametrize("shell", ['"$@" >&-', '"$@" >/dev/full'],
+                         ids=["closed", "full"])
 def test_a_reader_that_has_seen_enough_or_is_not_there_ends_no_command(small, shell):
     config = small(steps=60)
     words = [sys.executable, os.path.join(ROOT, "train.py"), *flags_of(config)]
