@@ -89,10 +89,9 @@ SWEPT["random start, random channels"] = "random start"
 # row → the one that it is held against, LOST for the others
 AGAINST = {"γ learned, aux_lr 0.003": "aux_lr 0.003"}
 
-COLUMNS = (
-    "", "lr", "seeds", "loss", "loss − LOST's, in pairs", "perplexity", "bits per byte",
-    "parameters", "FLOPs a token",
-)
+# two tables, as one of ten columns fits no page
+COLUMNS = ("", "lr", "seeds", "loss", "loss − LOST's, in pairs")
+MORE_COLUMNS = ("", "perplexity", "bits per byte", "parameters", "FLOPs a token")
 # what `lost.diagnose` says of a layer
 INSIDE = ("low_rank_share", "cosine", "effective_rank", "norm_A", "norm_B", "gamma")
 
@@ -260,21 +259,29 @@ def difference(found: Experiment, row: str) -> str:
     shown = spread(pairs, "+.3f")
     return shown if against == "LOST" else f"{shown} ({against})"
 
-def main_row(config: Config, found: Experiment, row: str) -> list:
+def main_row(found: Experiment, row: str) -> list:
     finished = list(found.finished(row).values())
     count = str(len(finished))
     diverged = len(found.results(row)) - len(finished)
     if diverged:
         count += f", {diverged} diverged"
-    def all_of(name):
-        return [result[name] for result in finished]
+    losses = [result["val_loss"] for result in finished]
     # in the order of COLUMNS
     return [
         row,
         f"{found.best_lr(row):g}",
         count,
-        spread(all_of("val_loss"), ".3f"),
+        spread(losses, ".3f"),
         difference(found, row),
+    ]
+
+def more_row(config: Config, found: Experiment, row: str) -> list:
+    finished = list(found.finished(row).values())
+    def all_of(name):
+        return [result[name] for result in finished]
+    # in the order of MORE_COLUMNS, and the speed
+    return [
+        row,
         spread(all_of("val_ppl"), ".1f"),
         spread(all_of("val_bpb"), ".3f"),
         f"{count_parameters(build(config, matched(config, row))):,}",
@@ -296,21 +303,23 @@ def inside_row(found: Experiment, row: str) -> list | None:
     return cells
 
 def tables(config: Config) -> str:
-    """The three tables as Markdown."""
+    """The four tables as Markdown."""
     found = experiment(config)
     rows = chosen(config, ROWS)
-    # of a row that has not begun there is nothing to say
-    begun = [row for row in rows if found.finished(row)]
-    body = [main_row(config, found, row) for row in begun]
+    begun = found.begun(rows)
+    body = [main_row(found, row) for row in begun]
+    more = [more_row(config, found, row) for row in begun]
     inside = [inside_row(found, row) for row in begun]
     inside = [cells for cells in inside if cells]
     # runs side by side share the machine: their speed is no benchmark
-    head = [*COLUMNS, f"tokens/s of {config.jobs} at a time"]
+    more_head = [*MORE_COLUMNS, f"tokens/s of {config.jobs} at a time"]
     return "\n".join([
         f"{config.model}, {config.steps} steps. Validation loss of seed 0 at each learning rate\n",
         sweep_table(found, rows),
         "Mean ± standard deviation over seeds, at the best learning rate of the row that was swept\n",
-        markdown(head, body),
+        markdown(COLUMNS, body),
+        "The same runs: what they reach in other units, and what they cost\n",
+        markdown(more_head, more),
         "Inside the layers at the end, mean over layers and seeds\n",
         markdown(["", *INSIDE], inside),
     ])

@@ -348,6 +348,20 @@ class Experiment:
         found = self.results(row)
         return {seed: found[seed] for seed in found if "val_loss" in found[seed]}
 
+    def begun(self, rows: list[str]) -> list[str]:
+        """Those of `rows` that a table has numbers of. UserError where there are none, or where --fill would
+        put fewer of them into a document than were asked for: its old numbers may be all that is left."""
+        begun = [row for row in rows if self.finished(row)]
+        where = self.config.results or self.config.out_dir
+        if not begun:
+            raise UserError(f"no run is finished in {where}: run first, with the same flags")
+        # one that diverged with every seed has no numbers, and never will
+        missing = [row for row in rows if not self.finished(row) and not self.results(row)]
+        if self.config.fill and missing:
+            raise UserError(f"{where} has no result of {'/'.join(missing)}, and --fill would lose what "
+                            f"{self.config.fill} says: run first, or name the --rows that it has")
+        return begun
+
     # --- training ---
 
     def train(self, rows: list[str]):

@@ -18,7 +18,7 @@ def spread(values: list[float], form: str) -> str:
     deviation = format(statistics.stdev(values), form.lstrip("+"))
     return f"{middle} ± {deviation}"
 
-def markdown(head: list, rows: list[list]) -> str:
+def markdown(head: list | tuple, rows: list[list]) -> str:
     """A table, its lines and an empty one."""
     lines = [head, ["---"] * len(head), *rows]
     text = ""

@@ -114,13 +114,14 @@ def tables(config: Config) -> str:
     """A sweep for each optimizer, and the best learning rates over seeds."""
     found = experiment(config)
     rows = chosen(config, ROWS)
+    # first of all: it refuses where there is nothing to show
+    begun = found.begun(rows)
     parts = []
     for optimizer in LRS:
         own = [row for row in rows if ROWS[row]["optimizer"] == optimizer]
         # their learning rates are not the same ones
         if own:
             parts.append(controls.sweep_table(found, own))
-    begun = [row for row in rows if found.finished(row)]
     body = [main_row(config, found, row) for row in begun]
     return "\n".join([*parts, markdown(COLUMNS, body)])
 
@@ -151,7 +152,7 @@ def short_row(config: Config, found: Experiment, row: str) -> list:
 
 def short(config: Config):
     found = experiment(config)
-    begun = [row for row in chosen(config, ROWS) if found.finished(row)]
+    begun = found.begun(chosen(config, ROWS))
     body = [short_row(config, found, row) for row in begun]
     # runs side by side share the machine
     head = [

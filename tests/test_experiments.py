@@ -178,7 +178,7 @@ def cells_of(text):
 def test_the_table_holds_what_the_runs_wrote(finished):
     flags, _, out = finished
     table = controls.tables(given(flags))
-    rows = {cells[0]: cells[1:] for cells in cells_of(table.split("Mean ±")[1].split("Inside")[0])}
+    rows = {cells[0]: cells[1:] for cells in cells_of(table.split("Mean ±")[1].split("The same runs")[0])}
     assert table.count("diverged") == 3 and table.count("**") == 6         # of three sweeps of two each
     found = {}
     for row in ("dense", "LOST", "γ 0.5", "SLTrain"):
@@ -333,6 +333,31 @@ def test_a_row_of_tiny_is_the_recipe_with_another_optimizer(data_dir, tmp_path):
         assert (resolved.lr, resolved.seed) == (6e-3, 1)
         assert (resolved.linear, resolved.optimizer) == tuple(tiny.ROWS[row].values())
 
+@pytest.mark.parametrize("show", [tiny.table, tiny.short, controls.table, ladder.table],
+                         ids=lambda show: show.__module__ + "." + show.__name__)
+def test_a_table_without_any_run_is_refused_and_the_document_stays(data_dir, tmp_path, show):
+    page = tmp_path / "page.md"
+    pairs = [tables.markers(name) for name in ("tiny", "tiny-short", "controls", "ladder")]
+    page.write_text("".join(f"{begin}\n| 4.418 |\n\n{end}" for begin, end in pairs))
+    before = page.read_text()
+    module = sys.modules[show.__module__]
+    for fill in (str(page), None):
+        with pytest.raises(UserError, match="run first, with the same flags"):
+            show(module.Config(data_dir=data_dir, out_dir=str(tmp_path / "none"), fill=fill))
+    assert page.read_text() == before
+
+def test_a_document_does_not_lose_a_row_that_has_no_result(finished, tmp_path):
+    flags, _, _ = finished
+    page = tmp_path / "page.md"
+    page.write_text("".join(tables.markers("controls")))
+    before = page.read_text()
+    more = given([*flags, "--rows=dense/LOST/CoLA"], fill=str(page))
+    with pytest.raises(UserError, match="has no result of CoLA, and --fill would lose"):
+        controls.table(more)
+    assert page.read_text() == before
+    # printed, it is what there is so far
+    assert "CoLA" not in controls.tables(given([*flags, "--rows=dense/LOST/CoLA"])).split("Mean")[1]
+
 # --- tables ---
 
 def test_a_mean_has_the_deviation_of_a_sample():
@@ -376,6 +401,6 @@ def test_numbers_with_which_nothing_would_run_are_refused(flag, value):
 def test_an_unknown_verb_or_row_is_refused_by_name(data_dir):
     script = os.path.join(ROOT, "experiments/tiny.py")
     done = subprocess.run([sys.executable, script, "walk"], text=True, capture_output=True)
-    assert done.returncode == 2 and done.stderr == "error: unknown walk: use run, table or --help\n"
+    assert done.returncode == 2 and done.stderr == "error: unknown walk: use run, table, short or --help\n"
     with pytest.raises(UserError, match="--rows LOTS: choose from dense/"):
         controls.train(config(data_dir, rows="LOST/LOTS"))
