@@ -3,6 +3,8 @@
     python sample.py --ckpt out/ --prompt "The meaning of life is" --num_samples 3
 
 Only the text goes to stdout. Nothing is fetched: the tokenizer is in the checkpoint."""
+import nanolost  # noqa: F401, I001  before torch: OpenMP reads its settings once
+
 import os
 import sys
 from dataclasses import dataclass
