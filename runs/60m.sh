@@ -3,7 +3,7 @@
 # Name another size, 130m|350m|1b|7b|13b, and it wants more text: its steps × 131,072 tokens. With less, a run reads
 # the same text again.
 #     bash runs/60m.sh 130m --train_tokens 2.63B
-source "$(dirname "$0")/setup.sh"
+FIRST="60m 130m 350m 1b 7b 13b" source "$(dirname "$0")/setup.sh"
 size=${1:-60m} data=data/c4-${1:-60m}
 python prepare_c4.py --out_dir "$data" "${@:2}"
 torchrun --standalone --nproc_per_node=gpu train.py --model "$size" --data_dir "$data" --out_dir "out/$size"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tables of docs/speed.md: bash runs/bench.sh cpu, about 20 minutes on two cores, or cuda, one GPU of 140 GB.
 # They go to the terminal; each part leaves its JSON line in the folder OUT (default: bench_results).
-EXTRAS=test source "$(dirname "$0")/setup.sh"
+FIRST="cpu cuda" EXTRAS=test source "$(dirname "$0")/setup.sh"
 device=${1:-cpu}; out=${OUT:-bench_results}; mkdir -p "$out"
 part() {                                       # name, flags of bench.py
     echo "== $*"

@@ -7,7 +7,7 @@
 # The real one needs GPUs, and from the hub 5 GB of C4 for 60m (10, 30 and 50 for 130m, 350m and 1b). A look at it on
 # a CPU, with text of your own and T5's tokenizer.json in a folder:
 #     INPUT='my/*.json.gz' T5=FOLDER bash runs/paper.sh tiny --steps 50 --eval_tokens 100K
-EXTRAS=hf source "$(dirname "$0")/setup.sh"
+FIRST="tiny 60m 130m 350m 1b 7b 13b" EXTRAS=hf source "$(dirname "$0")/setup.sh"
 size=${1:-60m} data=${DATA:-data/paper-${1:-60m}} out=${OUT:-out/paper-${1:-60m}} t5=${T5:-data/t5}
 # their models have 32 000 words: the 100 ids that follow in T5's file stand in no text
 train=(train.py --model "$size" --data_dir "$data" --out_dir "$out" --vocab_size 32000 --seq_len 256

@@ -15,7 +15,7 @@ import pytest
 from nanolost.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = [*sorted((ROOT / "runs").glob("*.sh")), ROOT / ".ci" / "run"]
+SCRIPTS = [*sorted(ROOT.glob("runs/*.sh")), *sorted(ROOT.glob("experiments/*.sh")), ROOT / ".ci" / "run"]
 PYTHON = """#!/usr/bin/env bash
 # in place of python, torchrun and ruff: writes down how it was called, and does what the test says
 echo "$(basename "$0") $*" >> calls
@@ -34,6 +34,7 @@ def project(tmp_path):
     folder = tmp_path / "project"
     shutil.copytree(ROOT / "runs", folder / "runs")
     shutil.copytree(ROOT / ".ci", folder / ".ci")
+    shutil.copytree(ROOT / "experiments", folder / "experiments")
     for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, folder)
     programs = folder / ".venv" / "bin"
@@ -134,6 +135,26 @@ def test_pip_shows_its_progress():
     lines = (ROOT / "runs" / "setup.sh").read_text().splitlines()
     install = [line for line in lines if "pip install" in line]
     assert install and not any(re.search(r"\s(-q|--quiet)\b", line) for line in install)
+
+HELPED = [*(f"runs/{name}.sh" for name in ("demo", "60m", "paper", "bench", "test")),
+          "experiments/tiny.sh", "experiments/controls.sh"]
+
+@pytest.mark.parametrize("script", HELPED)
+def test_a_script_says_what_it_is_for_and_begins_nothing(project, script):
+    process = start(project, script, "--help")
+    said = process.communicate()[0]
+    comment = (ROOT / script).read_text().splitlines()[1]
+    assert process.returncode == 0 and said.splitlines()[0] == comment.removeprefix("# ")
+    assert "source" not in said and calls(project) == []
+
+@pytest.mark.parametrize("script, argv", [
+    ("runs/60m.sh", ["60k"]), ("runs/60m.sh", ["--train_tokens", "1M"]), ("runs/paper.sh", ["50m"]),
+    ("runs/bench.sh", ["gpu"]), ("experiments/tiny.sh", []), ("experiments/controls.sh", ["a"])])
+def test_a_mistake_before_a_script_is_one_line_and_code_2(project, script, argv):
+    process = start(project, script, *argv)
+    said = process.communicate()[0]
+    assert process.returncode == 2 and said.startswith("error: ") and said.count("\n") == 1
+    assert calls(project) == []
 
 # --- the package ---
 
