@@ -74,7 +74,8 @@ def check_sizes(shape: tuple[int, int], rank: int, k: int, select: str = ""):
     full = min(shape)
     size = f"{out_features}×{in_features}"
     if not 1 <= whole("rank", rank) <= full:
-        raise LOSTError(f"rank {rank} of a {size} weight must lie in [1, {full}]")
+        raise LOSTError(f"rank {rank} of a {size} weight must lie in [1, {full}]: give another "
+                        "rank, or this module one of its own by a dict of names, or skip it")
     if not 0 <= whole("k", k) <= in_features:
         raise LOSTError(f"k = {k} channels of {in_features} must lie in [0, {in_features}]")
     # at full rank W_comp is rounding, and so would be the choice of channels

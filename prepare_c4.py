@@ -74,7 +74,8 @@ class Config:
     train_tokens: int = flag(1_320_000_000, "stop once reached; the default is one epoch of the 60m run")
     val_tokens: int = flag(10_000_000, "stop once reached; in rows targets are counted, not padding")
     input: list[str] | None = flag(None, "GLOBs of files instead of C4: .json, .jsonl (lines with a text "
-                                   "key) or .txt, each also with .gz or .zst; .parquet; files of the hub, "
+                                   "key) or .txt (cut into documents at blank lines, after 2,000 bytes or "
+                                   "more), each also with .gz or .zst; .parquet; files of the hub, "
                                    f"{HUB_PATTERN}; or builtin, text of Python's library",
                                    path=True)
     val_input: list[str] | None = flag(None, "files for validation, left out of --input; else a hash of each "
@@ -228,7 +229,7 @@ def choose_tokenizer(config: Config, streams: dict[str, list[str]], manifest: di
     ranks = sorted(bpe.get_mergeable_ranks(), key=lambda entry: entry[1])
     if len(ranks) < size - 1:
         raise UserError(f"--tokenizer {config.tokenizer}: this text yields only {len(ranks) + 1} ids: "
-                        "ask for no more")
+                        f"use train:{len(ranks) + 1}, or byte, or give more text")
     return Tokenizer.of([bytes(token) for token, _ in ranks], name=config.tokenizer)
 
 def training_texts(config: Config, streams: dict[str, list[str]], manifest: dict):
@@ -530,7 +531,7 @@ def plan(config: Config, sources: list[str]):
     shards = (3 if config.rows else 2) * tokens + 1e6
     # of the file system that holds the folder; the hub's cache is mostly on the same
     free = shutil.disk_usage(config.out_dir).free
-    print(f"up to {tokens:,.0f} tokens, {readable(shards)} to write into {config.out_dir}, "
+    print(f"about {tokens:,.0f} tokens at the most, {readable(shards)} to write into {config.out_dir}, "
           f"{readable(free)} free there", flush=True)
     if shards + download > free:
         raise UserError(f"{readable(shards + download)} are needed, {readable(free)} are free: make room, or "

@@ -18,7 +18,7 @@ import numpy as np
 
 from model import Llama, LlamaConfig
 from nanolost import checkpoint, out_dir
-from nanolost.budget import checkpoint_bytes, describe, describe_dense
+from nanolost.budget import checkpoint_bytes, describe, describe_dense, describe_text
 from nanolost.data import SampleOrder, TokenDataset
 from nanolost.errors import UserError
 from nanolost.failures import failures_with_their_repair
@@ -138,7 +138,9 @@ def check_same_run(saved: dict, now: dict, say):
         if name in FIXED:
             raise UserError(f"{name} was {before} when this run began and is {value} now: give the old "
                             "value, or use another --out_dir")
-        say(f"changed: {name} {before} → {value}")
+        # the steps done had the rates of the old cosine
+        rest = ", and from here on the learning rates are those of a run so long" if name == "steps" else ""
+        say(f"changed: {name} {before} → {value}{rest}")
 
 def settle(config: Config, saved: dict):
     """Choose what is chosen once for a run; `saved` is the config of its checkpoint."""
@@ -172,12 +174,15 @@ def dry_run(config: Config):
     """Print what the run would cost."""
     rank, world = place()
     source = Source.of(config)
-    vocabulary(config)
+    tokenizer = vocabulary(config)
     config.micro_batch, accumulation = split_batch(config, world)
     # shapes only: 7b needs no memory either
     model = first_model(config, source, "meta")
     freeze(model, config.freeze)
     lines = describe(model, config, world, accumulation)
+    # where the text is there, it must be one that the run itself would take
+    if tokenizer is not None and os.path.isdir(config.data_dir):
+        lines.append(describe_text(config, len(Texts(config, tokenizer).train)))
     if config.linear != "dense":
         lines += describe_dense(model, config)
     if rank == 0:
@@ -240,6 +245,7 @@ def main(config: Config):
             now = identity(config, texts.splits(), texts.digest, job.world)
             state = fresh(config, job, source)
         report.say("\n".join(describe(state.model, config, job.world, accumulation)))
+        report.say(describe_text(config, len(texts.train)))
         if config.compile == "true":
             # in place: parameters keep their names
             state.model.compile()

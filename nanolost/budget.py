@@ -82,6 +82,12 @@ def describe_batch(config, world: int, accumulation: int) -> list[str]:
         f"micro-batches × {config.micro_batch} samples × {config.seq_len}",
     ]
 
+def describe_text(config, samples: int) -> str:
+    """How often a run reads the training text, of so many samples."""
+    wanted = config.steps * config.batch_tokens // config.seq_len
+    # a small model on a small text learns it by heart after a few times
+    return f"text        {samples * config.seq_len:,} tokens for training, read {wanted / samples:.2g} times"
+
 def describe(model: Llama, config, world: int, accumulation: int) -> list[str]:
     """The lines that a run begins with."""
     return [*describe_sizes(model, config), *describe_batch(config, world, accumulation)]

@@ -165,8 +165,8 @@ def check_finite(state: State, loss: float, norm: float, count: int):
         return
     raise FloatingPointError(
         f"step {state.step + 1}: loss {loss}, gradient norm {norm}, in samples {state.samples} to "
-        f"{state.samples + count - 1} of the order. Nothing was updated, the last checkpoint is "
-        "good: lower --lr, or look at the data")
+        f"{state.samples + count - 1} of the order. Nothing was updated: lower --lr, or look at "
+        "the data")
 
 def update(state: State, data: TokenDataset, samples: np.ndarray, config, job) -> Figures:
     """One optimizer step on `samples`, (micro-batches, processes, samples): those of the whole job. Raises

@@ -30,6 +30,9 @@ RECIPES = {
     "13b":  dict(rank=1280, steps=150_000, lr=1e-3, recompute=True),
 }
 
+# shown beside defaults that it does not have
+TINY = RECIPES["tiny"]
+
 # Of a run that starts from --init_from: a tenth to a hundredth of the rates above, and batches as small as
 # fine-tuning has; no decay, since zero is no better place than where the weights are
 FROM_TRAINED = dict(lr=1e-4, batch_tokens=16_384, weight_decay=0.0, grad_clip=1.0)
@@ -77,12 +80,16 @@ class ModelFlags:
 class MethodFlags:
     linear: str = flag("lost", "kind of linear layer; lowrank is plain low rank",
                        METHODS, section="linear layers")
-    rank: int | dict | None = flag(None, "r; by module too: q_proj=64,default=128 (by --model)")
-    sparsity: float | dict = flag(0.01, "ρ, share of input channels kept in the sparse path; by module too")
+    rank: int | dict | None = flag(None, "r, one for all layers or by module: q_proj=64,default=128 "
+                                         "(by --model)")
+    sparsity: float | dict = flag(0.01, "ρ, share of input channels kept in the sparse path; one for all "
+                                          "layers or by module: down_proj=0.02,default=0.01")
     gamma: float = flag(0.7, "γ, weight of the low-rank path; the sparse path has 1 - γ")
     learn_gamma: bool = flag(False, "train γ, one for each layer, in [0, 1]")
     init: str = flag("svd", "first factors: from the weight's SVD, or random as CoLA's", SWITCHES["init"])
-    select: str = flag("residual", "channels by column norm (residual: L2), or random", SWITCHES["select"])
+    select: str = flag("residual", "how channels are chosen: by the columns' L2 norm in the residual "
+                                     "W - B A or in the weight W, by their L1 norm in the residual, or at "
+                                     "random", SWITCHES["select"])
     sparse_init: str = flag("weight", "whose columns the sparse path starts from: W's or the residual's",
                             SWITCHES["sparse_init"])
     activation: str = flag("silu", "function between the factors", SWITCHES["activation"])
@@ -90,14 +97,16 @@ class MethodFlags:
 @dataclass
 class TrainingFlags:
     seq_len: int = flag(256, "tokens of a training window", section="training")
-    batch_tokens: int = flag(131_072, "tokens of an update, over all processes and micro-batches")
+    batch_tokens: int = flag(131_072, "tokens of an update, over all processes and micro-batches; "
+                                      f"tiny: {TINY['batch_tokens']:_}")
     micro_batch: int | None = flag(None, "windows of a forward pass (by device; lower it if memory runs out)")
     steps: int | None = flag(None, "updates (by --model)")
     lr: float | None = flag(None, "peak learning rate of the blocks' matrices (by --model)")
     aux_lr: float | None = flag(None, "peak learning rate of embedding, head, vectors and γ (as --lr)")
     warmup: int | None = flag(None, "updates of linear warm-up (a tenth of --steps)")
     min_lr_ratio: float = flag(0.1, "end of the cosine, as a share of the peak")
-    optimizer: str = flag("adamw", "adamw, or muon for the blocks' matrices and AdamW elsewhere",
+    optimizer: str = flag("adamw", "adamw, or muon for the blocks' matrices and AdamW elsewhere; tiny: "
+                          f"{TINY['optimizer']}",
                           OPTIMIZERS)
     weight_decay: float = flag(0.01, "decoupled weight decay, on matrices and embeddings")
     betas: tuple[float, float] = flag((0.9, 0.95), "AdamW's β₁, β₂")
@@ -116,13 +125,18 @@ class RunFlags:
     dtype: str = flag("auto", "autocast; auto is bfloat16 on CUDA, else float32",
                       ["auto", "float32", "bfloat16"])
     compile: str = flag("auto", "torch.compile; auto is true on CUDA", ["auto", "true", "false"])
-    threads: int | None = flag(None, "CPU threads of a process (the free cores; a resume keeps them)")
+    threads: int | None = flag(None, "CPU threads of a process (as many as cores are free at the "
+                                     "start; a resume keeps the number)")
     recompute: bool = flag(False, "save memory: compute wide activations again in backward (7b, 13b: true)")
-    eval_every: int = flag(1000, "updates between evaluations; one more at the end")
-    eval_tokens: int = flag(10_000_000, "validation tokens of an evaluation, always the same ones")
-    paper_batch: int | None = flag(None, "say also the perplexity that the papers' evaluator would print, "
-                                         "with batches of so many rows (they: 256)")
-    save_every: int = flag(1000, "updates between checkpoints; one more at the end")
+    eval_every: int = flag(1000, "updates between evaluations; one more at the end; "
+                                 f"tiny: {TINY['eval_every']}")
+    eval_tokens: int = flag(10_000_000, "validation tokens of an evaluation, always the same ones; "
+                                         f"tiny: {TINY['eval_tokens']:_}")
+    paper_batch: int | None = flag(None, "print beside perplexity the one that the evaluator of GaLore and "
+                                         "CoLA would, with batches of N rows (they: 256): it divides by "
+                                         "one batch too many")
+    save_every: int = flag(1000, "updates between checkpoints; one more at the end; "
+                                 f"tiny: {TINY['save_every']}")
     keep: int = flag(3, "newest checkpoints that are kept")
     log_every: int = flag(10, "updates between lines of the log")
     resume: str = flag("auto", "auto: from the newest good checkpoint; never; or a checkpoint's PATH",

@@ -10,6 +10,7 @@ from conftest import files_of, step_folder
 import train
 from nanolost import budget
 from nanolost.counts import count_multiplies
+from nanolost.errors import UserError
 from nanolost.methods import build_model
 from nanolost.settings import resolve
 
@@ -61,9 +62,9 @@ def test_a_dry_run_writes_nothing_needs_no_text_and_no_memory(small, tmp_path, c
 
 def test_the_first_lines_of_a_run_are_those_of_its_dry_run(small, capsys):
     train.main(small(steps=2))
-    first = capsys.readouterr().out.splitlines()[:6]
+    first = capsys.readouterr().out.splitlines()[:7]
     train.main(small(steps=2, dry_run=True))
-    assert capsys.readouterr().out.splitlines()[:6] == first
+    assert capsys.readouterr().out.splitlines()[:7] == first and first[-1].startswith("text ")
     assert os.path.isdir(step_folder(small(), 2))
 
 @pytest.mark.parametrize("world, accumulation", [(1, 2), (2, 1)])
@@ -98,3 +99,12 @@ def test_a_stack_of_matrices_multiplies_as_its_matrices_do():
     layer.weight = nn.Parameter(torch.empty(4, 8, 6))
     apart = nn.ModuleList(nn.Linear(6, 8) for _ in range(4))
     assert count_multiplies(layer) == count_multiplies(apart) == 4 * 8 * 6
+
+def test_a_run_says_how_often_it_reads_its_text(small):
+    line = budget.describe_text(small(steps=10, seq_len=32), 20)
+    assert line.split(maxsplit=1) == ["text", "640 tokens for training, read 4 times"]
+
+def test_a_dry_run_refuses_a_text_that_the_run_refuses(small):
+    for dry_run in (False, True):
+        with pytest.raises(UserError, match="--seq_len|window"):
+            train.main(small(steps=2, seq_len=2**20, batch_tokens=2**20, dry_run=dry_run))
