@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import select
 import sys
 import time
 import traceback
@@ -265,11 +266,13 @@ def _run(main) -> int | str | None:
 def _reader_is_gone() -> bool:
     """Whether it was standard output that broke, and not a pipe to a process of ours."""
     try:
-        # a flush would not tell: without a buffer (python -u) there is nothing left to write
-        print(flush=True)
-    except OSError:
-        return True
-    return False
+        poll = select.poll()
+        # asked for nothing, it still says what is wrong
+        poll.register(sys.stdout, 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    # what a notebook or a test puts in its place has no file
+    except (OSError, ValueError, AttributeError):
+        return False
 
 def _fail(error: BaseException, code: int) -> int:
     line = " ".join(str(error).split()) or type(error).__name__
