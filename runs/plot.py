@@ -1,9 +1,12 @@
 """Validation loss against tokens, one line a run: python runs/plot.py out/a out/b … [--out curve.png]
 
 Prints the table of the last evaluations too. A folder's line is named by its linear layers, learning rate and
-seed; of each kind of layer the best learning rate is drawn in full, the others faintly. Needs matplotlib (the
+seed; of each kind of layer the best learning rate is drawn in full, the others faintly. Where runs have
+different tokenizers it draws bits per byte, which their losses a token do not compare. Needs matplotlib (the
 extra "plot")."""
+import glob
 import json
+import math
 import os
 import statistics
 import sys
@@ -30,8 +33,16 @@ class Run:
     lr: float
     seed: int
     batch_tokens: int
+    # rows of the vocabulary, by which tokenizers are told apart
+    vocabulary: int | None
+    # learning rates of earlier starts, where a resume changed it
+    before: list[float]
     evals: list[dict]
     trains: list[dict]
+
+    def label(self) -> str:
+        rates = [f"{rate:g}" for rate in (*self.before, self.lr)]
+        return f"{self.linear}, lr {', then '.join(rates)}"
 
     def last_loss(self) -> float:
         return self.evals[-1]["val_loss"]
@@ -71,6 +82,15 @@ def numbers_of(records: list[dict], kind: str, path: str) -> list[dict]:
                 raise UserError(f"{path}: a record of kind {kind} has no number {field}: {shown}")
     return own
 
+def earlier_rates(folder: str, now: float) -> list[float]:
+    """Peak learning rates of the starts before the last, where others: out_dir keeps their files."""
+    rates = []
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "config_before_step_*.json"))):
+        rate = read_json(path).get("lr")
+        if isinstance(rate, (int, float)) and rate != now and rate not in rates:
+            rates.append(rate)
+    return rates
+
 def read(folder: str) -> Run:
     """An out_dir of train.py. UserError where its config.json or metrics.jsonl is missing or damaged."""
     path = os.path.join(folder, "config.json")
@@ -87,7 +107,10 @@ def read(folder: str) -> Run:
         lr=config["lr"],
         seed=config["seed"],
         batch_tokens=config["batch_tokens"],
-        evals=numbers_of(records, "eval", path),
+        vocabulary=config.get("vocab_size"),
+        before=earlier_rates(folder, config["lr"]),
+        # a file that two starts wrote in turn has them in two pieces
+        evals=sorted(numbers_of(records, "eval", path), key=lambda record: record["step"]),
         trains=numbers_of(records, "train", path),
     )
 
@@ -124,33 +147,63 @@ def draw(runs: list[Run], out: str):
         raise UserError(f"--out {out}: the name must end with one of .{', .'.join(sorted(kinds))}")
     # one colour a kind of layers, in the order of the table; ten are told apart
     layers = list(dict.fromkeys(run.linear for run in runs))
+    bits = needs_bits(runs)
     for i, linear in enumerate(layers):
         own = [run for run in runs if run.linear == linear]
-        draw_group(axes, own, plt.cm.tab10.colors[i % 10])
+        draw_group(axes, own, plt.cm.tab10.colors[i % 10], bits)
     axes.set_xlabel("training tokens")
-    axes.set_ylabel("loss (nats a token)")
-    axes.set_title("Validation loss; faint: training loss, other learning rates and seeds")
-    # 6.5: above it lies the start of every run, which would press what differs into a corner
-    axes.set_ylim(top=6.5)
+    if bits:
+        axes.set_ylabel("bits per byte")
+        axes.set_title("Validation; faint: other learning rates and seeds")
+    else:
+        axes.set_ylabel("loss (nats a token)")
+        axes.set_title("Validation loss; faint: training loss, other learning rates and seeds")
+    axes.set_ylim(top=highest(runs, bits))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(out, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
-def draw_group(axes, runs: list[Run], color):
+def needs_bits(runs: list[Run]) -> bool:
+    """Whether losses a token say nothing, as tokens are not the same ones. UserError where bits per byte do
+    not stand in each run either."""
+    vocabularies = {run.vocabulary for run in runs}
+    if len(vocabularies) < 2:
+        return False
+    if any(record.get("val_bpb") is None for run in runs for record in run.evals):
+        raise UserError(f"the runs have vocabularies of {', '.join(map(str, sorted(vocabularies, key=str)))} "
+                        "and not all have bits per byte: draw those of one tokenizer at a time")
+    return True
+
+def value(record: dict, bits: bool) -> float:
+    return record["val_bpb"] if bits else record["val_loss"]
+
+def highest(runs: list[Run], bits: bool) -> float:
+    """Upper end of the axis: the start of every run would press what differs into a corner."""
+    after = []
+    for run in runs:
+        # a tenth of a run is warm-up by the recipe; of a single evaluation there is no later one
+        start = run.evals[-1]["step"] / 10
+        after += [value(record, bits) for record in run.evals if record["step"] > start]
+    finite = [number for number in after if math.isfinite(number)]
+    return max(finite, default=1.0) * 1.05
+
+def draw_group(axes, runs: list[Run], color, bits: bool):
     """The runs of one kind of layers in one colour: the best in full, with its training loss."""
     # seed 0 is the one that learning rates were swept with
     swept = [run for run in runs if run.seed == 0]
     best = min(swept or runs, key=Run.last_loss)
     tokens = [record["tokens"] for record in best.trains]
     losses = [record["loss"] for record in best.trains]
-    axes.plot(tokens, losses, color=color, alpha=0.25, lw=0.8)
+    # of a batch nobody counts the bytes
+    if not bits:
+        axes.plot(tokens, losses, color=color, alpha=0.25, lw=0.8)
     for run in runs:
         style = {"alpha": 0.35, "lw": 1}
         if run is best:
-            style = {"label": f"{run.linear}, lr {run.lr:g}", "lw": 2}
+            style = {"label": run.label(), "lw": 2}
         tokens = [record["step"] * run.batch_tokens for record in run.evals]
-        losses = [record["val_loss"] for record in run.evals]
+        losses = [value(record, bits) for record in run.evals]
         axes.plot(tokens, losses, "o-", ms=3, color=color, **style)
 
 # --- the command ---

@@ -250,6 +250,36 @@ def test_a_mistake_before_plot_is_named_in_one_line(tmp_path, plot, argv, cause)
         plot.main(argv)
     assert "\n" not in str(error.value)
 
+def drawn(plot, monkeypatch, *folders):
+    """The axes that plot.py draws."""
+    pytest.importorskip("matplotlib")
+    plt = plot.pyplot()
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    plot.main([*folders, "--out", "x.png"])
+    return plt.gcf().axes[0]
+
+def test_the_axis_ends_above_what_a_run_reaches_and_not_at_its_start(tmp_path, plot, monkeypatch):
+    folder = out_dir(tmp_path / "a")
+    records = [{"kind": "eval", "step": step, "val_loss": loss, "val_ppl": 1.0}
+               for step, loss in ((1, 2.0), (0, 9.0), (50, 8.0), (100, 7.5))]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    axes = drawn(plot, monkeypatch, "a")
+    assert 8.0 < axes.get_ylim()[1] < 9.0
+    # in the order of the steps, whatever that of the file
+    assert list(axes.lines[-1].get_ydata()) == [9.0, 2.0, 8.0, 7.5]
+
+def test_runs_of_different_tokenizers_are_drawn_in_bits_per_byte(tmp_path, plot, monkeypatch):
+    out_dir(tmp_path / "a", vocab_size=257), out_dir(tmp_path / "b", vocab_size=1024, linear="dense")
+    axes = drawn(plot, monkeypatch, "a", "b")
+    assert axes.get_ylabel() == "bits per byte"
+    assert {number for line in axes.lines for number in line.get_ydata()} == {2.0}
+
+def test_a_run_whose_rate_a_resume_changed_says_both(tmp_path, plot, monkeypatch):
+    folder = out_dir(tmp_path / "a")
+    (folder / "config_before_step_00000001.json").write_text('{"lr": 0.02}')
+    axes = drawn(plot, monkeypatch, "a")
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["lost, Muon, lr 0.02, then 0.01"]
+
 def test_plot_by_its_path_ends_with_code_2_and_no_traceback(tmp_path):
     command = [sys.executable, ROOT / "runs" / "plot.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
