@@ -148,7 +148,7 @@ def test_every_link_into_the_project_leads_somewhere(page):
 def test_every_file_that_a_sentence_names_is_there(page):
     # those that a run or a command makes are in folders that nobody keeps
     for path in re.findall(r"`((?:nanolost|experiments|runs|tests|docs|assets)/[\w./-]+)`", prose(page)):
-        if path not in ("nanolost/blocks.py",):
+        if path not in ("nanolost/blocks.py", "nanolost/nadam.py", "nanolost/head_norm.py"):
             assert (ROOT / path).exists(), f"{path} is not there"
 
 @every_page
@@ -257,6 +257,6 @@ def test_the_metric_of_the_page_stands_in_each_evaluation(small, extending):
 def test_the_source_of_text_of_the_page_trains(small, extending, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     extending("write_split")
-    config = small(data_dir="mine", tokenizer="byte", steps=4)
+    config = small(data_dir="data/mine", tokenizer="byte", steps=4)
     train.main(config)
     assert losses(config)[-1][1] < losses(config)[0][1]
