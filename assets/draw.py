@@ -4,9 +4,15 @@
 
 The picture is made from the page, so that the two cannot differ. Needs matplotlib (the extra "plot")."""
 import re
+import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+# this file is started by its path, so that Python looks for modules beside it only
+sys.path.insert(0, str(HERE.parent))
+from nanolost.errors import UserError  # noqa: E402
+from nanolost.flags import command  # noqa: E402
+
 PAGE = HERE.parent / "docs" / "experiments.md"
 BEGIN = "<!-- begin tiny -->"
 END = "<!-- end tiny -->"
@@ -67,8 +73,13 @@ def draw_row(axes, row: str, sweep: Sweep):
     )
 
 def draw(found: dict[str, Sweep], path: Path):
-    import matplotlib
-
+    if not any(found.values()):
+        raise UserError(f"{PAGE} has no sweep between the marks tiny: restore the page, or fill it by "
+                        "experiments/tiny.py table --fill")
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("matplotlib is not installed: pip install matplotlib, or .[plot]") from None
     # a server has no screen
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -89,4 +100,4 @@ def draw(found: dict[str, Sweep], path: Path):
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 if __name__ == "__main__":
-    draw(sweeps(PAGE.read_text(encoding="utf-8")), HERE / "sweep.png")
+    command(lambda: draw(sweeps(PAGE.read_text(encoding="utf-8")), HERE / "sweep.png"))

@@ -1,4 +1,4 @@
-# Sourced by the other scripts: .venv with the tested versions of everything, made once. EXTRAS: test, plot.
+# Sourced by the other scripts: .venv with the tested versions of everything, made once. EXTRAS: test, plot, hf.
 # NEEDS: how many arguments a script must have. FIRST: what the first of them may be.
 set -euo pipefail
 case "${1:-}" in --help | -h)                  # the comment at the script's head, without its marks

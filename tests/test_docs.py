@@ -151,6 +151,18 @@ def test_every_file_that_a_sentence_names_is_there(page):
         if path not in ("nanolost/blocks.py", "nanolost/nadam.py", "nanolost/head_norm.py"):
             assert (ROOT / path).exists(), f"{path} is not there"
 
+def test_the_first_page_names_every_command_and_script():
+    page = (ROOT / "README.md").read_text()
+    names = [path.name for path in (*ROOT.glob("*.py"), *ROOT.glob("runs/*.sh"), *ROOT.glob("runs/*.py"))]
+    # the first is sourced by the others
+    missing = [name for name in names if name != "setup.sh" and name not in page]
+    assert not missing
+
+@every_page
+def test_tables_fit_a_page(page):
+    rows = re.findall(r"^\|.*\|$", page.read_text(), re.M)
+    assert max(row.count(" | ") for row in rows or [""]) < 8
+
 @every_page
 def test_markers_of_generated_tables_come_in_pairs(page):
     found = re.findall(r"^<!-- (begin|end) (.+) -->$", page.read_text(), re.M)
@@ -184,10 +196,19 @@ def test_the_first_page_has_the_short_table_of_its_driver(tmp_path, monkeypatch)
     for row in tiny.ROWS:
         assert f"| {row} |" in (ROOT / "README.md").read_text()
 
-def test_the_picture_of_the_first_page_is_drawn_from_the_table():
+@pytest.fixture
+def draw():
     spec = importlib.util.spec_from_file_location("draw", ROOT / "assets" / "draw.py")
-    draw = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(draw)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+def test_a_page_without_a_sweep_is_no_picture(draw, tmp_path):
+    with pytest.raises(UserError, match="has no sweep"):
+        draw.draw({}, tmp_path / "sweep.png")
+    assert not (tmp_path / "sweep.png").exists()
+
+def test_the_picture_of_the_first_page_is_drawn_from_the_table(draw):
     found = draw.sweeps((ROOT / "docs" / "experiments.md").read_text())
     assert set(found) == {"dense, AdamW", "LOST, AdamW", "dense, Muon", "LOST, Muon"}
     # the best of each is the bold one
