@@ -11,6 +11,9 @@ The same command continues an interrupted run. The output depends on the text an
 --workers: documents are written in the order of their positions (source, number), shards end with a whole
 document, and the manifest records the position that each finished shard reached.
 
+A document is a JSON line, a row of Parquet, or about a page of a .txt: cut at the first blank line after
+2,000 bytes.
+
 Without --val_input a hash of each document decides its split. Where that leaves a split empty, as in a single
 document, the end of the text is validation: between a tenth and a fifth of it, cut at the end of a document,
 a line or a word. A file that both --input and --val_input match is validation only."""
@@ -74,8 +77,7 @@ class Config:
     train_tokens: int = flag(1_320_000_000, "stop once reached; the default is one epoch of the 60m run")
     val_tokens: int = flag(10_000_000, "stop once reached; in rows targets are counted, not padding")
     input: list[str] | None = flag(None, "GLOBs of files instead of C4: .json, .jsonl (lines with a text "
-                                   "key) or .txt (cut into documents at blank lines, after 2,000 bytes or "
-                                   "more), each also with .gz or .zst; .parquet; files of the hub, "
+                                   "key) or .txt, each also with .gz or .zst; .parquet; files of the hub, "
                                    f"{HUB_PATTERN}; or builtin, text of Python's library",
                                    path=True)
     val_input: list[str] | None = flag(None, "files for validation, left out of --input; else a hash of each "
@@ -193,8 +195,8 @@ def choose_held_out(config: Config, sources: list[str], manifest: dict) -> list[
         text = next(document for position, document in reading if position == positions[last])
         characters = cut_between(text, earliest - starts[last], latest - starts[last])
     share = (total - starts[last] - characters) / total
-    print(f"a hash puts all documents ({len(positions):,}) into one split: the last {share:.0%} of the text "
-          "are validation instead", flush=True)
+    print(f"few documents ({len(positions):,}), which a hash puts all into one split: the last {share:.0%} "
+          "of the text are validation instead", flush=True)
     return [*positions[last], characters]
 
 def cut_between(text: str, earliest: int, latest: int) -> int:
