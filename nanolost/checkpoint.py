@@ -672,8 +672,13 @@ def load_folder(folder: str) -> tuple[Llama, dict]:
         if not name.endswith("rotary_emb.inv_freq"):
             tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
     tied = model.config.tie_embeddings
-    if tied and "model.embed_tokens.weight" in tensors:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    shared = tensors.get("model.embed_tokens.weight")
+    if tied and shared is not None:
+        # a copy is harmless; transformers would use a head of its own, whatever config.json says
+        if not torch.equal(tensors.get("lm_head.weight", shared), shared):
+            raise UserError(f"{folder}: its weights hold a head of their own, and tie_word_embeddings in "
+                            "config.json is true: set it to false there")
+        tensors["lm_head.weight"] = shared
     check_fit(tensors, model, folder)
     # a layer may refuse what its shapes allow, such as an index of a channel that it does not have
     with as_user_error(LOSTError, RuntimeError, prefix=f"{folder}: "):

@@ -78,8 +78,8 @@ TYPES = {
         biases={"attention_bias": ATTENTION},
     ),
 }
-# of all types
-ONLY = {"hidden_act": "silu", "quantization_config": None, "partial_rotary_factor": 1.0}
+# of all types; is_causal is false in embedding models, whose mask hides nothing
+ONLY = {"hidden_act": "silu", "quantization_config": None, "partial_rotary_factor": 1.0, "is_causal": True}
 # what the model of a type is called once it has layers that transformers lacks
 OURS = "lost_"
 
@@ -131,9 +131,16 @@ def windowed(hf: dict, model_type: str) -> bool:
     # transformers 5 names the kind of each layer, and then nothing else counts
     kinds = hf.get("layer_types")
     if kinds is not None:
-        if not isinstance(kinds, list):
-            refuse("layer_types", kinds, "a list")
-        return any(kind != "full_attention" for kind in kinds)
+        if not isinstance(kinds, list) or len(kinds) != hf["num_hidden_layers"]:
+            refuse("layer_types", kinds, "a list with one entry for each layer")
+        for kind in kinds:
+            # linear and chunked attention are other formulas
+            if kind not in ("full_attention", "sliding_attention"):
+                refuse("layer_types", kind, "full_attention, and sliding_attention with its window")
+        slides = "sliding_attention" in kinds
+        if slides and hf.get("sliding_window") is None:
+            refuse("layer_types", "sliding_attention", "full_attention where sliding_window is null")
+        return slides
     # Mistral's holds for all layers
     if model_type == "mistral":
         return True
@@ -145,7 +152,7 @@ def windowed(hf: dict, model_type: str) -> bool:
 def check_window(hf: dict, model_type: str, limit: int):
     """Raises ConfigError for a window of attention that is shorter than the texts the model is made for."""
     window = hf.get("sliding_window")
-    if window is None or not windowed(hf, model_type):
+    if not windowed(hf, model_type) or window is None:
         return
     # up to the limit one that is as long hides nothing; beyond it nobody here goes
     if type(window) is not int or window < limit:

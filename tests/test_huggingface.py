@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from public_configs import CONFIGS
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from small_models import SIZES, all_logits, kinds, largest_difference, small, spread, tokens
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers import LlamaConfig as TheirConfig
@@ -22,6 +23,7 @@ from nanolost import huggingface, methods
 from nanolost.checkpoint import load_folder, load_model, save_checkpoint, verify
 from nanolost.counts import count_flops
 from nanolost.decode import generate
+from nanolost.errors import UserError
 from nanolost.huggingface import HF_NAMES, TYPES, config_from_hf, config_json, config_to_hf
 from nanolost.optim import parameter_groups
 from nanolost.tokenizer import Tokenizer
@@ -321,6 +323,7 @@ def test_flat_rope_theta_of_older_files_is_read():
     ({"attention_bias": "yes"}, "attention_bias = 'yes'"), ({"mlp_bias": 1}, "mlp_bias = 1"),
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+    ({"is_causal": False}, "is_causal = False"),
     ({"sliding_window": 4096}, "sliding_window = 4096"),
     ({"use_sliding_window": True}, "use_sliding_window = True"),
     ({"auto_map": {"AutoModelForCausalLM": "modeling_other.Model"}}, "auto_map.AutoModelForCausalLM = "),
@@ -436,6 +439,9 @@ WINDOWS = [
     ("qwen3", dict(sliding_window=4, layer_types=["full_attention"] * 2), True),
     ("qwen3", dict(sliding_window=4, layer_types=["full_attention", "sliding_attention"]), False),
     ("qwen3", dict(sliding_window=4, layer_types="full_attention"), False),
+    ("qwen2", dict(layer_types=["full_attention"]), False),
+    ("qwen2", dict(layer_types=["full_attention", "linear_attention"]), False),
+    ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), False),
 ]
 
 @pytest.mark.parametrize("model_type, fields, known", WINDOWS)
@@ -624,3 +630,18 @@ def test_a_real_model_goes_out_with_the_same_logits_ids_and_text(real_model, tmp
         assert largest_difference(all_logits(ours, ids), theirs(ids).logits) < 1e-3
     expected = theirs.generate(ids, max_new_tokens=12, **GREEDY)
     assert torch.equal(generate(ours, ids, 12, temperature=0), expected)
+
+def test_a_head_of_its_own_under_a_tied_config_is_refused_and_a_copy_loads(tmp_path):
+    model = Llama(LlamaConfig(**{**SIZES, "tie_embeddings": True}))
+    folder = save_checkpoint(str(tmp_path), 1, model, [], {"step": 1}, BYTE, 1)
+    # a model alone, as others write it
+    for name in ("state.json", "manifest.json", "optimizer.safetensors"):
+        os.remove(os.path.join(folder, name))
+    path = os.path.join(folder, "model.safetensors")
+    tensors = load_file(path)
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file({**tensors, "lm_head.weight": head}, path)
+    assert torch.equal(load_model(folder)[0].lm_head.weight, head)
+    save_file({**tensors, "lm_head.weight": head + 1}, path)
+    with pytest.raises(UserError, match="hold a head of their own.*set it to false"):
+        load_model(folder)
