@@ -465,7 +465,9 @@ def running(tmp_path):
     source = put(tmp_path / "a.jsonl", some_texts(3000))
     argv = ["--out_dir=out", "--input", source, "--tokenizer=byte", "--workers=2", "--shard_tokens=800"]
     process = subprocess.Popen([sys.executable, ROOT / "prepare_c4.py", *argv], cwd=tmp_path,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                               # a shell starts a background process with SIGINT ignored, which is inherited
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     while not (tmp_path / "out" / "train_00002.bin").exists():
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.002)
