@@ -47,6 +47,8 @@ def vocabulary(config: Config) -> Tokenizer | None:
     beside = os.path.join(config.data_dir, "tokenizer.json")
     if config.tokenizer is None and not os.path.exists(beside):
         if not config.dry_run:
+            # what is wrong with the shards comes first: nanoGPT's need more than a tokenizer
+            TokenDataset(config.data_dir, "train", config.seq_len)
             raise UserError(f"no {beside}: run prepare_c4.py --out_dir {config.data_dir} first, or, for "
                             "ready-made shards, say --tokenizer gpt2")
         # GPT-2's size, so that a model can be counted before any text is there

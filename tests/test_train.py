@@ -466,3 +466,9 @@ def test_a_dry_run_into_a_reader_that_reads_one_line_or_none_ends_well(small, re
         assert result.stdout == ""
     else:
         assert result.stdout.startswith("parameters ") and result.stdout.count("\n") == 1
+
+def test_shards_of_nanogpt_are_explained_before_a_tokenizer_is_asked_for(small, tmp_path):
+    for split in ("train", "val"):
+        np.arange(3000, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")
+    with pytest.raises(UserError, match="nanoGPT"):
+        train.main(small(data_dir=str(tmp_path)))
