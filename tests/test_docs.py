@@ -104,7 +104,7 @@ def test_every_command_inside_a_sentence_exists_with_its_flags(page):
 
 def known_flags() -> set[str]:
     known = set(FOREIGN)
-    for name in ("nanolost.settings", "prepare_c4", "sample", "export", "bench", "experiments.controls",
+    for name in ("nanolost.settings", "prepare_c4", "sample", "eval", "export", "bench", "experiments.controls",
                  "experiments.tiny", "experiments.ladder"):
         fields = vars(importlib.import_module(name))["Config"].__dataclass_fields__
         known |= {f"--{field}" for field in fields}
