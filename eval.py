@@ -13,7 +13,7 @@ import os
 import sys
 from dataclasses import dataclass
 
-from nanolost.checkpoint import checkpoint_folder, load_folder
+from nanolost.checkpoint import checkpoint_folder, load_with_tokenizer
 from nanolost.data import TokenDataset, read_shard
 from nanolost.errors import UserError
 from nanolost.files import open_regular
@@ -94,18 +94,6 @@ def settle(config: Config, model, saved: dict, device: str) -> int:
     return max(1, DEVICES[device]["micro_tokens"] // config.seq_len)
 
 # --- texts ---
-
-def load(folder: str):
-    """(model, tokenizer, state) of a checkpoint folder. UserError where they do not belong together."""
-    tokenizer = Tokenizer.load(folder)
-    model, state = load_folder(folder)
-    rows = model.config.vocab_size
-    # an id without a row ends in an index error, or on a GPU in worse
-    needed = tokenizer.rows_needed()
-    if rows < needed:
-        raise UserError(f"{folder}: the model has {rows} words, its tokenizer needs {needed}: give the "
-                        "folder the tokenizer.json that the model was trained with")
-    return model.eval(), tokenizer, state
 
 def read_text(path: str) -> bytes:
     # a pipe has no end that comes by itself
@@ -208,7 +196,7 @@ def main(config: Config) -> dict:
         use_threads()
         # one look for the newest checkpoint: training may add another meanwhile
         folder = job.first(lambda: checkpoint_folder(config.ckpt))
-        model, tokenizer, state = load(folder)
+        model, tokenizer, state = load_with_tokenizer(folder)
         micro = settle(config, model, state.get("config", {}), job.device.type)
         rows = model.config.vocab_size
         if config.text:

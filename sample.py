@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanolost.checkpoint import checkpoint_folder, load_folder
+from nanolost.checkpoint import checkpoint_folder, load_with_tokenizer
 from nanolost.decode import compile_step, generate
 from nanolost.errors import UserError
 from nanolost.flags import command, flag, parse
@@ -66,21 +66,6 @@ def read_prompt(prompt: str) -> str:
                         "give FILE:path") from None
     return prompt
 
-def load(config: Config):
-    """(model, tokenizer) of --ckpt. UserError where they do not belong together."""
-    # one look for the newest checkpoint: training may add another meanwhile
-    folder = checkpoint_folder(config.ckpt)
-    # before the weights, which take longer to read and to refuse
-    tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
-    model, _ = load_folder(folder)
-    # an id without a row ends in an index error, or on a GPU in worse
-    rows = model.config.vocab_size
-    needed = tokenizer.rows_needed()
-    if rows < needed:
-        raise UserError(f"{folder}: the tokenizer has {needed} tokens, the model only {rows}: "
-                        "give the folder the tokenizer.json that the model was trained with")
-    return model.eval(), tokenizer
-
 def continuations(model, tokenizer: Tokenizer, prompt: str, config: Config):
     """The samples' texts after the prompt."""
     device = next(model.parameters()).device
@@ -116,7 +101,8 @@ def main(config: Config):
     check(config)
     prompt = read_prompt(config.prompt)
     device = pick_device(config.device)
-    model, tokenizer = load(config)
+    # one look for the newest checkpoint: training may add another meanwhile
+    model, tokenizer, _ = load_with_tokenizer(checkpoint_folder(config.ckpt))
     model.to(device, getattr(torch, config.dtype))
     # all are drawn before the first is printed: they are one batch
     for i, text in enumerate(continuations(model, tokenizer, prompt, config)):

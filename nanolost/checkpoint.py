@@ -694,3 +694,17 @@ def load_model(path: str) -> tuple[Llama, dict]:
     """Model and state.json (empty for a folder of Hugging Face) from an out_dir or a checkpoint folder, on
     the CPU in float32. Nothing is decomposed. UserError if anything does not fit."""
     return load_folder(checkpoint_folder(path))
+
+def load_with_tokenizer(folder: str) -> tuple[Llama, Tokenizer, dict]:
+    """`load_folder`, not to be trained, with the tokenizer beside it: (model, tokenizer, state). UserError
+    where they do not belong together."""
+    # before the weights, which take longer to read and to refuse
+    tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
+    model, state = load_folder(folder)
+    rows = model.config.vocab_size
+    # an id without a row ends in an index error, or on a GPU in worse
+    needed = tokenizer.rows_needed()
+    if rows < needed:
+        raise UserError(f"{folder}: the tokenizer has {needed} tokens, the model only {rows}: "
+                        "give the folder the tokenizer.json that the model was trained with")
+    return model.eval(), tokenizer, state

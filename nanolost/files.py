@@ -161,6 +161,15 @@ def read_bounded(path: str, limit: int) -> bytes:
         raise UserError(f"cannot read {path}: it has more than {limit:,} bytes")
     return data
 
+def read_present(folder: str, names, limit: int) -> dict[str, bytes]:
+    """Those of the files `names` that the folder has, each of at most `limit` bytes."""
+    found = {}
+    for name in names:
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            found[name] = read_bounded(path, limit)
+    return found
+
 def parse_json(data: bytes, path: str) -> dict:
     """The object in `data`, which came from `path`. UserError for anything that is no JSON object."""
     try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import lost
 from model import ConfigError, Llama, LlamaConfig, check_scaling, check_sizes, shown
-from nanolost.files import read_bounded
+from nanolost.files import read_bounded, read_present
 from nanolost.methods import settings_of
 
 HF_NAMES = {
@@ -312,12 +312,7 @@ TRAVEL_LIMIT = 64 << 20
 
 def travelling_files(folder: str) -> dict[str, bytes]:
     """Files of a folder by name that go on unchanged with its model."""
-    found = {}
-    for name in TRAVELS:
-        path = os.path.join(folder, name)
-        if os.path.exists(path):
-            found[name] = read_bounded(path, TRAVEL_LIMIT)
-    return found
+    return read_present(folder, TRAVELS, TRAVEL_LIMIT)
 
 # kinds of layers that modeling_lost.py knows
 TRAVELLING = ("lost",)

@@ -5,10 +5,9 @@ import base64
 import collections
 import hashlib
 import json
-import os
 
 from nanolost.errors import UserError
-from nanolost.files import parse_json, read_bounded
+from nanolost.files import parse_json, read_present
 from nanolost.hf_tokenizer import BYTE_PATTERN, CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, SPELLINGS
 
 FILE_LIMIT = 64 << 20                          # bytes; Gemma's, the largest known here, has 33 MB
@@ -104,12 +103,7 @@ ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<ï½œendâ
 
 def read_beside(folder: str) -> dict[str, bytes]:
     """The files of a folder that say more of its tokenizer."""
-    found = {}
-    for name in BESIDE:
-        path = os.path.join(folder, name)
-        if os.path.exists(path):
-            found[name] = read_bounded(path, FILE_LIMIT)
-    return found
+    return read_present(folder, BESIDE, FILE_LIMIT)
 
 def json_beside(files: dict[str, bytes], name: str) -> dict:
     return parse_json(files.get(name, b"{}"), name)
