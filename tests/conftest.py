@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -28,6 +29,11 @@ SMALL = dict(model="tiny", n_layer=2, n_embd=32, n_head=2, n_ffn=48, seq_len=32,
              device="cpu", threads=1)
 
 LAUNCHED = []
+
+# Where transformers, imported later, copies the code of folders to: one place for a process, as Python looks
+# for the package of these copies only once. And no test asks the hub.
+MODULES = tempfile.TemporaryDirectory(prefix="modules-")
+os.environ.update(HF_MODULES_CACHE=MODULES.name, HF_HUB_OFFLINE="1")
 
 @pytest.fixture(autouse=True)
 def no_process_outlives_its_test():

@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from small_models import all_logits, largest_difference, small, tokens
-from test_huggingface import modules_of_this_test  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import export

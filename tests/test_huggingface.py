@@ -35,16 +35,6 @@ SCALINGS = {"plain": (), "linear": (4.0,), "llama3": (8.0, 1.0, 4.0, 8)}
 types = pytest.mark.parametrize("model_type", TYPES)
 ties = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 
-@pytest.fixture(scope="module", autouse=True)
-def modules_of_this_test(tmp_path_factory):
-    """Where transformers copies the code of a folder to, and no network."""
-    patch = pytest.MonkeyPatch()
-    for module in ("transformers.dynamic_module_utils", "transformers.utils.hub"):
-        patch.setattr(f"{module}.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")), raising=False)
-    patch.setenv("HF_HUB_OFFLINE", "1")
-    yield
-    patch.undo()
-
 def of_type(model_type, seed=0, **changed):
     """A small model of a type, with every switch of it on, biases far from zero."""
     switches = dict(TYPES[model_type].switches)
@@ -257,7 +247,7 @@ ids = AutoTokenizer.from_pretrained({folder!r}, trust_remote_code=True)("ab", re
 print(ids["input_ids"].tolist(), model(**ids).logits.sum().item())
 assert not {{"model", "lost", "nanolost"}} & {{*sys.modules}}
 """
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True,
                           text=True, timeout=600)
     ids, total = done.stdout.strip().rsplit(" ", 1) if done.returncode == 0 else pytest.fail(done.stderr)
