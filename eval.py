@@ -122,11 +122,7 @@ def of_files(config: Config, tokenizer: Tokenizer) -> tuple[Windows, list[dict]]
 def of_shards(config: Config, tokenizer: Tokenizer, rows: int) -> tuple[TokenDataset | Windows, list[dict]]:
     """Windows of the validation split of --data_dir, and what names it."""
     data = TokenDataset(config.data_dir, "val", config.seq_len)
-    # ready-made shards have no manifest that says so: then only their ids can tell
-    made_with = data.tokenizer_sha256
-    if made_with is not None and not tokenizer.matches(made_with):
-        raise UserError(f"{config.data_dir} was made with another tokenizer than {config.ckpt} has: prepare "
-                        f"the text again with prepare_c4.py --tokenizer {config.ckpt}")
+    data.check_tokenizer(tokenizer, config.data_dir, config.ckpt)
     data.check_ids(min(tokenizer.vocab_size, rows))
     # of the split: names, lengths and digests of its shards
     names = [{"name": f"val split of {os.path.basename(os.path.abspath(config.data_dir))}",

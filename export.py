@@ -9,34 +9,29 @@ import nanolost  # noqa: F401, I001  before torch: OpenMP reads its settings onc
 
 import os
 import re
-import shutil
 import sys
 from dataclasses import dataclass
 
-import torch
-import torch.nn as nn
-from safetensors import SafetensorError
-
-from lost import LOSTError
 from model import Llama
 from nanolost.checkpoint import (
+    SAVE_DTYPES,
+    check_free,
+    check_range,
     checkpoint_folder,
     empty_model,
     load_folder,
-    sync_files,
-    unused,
-    weights_dtype,
+    saved_dtype,
     write_model,
+    write_whole,
 )
 from nanolost.counts import count_parameters
-from nanolost.errors import UserError, as_user_error
-from nanolost.files import read_json, sync_folder
+from nanolost.errors import UserError
+from nanolost.files import read_json
 from nanolost.flags import command, flag, parse, say
 from nanolost.huggingface import travelling_files, travels
-from nanolost.methods import settings_of, special_layers
+from nanolost.methods import merge_layers, settings_of
 from nanolost.tokenizer import Tokenizer
 
-DTYPES = ["auto", "float32", "bfloat16", "float16"]
 # as Hugging Face writes it: of 1000 bytes
 SIZE = re.compile(r"[1-9][0-9]{0,9}(KB|MB|GB|TB)")
 
@@ -46,7 +41,7 @@ class Config:
                      path=True)
     out_dir: str = flag("export", "folder to make; it must not exist, or be empty", path=True)
     merge: bool = flag(False, "make plain linear layers of LOST ones without SiLU: the folder needs no code")
-    save_dtype: str = flag("auto", "of the weights; auto is what the folder has them in", DTYPES)
+    save_dtype: str = flag("auto", "of the weights; auto is what the folder has them in", SAVE_DTYPES)
     max_shard_size: str = flag("5GB", "a file of weights is at most so large, or holds one matrix")
 
 def check(config: Config):
@@ -55,61 +50,9 @@ def check(config: Config):
     if not SIZE.fullmatch(config.max_shard_size):
         raise UserError(f"--max_shard_size {config.max_shard_size}: give a number and KB, MB, GB or TB, as "
                         "5GB")
-    place = config.out_dir
-    # a link to a folder is not what a rename replaces
-    if os.path.islink(place) or os.path.exists(place) and not os.path.isdir(place):
-        raise UserError(f"{place} is no folder: use another --out_dir")
-    # nothing is ever overwritten
-    if os.path.isdir(place) and os.listdir(place):
-        raise UserError(f"{place} is not empty: use another --out_dir")
+    check_free(config.out_dir)
 
-# --- plain layers ---
-
-def merged(name: str, layer: nn.Module) -> nn.Linear:
-    """The one linear layer with the same output. UserError where there is none."""
-    # a kind of layer says by this method that it can
-    if not hasattr(layer, "merge"):
-        raise UserError(f"{name} is a {type(layer).__name__}, which no single matrix replaces: leave --merge "
-                        "out")
-    # SiLU stands between the factors
-    with as_user_error(LOSTError, prefix=f"{name} cannot be merged: "):
-        return layer.merge()
-
-def merge_layers(model: Llama):
-    """Replace every layer that transformers lacks by a plain one, in place, one at a time."""
-    # names alone: what is replaced is let go
-    for name in list(special_layers(model)):
-        plain = merged(name, model.get_submodule(name))
-        model.set_submodule(name, plain)
-
-def check_range(model: Llama, dtype: torch.dtype):
-    """UserError for weights that would become infinite: float16 ends at 65504."""
-    largest = torch.finfo(dtype).max
-    for name, p in model.named_parameters():
-        if p.abs().max() > largest:
-            raise UserError(f"{name} has elements beyond {dtype}: use --save_dtype bfloat16")
-
-# --- the folder ---
-
-def write_whole(out_dir: str, write):
-    """write(folder) into a folder beside `out_dir`, which then gets its name. Whatever ends it early leaves
-    nothing behind."""
-    final = os.path.abspath(out_dir)
-    home = os.path.dirname(final)
-    # a kill leaves this name, which says what it is
-    temporary = unused(f"{final}.tmp")
-    try:
-        os.makedirs(home, exist_ok=True)
-        write(temporary)
-        sync_files(temporary)
-        # an empty folder may be in the place
-        os.rename(temporary, final)
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"cannot write {out_dir} ({e}): use another --out_dir, or make room") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    # without this a power cut may undo the rename
-    sync_folder(home)
+# --- what is said ---
 
 def describe(out_dir: str, model: Llama) -> list[str]:
     """What was written, and how others load it."""
@@ -138,10 +81,7 @@ def main(config: Config):
     if config.merge:
         # on shapes first: a refusal after minutes of reading would be late
         merge_layers(empty_model(read_json(os.path.join(folder, "config.json")), folder))
-    # read as float32, whatever the folder has
-    dtype = weights_dtype(folder)
-    if config.save_dtype != "auto":
-        dtype = getattr(torch, config.save_dtype)
+    dtype = saved_dtype(folder, config.save_dtype)
     model, _ = load_folder(folder)
     if config.merge:
         merge_layers(model)

@@ -410,6 +410,51 @@ def save_checkpoint(
     retain(out_dir, step, keep)
     return final
 
+# --- a folder of a model alone ---
+
+# auto: what the source has
+SAVE_DTYPES = ["auto", "float32", "bfloat16", "float16"]
+
+def check_free(place: str):
+    """UserError for an --out_dir that is taken: nothing is ever overwritten."""
+    # a link to a folder is not what a rename replaces
+    if os.path.islink(place) or os.path.exists(place) and not os.path.isdir(place):
+        raise UserError(f"{place} is no folder: use another --out_dir")
+    if os.path.isdir(place) and os.listdir(place):
+        raise UserError(f"{place} is not empty: use another --out_dir")
+
+def saved_dtype(folder: str, name: str) -> torch.dtype:
+    """That of SAVE_DTYPES which is meant for a model from `folder`."""
+    # read as float32, whatever the folder has
+    return weights_dtype(folder) if name == "auto" else getattr(torch, name)
+
+def check_range(model: Llama, dtype: torch.dtype):
+    """UserError for weights that would become infinite: float16 ends at 65504."""
+    largest = torch.finfo(dtype).max
+    for name, p in model.named_parameters():
+        if p.abs().max() > largest:
+            raise UserError(f"{name} has elements beyond {dtype}: use --save_dtype bfloat16")
+
+def write_whole(out_dir: str, write):
+    """write(folder) into a folder beside `out_dir`, which then gets its name. Whatever ends it early leaves
+    nothing behind."""
+    final = os.path.abspath(out_dir)
+    home = os.path.dirname(final)
+    # a kill leaves this name, which says what it is
+    temporary = unused(f"{final}.tmp")
+    try:
+        os.makedirs(home, exist_ok=True)
+        write(temporary)
+        sync_files(temporary)
+        # an empty folder may be in the place
+        os.rename(temporary, final)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"cannot write {out_dir} ({e}): use another --out_dir, or make room") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    # without this a power cut may undo the rename
+    sync_folder(home)
+
 # --- loading ---
 
 def load_tensors(path: str) -> dict[str, torch.Tensor]:

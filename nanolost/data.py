@@ -504,6 +504,14 @@ class TokenDataset:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
+    def check_tokenizer(self, tokenizer, data_dir: str, ckpt: str):
+        """UserError for shards of another vocabulary than the model in `ckpt` has."""
+        # ready-made shards have no manifest that says so: then only their ids can tell
+        made_with = self.tokenizer_sha256
+        if made_with is not None and not tokenizer.matches(made_with):
+            raise UserError(f"{data_dir} was made with another tokenizer than {ckpt} has: prepare the text "
+                            f"again with prepare_c4.py --tokenizer {ckpt}")
+
     def check_ids(self, vocab_size: int):
         """Read every token once: an id outside the vocabulary is a UserError."""
         for path in self.paths:

@@ -164,6 +164,25 @@ def owners(model: nn.Module, world: int) -> dict[str, int]:
     """The process that fills a layer, by the layer's name: the i-th of every `world` is process i's."""
     return {name: i % world for i, name in enumerate(special_layers(model))}
 
+# --- plain layers of others ---
+
+def merged(name: str, layer: nn.Module) -> nn.Linear:
+    """The one linear layer with the same output. UserError where there is none."""
+    # a kind of layer says by this method that it can
+    if not hasattr(layer, "merge"):
+        raise UserError(f"{name} is a {type(layer).__name__}, which no single matrix replaces: leave --merge "
+                        "out")
+    # SiLU stands between the factors
+    with as_user_error(LOSTError, prefix=f"{name} cannot be merged: "):
+        return layer.merge()
+
+def merge_layers(model: Llama):
+    """Replace every layer that transformers lacks by a plain one, in place, one at a time."""
+    # names alone: what is replaced is let go
+    for name in list(special_layers(model)):
+        plain = merged(name, model.get_submodule(name))
+        model.set_submodule(name, plain)
+
 # --- LOST and its relatives: one layer with other switches ---
 
 LOST_FLAGS = (
