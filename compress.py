@@ -1,0 +1,453 @@
+"""Make a trained LLaMA smaller: low rank, or zeros, under one budget for the whole model.
+
+    python compress.py --ckpt FOLDER --data_dir DIR --budget 0.8 --out_dir OUT            # low rank
+    python compress.py --ckpt FOLDER --data_dir DIR --budget 0.5 --form sparse --out_dir OUT
+    python compress.py --ckpt FOLDER --data_dir DIR --budget 0.5 --dry_run true           # what it takes
+
+The budget is the share of the values of the blocks' matrices that are kept; embedding, head and norms stay as
+they are. OUT is a checkpoint folder: it samples, trains on (train.py --init_from OUT), evaluates and exports
+as any other. It is whole or absent."""
+import nanolost  # noqa: F401, I001  before torch: OpenMP reads its settings once
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from model import Llama
+from nanolost import lowrank, pruning
+from nanolost.budget import peak_memory, size
+from nanolost.checkpoint import (
+    SAVE_DTYPES,
+    check_free,
+    check_range,
+    checkpoint_folder,
+    load_with_tokenizer,
+    saved_dtype,
+    write_json,
+    write_model,
+    write_whole,
+)
+from nanolost.compression import Task, to_low_rank, to_sparse
+from nanolost.covariance import (
+    Batch,
+    Statistics,
+    batches,
+    collect,
+    count_tokens,
+    covariance_bytes,
+    linears,
+    spool_bytes,
+)
+from nanolost.data import SampleOrder, TokenDataset
+from nanolost.errors import UserError
+from nanolost.failures import failures_with_their_repair
+from nanolost.flags import command, flag, parse, say
+from nanolost.huggingface import travelling_files
+from nanolost.job import Job, pick_device, place
+from nanolost.loop import Validation, evaluate
+from nanolost.methods import merge_layers, special_layers
+from nanolost.settings import DEVICES, autocast
+from nanolost.threads import use_threads
+from nanolost.tokenizer import Tokenizer
+
+FORMS = {"lost": lowrank.METHODS, "sparse": pruning.METHODS}
+# tokens of statistics by form: (of inputs, of output gradients)
+TOKENS = {"lost": (16_384, 16_384), "sparse": (65_536, 65_536)}
+# those that look at no text
+BLIND = ("plain", "lost", "magnitude")
+# those that keep their factors apart from the zeros
+FACTORED = ("oats", "cap")
+
+@dataclass
+class Config:
+    ckpt: str = flag("out", "a Hugging Face LLaMA, or an out_dir or checkpoint folder of ours",
+                     section="what", path=True)
+    data_dir: str = flag("data/c4", "token shards of the model's own tokenizer: statistics from their "
+                                    "train split, loss before and after from their val split", path=True)
+    budget: float | None = flag(None, "share of the values of the blocks' matrices to keep")
+    out_dir: str = flag("compressed", "folder to make; it must not exist, or be empty", path=True)
+    form: str = flag("lost", "low-rank layers, or dense ones with zeros", list(FORMS), section="how")
+    method: str = flag("fisher", f"for lost {', '.join(FORMS['lost'])}; for sparse "
+                                 f"{', '.join(FORMS['sparse'])}",
+                       sorted({*FORMS["lost"], *FORMS["sparse"]}))
+    uniform: bool | None = flag(None, "the same share of every matrix (false for fisher and walk, and else "
+                                      "true, as these methods were published)")
+    pinned: bool = flag(False, "lost: r input channels enter a layer of rank r as they are: r² values less")
+    channels: tuple[float, ...] | None = flag(None, "lost: shares of input channels to offer each layer "
+                                                    "beside its ranks, such as 0.014,0.06")
+    closed_loop: bool | None = flag(None, "lost: each block is fitted to what the compressed ones before it "
+                                          "give (true for fisher)")
+    pattern: str = flag("unstructured", "sparse: N values stay of every M of a row; mixed: each matrix has "
+                                        "its own N", list(pruning.PATTERNS))
+    factors: bool | None = flag(None, "sparse: a low-rank part beside the zeros (true for oats and cap)")
+    calibration_tokens: int | None = flag(None, "text for the covariance of inputs (lost "
+                                                f"{TOKENS['lost'][0]}, sparse {TOKENS['sparse'][0]})",
+                                          section="text")
+    gradient_tokens: int | None = flag(None, "text for that of output gradients (as many)")
+    loop_tokens: int = flag(16_384, "further text for the closed loop")
+    eval_tokens: int = flag(16_384, "validation text for the loss before and after")
+    seq_len: int = flag(512, "tokens of a window, of all of these; at most the model's limit")
+    statistics: str | None = flag(None, "keep the statistics in this folder, and use those that are there",
+                                  path=True)
+    seed: int = flag(0, "which windows, and which labels the model draws")
+    device: str = flag("auto", "cuda, mps or cpu; auto is the best there is", ["auto", *DEVICES],
+                       section="running")
+    dtype: str = flag("auto", "autocast; statistics and factors are float32 and float64 whatever it is",
+                      ["auto", "float32", "bfloat16"])
+    threads: int | None = flag(None, "CPU threads (as many as cores are free at the start)")
+    save_dtype: str = flag("auto", "of the weights; auto is what the folder has them in", SAVE_DTYPES)
+    dry_run: bool = flag(False, "print memory, disk and time, and exit")
+
+# --- what is asked ---
+
+def refuse_elsewhere(config: Config, form: str, names: tuple[str, ...]):
+    """UserError for flags of `form` that were typed for the other one."""
+    defaults = {f.name: f.default for f in fields(Config)}
+    for name in names:
+        if config.form != form and getattr(config, name) != defaults[name]:
+            raise UserError(f"--{name} is of --form {form}, not of {config.form}: leave it out")
+
+def check(config: Config):
+    """UserError for flags that cannot be, before anything is read."""
+    if config.method not in FORMS[config.form]:
+        raise UserError(f"--method {config.method} is not of --form {config.form}: choose one of "
+                        f"{', '.join(FORMS[config.form])}")
+    refuse_elsewhere(config, "lost", ("pinned", "channels", "closed_loop"))
+    refuse_elsewhere(config, "sparse", ("pattern", "factors"))
+    for name in ("calibration_tokens", "gradient_tokens", "loop_tokens", "eval_tokens", "threads"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be positive")
+    if config.seq_len < 2:
+        raise UserError(f"--seq_len {config.seq_len}: a window needs 2 tokens")
+    for share in config.channels or ():
+        if not 0 < share < 1:
+            raise UserError(f"--channels {share}: a share must lie between 0 and 1")
+    if place()[1] > 1:
+        raise UserError("compress.py runs in one process: start it without torchrun")
+    check_free(config.out_dir)
+
+def settle(config: Config):
+    """Fill in what depends on the form and the method."""
+    known = pruning.pattern_of(config.pattern)
+    if config.budget is None and known:
+        config.budget = known[0] / known[1]
+    if config.budget is None:
+        raise UserError("give --budget, the share of the values to keep, such as 0.8")
+    # NaN fails both comparisons
+    if not 0 < config.budget <= 1:
+        raise UserError(f"--budget {config.budget}: must be above 0 and at most 1")
+    by_form = TOKENS[config.form]
+    if config.calibration_tokens is None:
+        config.calibration_tokens = max(by_form[0], config.gradient_tokens or 0)
+    if config.gradient_tokens is None:
+        config.gradient_tokens = min(by_form[1], config.calibration_tokens)
+    if config.gradient_tokens > config.calibration_tokens:
+        raise UserError(f"--gradient_tokens {config.gradient_tokens}: gradients are taken of windows of the "
+                        f"{config.calibration_tokens} --calibration_tokens: use as many or less")
+    if config.closed_loop is None:
+        config.closed_loop = config.form == "lost" and config.method == "fisher"
+    if config.closed_loop and config.method not in ("fisher", "svdllm"):
+        raise UserError(f"--closed_loop true: --method {config.method} has no metric that a loop could "
+                        "change; use fisher or svdllm")
+    check_sparse(config)
+
+def check_sparse(config: Config):
+    alone = config.method in ("fisher", "walk")
+    if config.form == "sparse" and config.uniform is False and not alone:
+        raise UserError(f"--uniform false: --method {config.method} has no unit that matrices share; use "
+                        "fisher or walk")
+    if config.factors is None:
+        config.factors = config.method in FACTORED
+    if not config.factors and config.method in FACTORED:
+        raise UserError(f"--factors false: the two parts of {config.method} together are dense again")
+    known = pruning.pattern_of(config.pattern)
+    if config.pattern != "unstructured" and config.method in FACTORED:
+        raise UserError(f"--pattern {config.pattern}: --method {config.method} has none")
+    if config.pattern != "unstructured" and config.uniform:
+        raise UserError(f"--uniform true: --pattern {config.pattern} is the same share of every matrix")
+    exact = known and config.budget != known[0] / known[1]
+    if exact and not alone:
+        raise UserError(f"--budget {config.budget}: --method {config.method} keeps what --pattern "
+                        f"{config.pattern} does, {known[0] / known[1]}; fisher and walk leave matrices dense")
+    if config.pattern == "mixed:8" and not alone:
+        raise UserError("--pattern mixed:8: use --method fisher or walk, which know what each matrix needs")
+
+# --- the text ---
+
+class Texts:
+    """The windows of a run: of the statistics, of the closed loop, and of the evaluation."""
+
+    def __init__(self, config: Config, model: Llama, tokenizer: Tokenizer, device):
+        limit = model.config.max_seq_len
+        if config.seq_len > limit:
+            raise UserError(f"--seq_len {config.seq_len} is above the {limit} tokens that the model was made "
+                            f"for: use {limit} or less")
+        self.train = TokenDataset(config.data_dir, "train", config.seq_len)
+        self.val = TokenDataset(config.data_dir, "val", config.seq_len)
+        rows = model.config.vocab_size
+        for data in (self.train, self.val):
+            data.check_tokenizer(tokenizer, config.data_dir, config.ckpt)
+            data.check_ids(min(tokenizer.vocab_size, rows))
+        self.micro = max(1, DEVICES[device.type]["micro_tokens"] // config.seq_len)
+        samples = max(1, self.val.samples_for(config.eval_tokens))
+        self.validation = Validation.of(self.val, samples, self.micro, tokenizer, rows)
+        self.order = SampleOrder(len(self.train), config.seed)
+        self.seq_len = config.seq_len
+
+    def windows(self, tokens: int) -> int:
+        return max(1, tokens // self.seq_len)
+
+    def calibration(self, config: Config, device) -> list[Batch]:
+        every = self.windows(config.calibration_tokens)
+        # a short text is read once: the same window twice teaches nothing
+        every = min(every, len(self.train))
+        samples = self.order[np.arange(every)]
+        return batches(self.train, samples, self.micro, self.windows(config.gradient_tokens), device)
+
+    def loop(self, config: Config, device) -> list[Batch]:
+        """Windows behind those of the statistics; of a short text the same ones."""
+        first = min(self.windows(config.calibration_tokens), len(self.train))
+        count = min(self.windows(config.loop_tokens), len(self.train))
+        samples = self.order[np.arange(count) + first]
+        return batches(self.train, samples, self.micro, 0, device)
+
+# --- what it costs ---
+
+def dry_run(config: Config, model: Llama, texts: Texts):
+    """Print memory, disk and compute."""
+    tokens = config.calibration_tokens
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    values = sum(linear.weight.numel() for linear in linears(model).values())
+    block = covariance_bytes(model)
+    lines = [
+        f"matrices    {len(linears(model))} with {values:,} values, of which {config.budget * values:,.0f} "
+        "are kept",
+        f"statistics  {tokens:,} tokens of inputs, {config.gradient_tokens:,} of gradients, in windows of "
+        f"{config.seq_len}; {len(texts.train):,} windows are there",
+        f"memory      {size(weights + block)} = model {size(weights)} + a block's covariances {size(block)}; "
+        "activations of a micro-batch come on top",
+        f"disk        {size(disk_bytes(config, model))} in {temporary_home(config)}",
+    ]
+    say("\n".join(lines))
+
+def disk_bytes(config: Config, model: Llama) -> int:
+    """What is kept in files meanwhile."""
+    need = spool_bytes(model, config.calibration_tokens)
+    if config.method == "fisher" and config.form == "sparse":
+        values = sum(linear.weight.numel() for linear in linears(model).values())
+        # eigenvectors are of the size of the covariances; three numbers a weight beside them
+        need += covariance_bytes(model) * model.config.n_layer + 9 * values
+    return need
+
+def temporary_home(config: Config) -> str:
+    return tempfile.gettempdir()
+
+@contextlib.contextmanager
+def temporary_folder(config: Config, need: int):
+    """A folder that goes in the end, with room for `need` bytes."""
+    home = temporary_home(config)
+    free = shutil.disk_usage(home).free
+    if need > free:
+        raise UserError(f"{home} has {size(free)} free, and {size(need)} are needed meanwhile: name a larger "
+                        "place by the variable TMPDIR")
+    with tempfile.TemporaryDirectory(prefix="nanolost-", dir=home) as folder:
+        yield folder
+
+@contextlib.contextmanager
+def ended_by_signals():
+    """SIGTERM and the like end as Ctrl-C does, so that what is half-made is removed."""
+    def end(number, frame):
+        raise KeyboardInterrupt
+    before = {}
+    with contextlib.suppress(ValueError):
+        # a notebook's own thread has no signals
+        before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+# --- statistics ---
+
+def key_of(config: Config, folder: str, texts: Texts) -> dict:
+    """What statistics depend on."""
+    names = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+    stamps = [(name, os.stat(os.path.join(folder, name))) for name in names]
+    return {
+        "ckpt": os.path.abspath(folder),
+        "weights": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stamps],
+        "text": texts.train.fingerprint,
+        "calibration_tokens": config.calibration_tokens,
+        "gradient_tokens": config.gradient_tokens,
+        "seq_len": config.seq_len,
+        "seed": config.seed,
+        "dtype": config.dtype,
+    }
+
+def statistics_of(config: Config, model: Llama, texts: Texts, key: dict, spool: str, device) -> Statistics:
+    """Those of --statistics where they are of this model and text, else new ones."""
+    place = config.statistics or os.path.join(spool, "statistics")
+    done = os.path.join(place, "statistics.json")
+    found = texts.calibration(config, device)
+    if os.path.exists(done):
+        with open(done, encoding="utf-8") as file:
+            if json.load(file) != key:
+                raise UserError(f"{place} has statistics of another model, text, seed or number of tokens: "
+                                "use another --statistics")
+        return Statistics(place, count_tokens(found))
+    os.makedirs(place, exist_ok=True)
+    made = collect(model, found, place, config.seed, autocast(config))
+    write_json(place, "statistics.json", key)
+    return made
+
+# --- what is said ---
+
+def cell(entry: dict, values: int) -> str:
+    """What a layer became, in eight characters."""
+    if entry["kind"] == "dense":
+        return "dense"
+    if entry["kind"] == "sparse":
+        part = f"{entry['nonzeros'] / values:.0%}"
+        return f"{entry['rank']}+{part}" if entry["rank"] else part
+    return str(entry["rank"]) if not entry["channels"] else f"{entry['rank']}+{entry['channels']}"
+
+def table(entries: dict[str, dict], sizes: dict[str, int]) -> list[str]:
+    """What each layer became, a block a line."""
+    rows = {}
+    for name, entry in entries.items():
+        block, _, inner = name.removeprefix("model.layers.").partition(".")
+        kind = inner.rpartition(".")[2].removesuffix("_proj")
+        rows.setdefault(block, {})[kind] = cell(entry, sizes[name])
+    kinds = next(iter(rows.values()))
+    lines = ["rank (and channels), or the share of the entries that stay:", ""]
+    lines.append("block " + "".join(f"{kind:>9}" for kind in kinds))
+    for block, cells in rows.items():
+        lines.append(f"{block:>5} " + "".join(f"{text:>9}" for text in cells.values()))
+    return [*lines, ""]
+
+def poor(statistics: Statistics | None, model: Llama) -> dict[str, str]:
+    """The matrices whose covariance says less than it could: why, by their names."""
+    found = {}
+    if statistics is None:
+        return found
+    for name, linear in linears(model).items():
+        dead = int((statistics.sizes(name) == 0).sum())
+        if statistics.tokens[0] < linear.in_features:
+            found[name] = f"{statistics.tokens[0]} tokens for {linear.in_features} inputs"
+        elif statistics.tokens[1] < linear.out_features:
+            found[name] = f"{statistics.tokens[1]} tokens for {linear.out_features} outputs"
+        elif dead:
+            found[name] = f"{dead} inputs that are always zero"
+    return found
+
+def measured(model: Llama, texts: Texts, config: Config, job: Job) -> dict[str, float]:
+    found = evaluate(model, texts.validation, autocast(config), job)
+    return {"loss": found["val_loss"], "perplexity": found["val_ppl"], "tokens": found["val_tokens"]}
+
+def summary(report: dict) -> str:
+    before, after = report["before"], report["after"]
+    return (f"{report['out_dir']}: {report['kept']:.2%} of {report['matrix_values']:,} values kept, loss "
+            f"{before['loss']:.4f} → {after['loss']:.4f} ({after['loss'] - before['loss']:+.4f}), perplexity "
+            f"{before['perplexity']:.2f} → {after['perplexity']:.2f} on {after['tokens']:,} tokens, "
+            f"{report['seconds']:.0f} s, {size(report['peak_memory_bytes'])} of memory")
+
+# --- the command ---
+
+def compress(config: Config, model: Llama, texts: Texts, key: dict, job: Job) -> tuple[dict, dict]:
+    """Replace the model's layers. Returns entries of allocation.json and what the report has of them."""
+    device = job.device
+    seconds = {}
+    need = disk_bytes(config, model)
+    with temporary_folder(config, need) as spool:
+        started = time.perf_counter()
+        statistics = None
+        if config.method not in BLIND:
+            statistics = statistics_of(config, model, texts, key, spool, device)
+        seconds["statistics"] = time.perf_counter() - started
+        loop = texts.loop(config, device) if config.closed_loop else []
+        regularised = poor(statistics, model)
+        task = Task(model, config, statistics, loop, spool, device, autocast(config))
+        started = time.perf_counter()
+        entries = to_low_rank(task) if config.form == "lost" else to_sparse(task)
+        seconds["compression"] = time.perf_counter() - started
+    kept = sum(entry["values"] for entry in entries.values())
+    total = sum(task.sizes.values())
+    say("\n".join(table(entries, task.sizes)))
+    found = {
+        "kept": kept / total,
+        "matrix_values": total,
+        "kept_values": kept,
+        "index_bytes": index_bytes(model),
+        "regularised": regularised,
+        "stages": seconds,
+    }
+    return entries, found
+
+def index_bytes(model: Llama) -> int:
+    """Of the numbers of channels, which are no values."""
+    return sum(b.numel() * b.element_size() for b in model.buffers())
+
+def main(config: Config) -> dict:
+    """Compress as `config` says; returns the report."""
+    started = time.perf_counter()
+    check(config)
+    settle(config)
+    kind = pick_device(config.device)
+    config.dtype = DEVICES[kind]["dtype"] if config.dtype == "auto" else config.dtype
+    config.device = kind
+    folder = checkpoint_folder(config.ckpt)
+    dtype = saved_dtype(folder, config.save_dtype)
+    model, tokenizer, _ = load_with_tokenizer(folder)
+    if special_layers(model):
+        # what is compressed is a matrix; SiLU leaves none
+        merge_layers(model)
+    check_values(model, folder)
+    job = Job(kind)
+    texts = Texts(config, model, tokenizer, job.device)
+    if config.dry_run:
+        return dry_run(config, model, texts)
+    config.threads = use_threads(config.threads)
+    travelling = travelling_files(folder)
+    model.to(job.device).requires_grad_(False)
+    with ended_by_signals(), failures_with_their_repair():
+        before = measured(model, texts, config, job)
+        entries, found = compress(config, model, texts, key_of(config, folder, texts), job)
+        after = measured(model, texts, config, job)
+        report = {
+            "out_dir": config.out_dir, "ckpt": folder, "form": config.form, "method": config.method,
+            "budget": config.budget, **found, "before": before, "after": after,
+            "seconds": time.perf_counter() - started,
+            "peak_memory_bytes": peak_memory(job.device),
+            "config": {f.name: getattr(config, f.name) for f in fields(Config)},
+        }
+        write(config, model.to("cpu"), tokenizer, travelling, dtype, entries, report)
+    say(summary(report))
+    return report
+
+def check_values(model: Llama, folder: str):
+    """UserError for weights that are no numbers: every product of theirs would be none."""
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise UserError(f"{folder}: {name} has NaN or infinite elements: use an earlier checkpoint")
+
+def write(config: Config, model: Llama, tokenizer, travelling, dtype, entries: dict, report: dict):
+    check_range(model, dtype)
+    allocation = {"budget": config.budget, "kept": report["kept"], "layers": entries}
+    def files(place: str):
+        write_model(place, model, tokenizer, travelling, dtype)
+        write_json(place, "allocation.json", allocation)
+        write_json(place, "report.json", report)
+    write_whole(config.out_dir, files)
+
+if __name__ == "__main__":
+    command(lambda: main(Config(**parse(Config, sys.argv[1:], __doc__))))

@@ -1,0 +1,320 @@
+"""The two forms of a compressed model: which methods there are, and what each does with all the matrices of a
+model under one budget. compress.py asks, `lowrank`, `pruning`, `splitting`, `cap` and `allocate` compute."""
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from tqdm import tqdm
+
+import lost
+from lost import LOSTLinear, decompose
+from model import Llama
+from nanolost import closed_loop, lowrank, pruning, splitting
+from nanolost.allocate import Option, allocate, smallest, uniform
+from nanolost.covariance import Batch, Statistics, linears
+from nanolost.errors import UserError, as_user_error
+from nanolost.lowrank import Metric, Parts, metric_of, root, shrunk
+from nanolost.shelf import Shelf
+
+# ranks are multiples of this where a matrix has as many as two: rows of 16 bytes in bfloat16
+STEP = 8
+# LOST's share of input channels, for its own start
+LOST_CHANNELS = 0.01
+# what is added to C and G of their own diagonals before they are split: more tokens need less
+OWN_FEW = (0.05, 0.30)
+OWN_MANY = (0.03, 0.10)
+MANY = 32_768
+
+@dataclass
+class Task:
+    """A model on its device, whose layers are to be replaced in place, and what is known of it. loop: windows
+    for the closed loop, none: in the open. folder: for what is too much for the memory."""
+
+    model: Llama
+    config: object
+    statistics: Statistics | None
+    loop: list[Batch]
+    folder: str
+    device: torch.device
+    context: object
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.sizes = {name: linear.weight.numel() for name, linear in linears(self.model).items()}
+
+    def values(self) -> float:
+        """That the budget allows; a share of 0.8 that is 0.7999… in floating point is meant as 0.8."""
+        return self.config.budget * sum(self.sizes.values()) + 1e-6
+
+# --- low rank: the options of a matrix ---
+
+def rank_steps(full: int) -> range:
+    step = STEP if full >= 2 * STEP else 1
+    return range(step, full, step)
+
+def rank_cost(shape, rank: int, channels: int, pinned: bool) -> int:
+    m, n = shape
+    # pinned: r of the inputs enter as they are
+    saved = rank * rank if pinned else 0
+    return rank * (m + n) - saved + channels * m
+
+def options_of(task: Task, name: str, W: Tensor) -> list[Option]:
+    """What the layer `name` may become: each rank, with each offered share of channels, or dense."""
+    config = task.config
+    shape = W.shape
+    found = [Option(W.numel(), 0.0)]
+    if config.method == "lost":
+        k = max(1, int(LOST_CHANNELS * shape[1]))
+        offered = {k: torch.zeros(min(shape) + 1)}
+    else:
+        metric = metric_of(config.method, name, task.statistics, task.device)
+        offered = {0: lowrank.curve(W, metric)}
+        for share in config.channels or ():
+            k = max(1, int(share * shape[1]))
+            # chosen beside a product of about the rank that the budget leaves
+            rank = max(1, int(config.budget * W.numel() / sum(shape)))
+            offered[k] = lowrank.curve_beside(W, metric, min(rank, min(shape) - 1), k)
+    for k, damages in offered.items():
+        damages = damages.tolist()
+        for rank in rank_steps(min(shape)):
+            cost = rank_cost(shape, rank, k, config.pinned)
+            if cost < W.numel() and rank < len(damages):
+                found.append(Option(cost, damages[rank], "lost", rank, k))
+    return found
+
+def chosen_options(task: Task) -> dict[str, Option]:
+    """The form of every matrix. UserError for a budget that cannot be met."""
+    config = task.config
+    options = {}
+    for name, linear in tqdm(linears(task.model).items(), "curves", disable=None):
+        options[name] = options_of(task, name, linear.weight)
+    least = smallest(options) / sum(task.sizes.values())
+    if least > config.budget:
+        raise UserError(f"--budget {config.budget}: the smallest ranks keep {least:.4f} of the values: use "
+                        f"{least + 5e-5:.4f} or more")
+    # methods that are no damage in nats have no common unit
+    alike = config.method != "fisher" if config.uniform is None else config.uniform
+    if alike:
+        return uniform(options, task.sizes, config.budget)
+    return allocate(options, task.values())
+
+# --- low rank: the layers ---
+
+def lost_layer(linear: nn.Linear, parts: Parts, pinned: bool) -> LOSTLinear:
+    """A layer without activation that computes with these parts; the bias goes on."""
+    k = len(parts.channels)
+    # eq. 7 scales the two paths by γ and 1 − γ: folded into the factors
+    gamma = 0.5 if k else 1.0
+    A, B = lowrank.balanced(parts.A, parts.B)
+    tensors = {"A": A, "B": B / gamma}
+    if pinned:
+        tensors["pivot"], tensors["A"], tensors["B"] = lost.pin(A, B / gamma)
+    if k:
+        tensors["W_s"] = parts.W_s / (1 - gamma)
+        tensors["index"] = parts.channels
+    if linear.bias is not None:
+        tensors["bias"] = linear.bias
+    layer = LOSTLinear(
+        linear.in_features, linear.out_features, len(B.T), k, gamma, "none",
+        bias=linear.bias is not None, device=linear.weight.device)
+    layer.load_state_dict({name: t.to(linear.weight.device) for name, t in tensors.items()})
+    return layer.requires_grad_(False)
+
+def dense_layer(linear: nn.Linear, W: Tensor) -> nn.Linear:
+    with torch.no_grad():
+        linear.weight.copy_(W)
+    return linear
+
+def lost_start(W: Tensor, option: Option) -> Parts:
+    """LOST's own start, which looks at no data: the largest directions, and the rest of the channels that
+    they leave most of."""
+    found = decompose(W, option.rank, option.channels, sparse_init="residual")
+    A, B, W_s = (part.double() for part in (found.A, found.B, found.W_s))
+    return Parts(A, B, found.index.long(), W_s)
+
+def replacement(task: Task, chosen: dict[str, Option], name: str, W: Tensor, metric: Metric) -> nn.Module:
+    """The layer that takes the place of `name`, for the weight W in this metric."""
+    option = chosen[name]
+    linear = linears(task.model)[name]
+    if option.kind == "dense":
+        return dense_layer(linear, W)
+    if task.config.method == "lost":
+        parts = lost_start(W, option)
+    else:
+        parts = lowrank.split(W, metric, option.rank, option.channels)
+    return lost_layer(linear, parts, task.config.pinned)
+
+def open_loop(task: Task, chosen: dict[str, Option]):
+    for name, linear in tqdm(linears(task.model).items(), "factors", disable=None):
+        metric = metric_of(task.config.method, name, task.statistics, task.device)
+        layer = replacement(task, chosen, name, linear.weight.detach(), metric)
+        task.model.set_submodule(name, layer)
+
+def in_closed_loop(task: Task, chosen: dict[str, Option]):
+    two_sided = task.config.method == "fisher"
+    def replace(name: str, W: Tensor, C: Tensor) -> nn.Module:
+        K = None
+        if two_sided:
+            K = root(shrunk(task.statistics.gradients(name).to(task.device)))
+        return replacement(task, chosen, name, W, Metric(K, root(C)))
+    closed_loop.run(task.model, task.statistics, task.loop, replace, task.context)
+
+@torch.no_grad()
+def to_low_rank(task: Task) -> dict[str, dict]:
+    """Replace the layers by low-rank ones; what each became, as in allocation.json."""
+    chosen = chosen_options(task)
+    if task.loop:
+        in_closed_loop(task, chosen)
+    else:
+        open_loop(task, chosen)
+    return {name: entry_of(option, task.config.pinned) for name, option in chosen.items()}
+
+def entry_of(option: Option, pinned: bool) -> dict:
+    lost = option.kind == "lost"
+    return {
+        "kind": option.kind,
+        "rank": option.rank,
+        "channels": option.channels,
+        "pinned": pinned and lost,
+        "nonzeros": option.cost if not lost else 0,
+        "values": option.cost,
+        "damage": option.damage,
+    }
+
+# --- zeros ---
+
+def own_shares(statistics: Statistics) -> tuple[float, float]:
+    """What is added to C and G of their own diagonals: at half of the values 0.02 nats, whichever."""
+    return OWN_MANY if min(statistics.tokens) >= MANY else OWN_FEW
+
+def roots_of(task: Task) -> pruning.Roots:
+    shrink = pruning.damped if task.config.method == "sparsegpt" else shrunk
+    return pruning.Roots(task.statistics, Shelf(task.folder), shrink)
+
+def pruned(task: Task, name: str, W: Tensor, pattern, roots: pruning.Roots) -> Tensor:
+    """A matrix with zeros by a method that looks at it alone."""
+    share = task.config.budget
+    method = task.config.method
+    if method == "sparsegpt":
+        return pruning.sparsegpt(W, roots.of(name, W.device), share, pattern)
+    score = W.abs()
+    if method == "wanda":
+        score = score * task.statistics.inputs(name).diagonal().to(W.device).sqrt()
+    if pattern:
+        return W * pruning.largest_of_groups(score, *pattern)
+    if method == "wanda":
+        return W * pruning.largest_of_rows(score, share)
+    return W * pruning.largest(score, int(share * W.numel() + 1e-6))
+
+def one_by_one(task: Task) -> dict[str, Tensor]:
+    """Each matrix by itself, all with the same share."""
+    pattern = pruning.pattern_of(task.config.pattern)
+    roots = roots_of(task)
+    found = {}
+    for name, linear in tqdm(linears(task.model).items(), task.config.method, disable=None):
+        found[name] = pruned(task, name, linear.weight, pattern, roots)
+    return found
+
+def walked(task: Task, share: float, near: float) -> dict[str, Tensor]:
+    """The walk under one threshold for the whole model, or for each matrix."""
+    weights = {name: linear.weight for name, linear in linears(task.model).items()}
+    roots = roots_of(task)
+    found = {}
+    parts = [[name] for name in weights] if task.config.uniform else [list(weights)]
+    for names in parts:
+        part = {name: weights[name] for name in names}
+        walker = pruning.Walker(part, task.statistics, roots, task.device)
+        walker.to_share(share, found.__setitem__, near)
+    return found
+
+# --- zeros in patterns ---
+
+def pattern_options(task: Task, name: str, W: Tensor, sizes: list, R: Tensor) -> list[Option]:
+    """Dense, or an N:M pattern of those offered, by what is lost when the other weights stand still."""
+    rows = task.statistics.gradients(name).diagonal().to(W.device)
+    saliency = (W / R.diagonal()).square() * rows[:, None] / 2
+    found = [Option(W.numel(), 0.0)]
+    for n, m in sizes:
+        mask = pruning.largest_of_groups(saliency, n, m)
+        lost = (saliency * ~mask).sum().item()
+        # the number of the pattern is where low-rank layers have their rank
+        found.append(Option(int(mask.sum()), lost, "sparse", n, m))
+    return found
+
+def chosen_patterns(task: Task, roots: pruning.Roots) -> dict[str, tuple[int, int]]:
+    """(n, m) of every matrix that does not stay dense."""
+    sizes = pruning.offered_patterns(task.config.pattern)
+    options = {}
+    for name, linear in linears(task.model).items():
+        R = roots.of(name, task.device)
+        options[name] = pattern_options(task, name, linear.weight, sizes, R)
+    with as_user_error(ValueError, prefix="--budget: the patterns keep more; they need "):
+        chosen = allocate(options, task.values())
+    return {name: (o.rank, o.channels) for name, o in chosen.items() if o.kind == "sparse"}
+
+def walked_in_patterns(task: Task, roots: pruning.Roots, patterns: dict) -> dict[str, Tensor]:
+    found = {}
+    layers = linears(task.model)
+    for name, (n, m) in tqdm(patterns.items(), "walk", disable=None):
+        W = layers[name].weight
+        found[name] = pruning.walk_in_groups(W, roots.of(name, W.device), n, m)
+    return found
+
+# --- zeros of the whole model ---
+
+def globally(task: Task) -> dict[str, Tensor]:
+    """`walk` and `fisher`: one budget for all matrices."""
+    config = task.config
+    patterns = None
+    if config.pattern != "unstructured":
+        roots = roots_of(task)
+        patterns = chosen_patterns(task, roots)
+        found = walked_in_patterns(task, roots, patterns)
+    else:
+        # where it only begins it need not be exact
+        near = pruning.NEAR if config.method == "walk" else 10 * pruning.NEAR
+        found = walked(task, config.budget, near)
+    if config.method == "walk":
+        return found
+    return split_zeros(task, found, patterns)
+
+def split_zeros(task: Task, start: dict[str, Tensor], patterns: dict | None) -> dict[str, Tensor]:
+    layers = linears(task.model)
+    shelf = Shelf(task.folder)
+    own = own_shares(task.statistics)
+    scaled = splitting.scaled_layers(start, task.statistics, own, shelf, task.device)
+    for layer in scaled:
+        layer.begin(layers[layer.name].weight, start.pop(layer.name), task.device)
+    parts = [[layer] for layer in scaled] if task.config.uniform else [scaled]
+    for part in parts:
+        keep = int(task.config.budget * sum(task.sizes[layer.name] for layer in part) + 1e-6)
+        splitting.split(part, keep, patterns, task.device)
+    return {layer.name: splitting.result(layer) for layer in scaled}
+
+SPARSE = {
+    "fisher": globally, "walk": globally,
+    "magnitude": one_by_one, "wanda": one_by_one, "sparsegpt": one_by_one,
+}
+
+@torch.no_grad()
+def to_sparse(task: Task) -> dict[str, dict]:
+    """Put zeros into the layers' weights; what each became, as in allocation.json."""
+    found = SPARSE[task.config.method](task)
+    entries = {}
+    for name, linear in linears(task.model).items():
+        new = found.get(name)
+        if new is None:
+            entries[name] = entry_of(Option(linear.weight.numel(), 0.0), False)
+            continue
+        damage = damage_of(task, name, new - linear.weight)
+        linear.weight.copy_(new)
+        kept = int(linear.weight.count_nonzero())
+        entries[name] = entry_of(Option(kept, damage, "sparse"), False)
+    return entries
+
+def damage_of(task: Task, name: str, change: Tensor) -> float | None:
+    """What a change of a layer's weight is predicted to cost, in nats a token; None without statistics."""
+    if task.statistics is None:
+        return None
+    return metric_of("fisher", name, task.statistics, task.device).damage(change)

@@ -1,0 +1,176 @@
+"""A weight W (out, in) as a product B A of rank r that costs little in the model's loss.
+
+Every method is an SVD of W in some metric, here K for the outputs and L for the inputs:
+
+    M = Kᵀ W L = U Σ Vᵀ,    A = Σ_r^½ V_rᵀ L⁻¹  (r, in),    B = K⁻ᵀ U_r Σ_r^½  (out, r)
+
+    plain      K = 1,          L = 1
+    asvd       K = 1,          L = diag(E|x|^½)        Yuan et al. 2023, arXiv 2312.05821, eq. 6
+    svdllm     K = 1,          L Lᵀ = C                Wang et al. 2024, arXiv 2403.07378, alg. 1
+    fisher     K Kᵀ = G,       L Lᵀ = C                both sides of the Kronecker-factored Fisher matrix
+
+with C and G of `covariance.py`. The best product of rank r loses ½ Σ_{i>r} σ_i² (Eckart and Young): with
+`fisher` a prediction of the loss in nats a token, in one unit for every matrix of a model. A is cut to its
+first r rows and B to its first r columns, so that one SVD serves every rank."""
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lost import in_float64, top_svd
+from nanolost.covariance import Statistics
+
+METHODS = ("fisher", "svdllm", "asvd", "plain", "lost")
+
+# what is added to a covariance before it is factorised: a share of its own diagonal (1 % and 10 % are within
+# 0.13 nats of it at half of the values), and a little of the mean for channels that are always zero
+OWN = 0.03
+MEAN = 1e-6
+
+# --- metrics ---
+
+def shrunk(C: Tensor, own: float = OWN, mean: float = MEAN) -> Tensor:
+    """C + own·diag(C) + mean·E[diag(C)]·1, float64: positive definite however few tokens C was made of. A
+    covariance of zeros becomes the identity: no direction is better than another."""
+    C = in_float64(C)
+    diagonal = C.diagonal()
+    size = diagonal.mean()
+    if size == 0:
+        return torch.eye(len(C), dtype=C.dtype, device=C.device)
+    return C + torch.diag(own * diagonal + mean * size)
+
+def root(C: Tensor) -> Tensor:
+    """The lower triangular factor of a positive definite C (n, n)."""
+    return torch.linalg.cholesky(C)
+
+class Metric(NamedTuple):
+    """K (out, out) and L (in, in), lower triangular, float64; None: the identity."""
+
+    K: Tensor | None
+    L: Tensor | None
+
+    def applied(self, W: Tensor) -> Tensor:
+        """Kᵀ W L."""
+        if self.K is not None:
+            W = self.K.T @ W
+        return W if self.L is None else W @ self.L
+
+    def damage(self, E: Tensor) -> float:
+        """½ ‖Kᵀ E L‖², of a change E of the weight."""
+        return self.applied(in_float64(E)).square().sum().item() / 2
+
+def metric_of(method: str, name: str, statistics: Statistics | None, device) -> Metric:
+    """The metric in which `method` cuts the layer `name`."""
+    K = None
+    L = None
+    if method == "asvd":
+        size = in_float64(statistics.sizes(name).to(device)).sqrt()
+        # a channel that is always zero: as good as none, but the division must stand
+        L = torch.diag(size.clamp(min=1e-6 * size.max().clamp(min=1e-30)))
+    if method in ("svdllm", "fisher"):
+        L = root(shrunk(statistics.inputs(name).to(device)))
+    if method == "fisher":
+        K = root(shrunk(statistics.gradients(name).to(device)))
+    return Metric(K, L)
+
+# --- every rank at once ---
+
+def curve(W: Tensor, metric: Metric) -> Tensor:
+    """What each rank loses: (full + 1,) for ranks 0 to the full one, which loses nothing."""
+    M = metric.applied(in_float64(W))
+    wide = M.shape[0] <= M.shape[1]
+    gram = M @ M.T if wide else M.T @ M
+    square = torch.linalg.eigvalsh(gram).clamp(min=0)
+    # ascending: the sum of the smallest is what the largest rank but so many leaves
+    lost = square.cumsum(0) / 2
+    return torch.cat((lost.flip(0), lost.new_zeros(1)))
+
+def factors(W: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and B (out, rank), float64."""
+    M = metric.applied(in_float64(W))
+    U, sigma, Vt = top_svd(M, rank)
+    half = sigma.sqrt()
+    A = half[:, None] * Vt
+    B = U * half
+    if metric.L is not None:
+        A = torch.linalg.solve_triangular(metric.L, A, upper=False, left=False)
+    if metric.K is not None:
+        B = torch.linalg.solve_triangular(metric.K.T, B, upper=True)
+    return A, B
+
+def balanced(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with A Aᵀ = Bᵀ B, both diagonal: as they come |B| / |A| runs from 0.06 to 293 over a
+    model's layers, and the steps of Adam are per element."""
+    Q_B, R_B = torch.linalg.qr(B)
+    Q_A, R_A = torch.linalg.qr(A.T)
+    U, sigma, Vt = torch.linalg.svd(R_B @ R_A.T)
+    half = sigma.sqrt()
+    return half[:, None] * (Vt @ Q_A.T), (Q_B @ U) * half
+
+# --- channels beside the product ---
+
+@dataclass
+class Parts:
+    """What a layer is made of, float64: A (r, in), B (out, r), channels (k,) ascending, W_s (out, k)."""
+
+    A: Tensor
+    B: Tensor
+    channels: Tensor
+    W_s: Tensor
+
+    def product(self) -> Tensor:
+        W = self.B @ self.A
+        return W.index_add(1, self.channels, self.W_s)
+
+def without(n: int, channels: Tensor) -> Tensor:
+    """The others of n channels, ascending."""
+    rest = torch.ones(n, dtype=torch.bool, device=channels.device)
+    rest[channels] = False
+    return rest.nonzero()[:, 0]
+
+def best_channels(W: Tensor, metric: Metric, rank: int, k: int) -> Tensor:
+    """The k input channels of which the rank-r part loses most, (k,) ascending: each by what its column of
+    the residual costs when the other channels stand still, ½ ‖Kᵀ E_j‖² / [C⁻¹]_jj."""
+    A, B = factors(W, metric, rank)
+    E = Metric(metric.K, None).applied(in_float64(W) - B @ A)
+    loss = E.square().sum(0)
+    if metric.L is not None:
+        inverse = torch.cholesky_inverse(metric.L).diagonal()
+        loss = loss / inverse
+    return loss.topk(k).indices.sort().values
+
+def beside_channels(W: Tensor, metric: Metric, channels: Tensor) -> tuple[Tensor, Metric, Tensor]:
+    """What is left for the product once some channels have values of their own, which answer for all that
+    they know of the others: the other columns of W, their metric, and the regression T (k, rest) of the
+    others on the channels. C given the channels is the Schur complement."""
+    n = W.shape[1]
+    rest = without(n, channels)
+    L = torch.eye(n, dtype=torch.float64, device=W.device) if metric.L is None else metric.L
+    C = L @ L.T
+    T = torch.linalg.solve(C[channels][:, channels], C[channels][:, rest])
+    given = C[rest][:, rest] - C[rest][:, channels] @ T
+    return in_float64(W)[:, rest], Metric(metric.K, root(shrunk(given, 0.0))), T
+
+def split(W: Tensor, metric: Metric, rank: int, k: int = 0) -> Parts:
+    """The best product of a rank, and beside it k channels with values of their own."""
+    W = in_float64(W)
+    if not k:
+        A, B = factors(W, metric, rank)
+        none = torch.empty(0, dtype=torch.int64, device=W.device)
+        return Parts(A, B, none, W.new_empty(len(W), 0))
+    channels = best_channels(W, metric, rank, k)
+    rest = without(W.shape[1], channels)
+    W_rest, inner, T = beside_channels(W, metric, channels)
+    A_rest, B = factors(W_rest, inner, rank)
+    A = W.new_zeros(rank, W.shape[1])
+    A[:, rest] = A_rest
+    # what the product leaves of the other columns, as far as these channels can say it
+    W_s = W[:, channels] + (W_rest - B @ A_rest) @ T.T
+    return Parts(A, B, channels, W_s)
+
+def curve_beside(W: Tensor, metric: Metric, rank: int, k: int) -> Tensor:
+    """`curve` with k channels, which were chosen beside a product of `rank`."""
+    channels = best_channels(W, metric, rank, k)
+    W_rest, inner, _ = beside_channels(W, metric, channels)
+    return curve(W_rest, inner)
