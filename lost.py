@@ -11,12 +11,19 @@ of A, B, W_s (and γ where asked for):
     W_s    = W[:, I]                                                    (6)
     y      = γ · SiLU(x Aᵀ) Bᵀ + (1 − γ) · x[..., I] W_sᵀ               (7)
 
+A *pinned* layer, which the paper does not have, takes r input channels P as they are and the others R by A:
+
+    z      = x[..., P] + x[..., R] Aᵀ   in the place of x Aᵀ in (7)     (8)
+
+It has r² values fewer, and without the SiLU any layer can be written so (`pin`).
+
 | code         | paper | shape     |                  | code         | paper | shape |
-|--------------|-------|-----------|------------------|--------------|-------|-------|
+|--------------|-------|-----------|                  |--------------|-------|-------|
 | A            | A     | (r, in)   |                  | rank         | r     | –     |
 | B            | B     | (out, r)  |                  | sparsity     | ρ     | –     |
 | W_s          | W_s   | (out, k)  |                  | gamma        | γ     | ()    |
 | index        | I     | (k,)      |                  | importance   | CI    | (in,) |
+| A, pinned    | –     | (r, in−r) |                  | pivot        | P     | (r,)  |
 
     model = apply_lost(model, rank=128, sparsity=0.01)
 
@@ -126,7 +133,7 @@ def check_linear(linear: nn.Module):
         raise LOSTError("it has hooks, which a LOST layer would not run: remove them first, or keep it dense")
     check_matrix(weight)
 
-# `Inner.backward` counts on distinct channels: a repeated one would lose its gradient silently
+# `Inner.backward` counts on distinct channels: a repeated one would lose its gradient silently. So of pivots
 def check_index(index: Tensor, in_features: int, name: str):
     # values of the meta device cannot be looked at; they come later, by another load
     if index.is_meta:
@@ -262,7 +269,78 @@ def decompose(
     index = index.to(weight.device, torch.int32)
     return Decomposition(A, B, index, W_s)
 
+# --- pinned factors ---
+
+class Pinned(NamedTuple):
+    pivot: Tensor                        # (r,) int32, ascending
+    A: Tensor                            # (r, in - r)
+    B: Tensor                            # (out, r)
+
+def pivot_order(swaps: Tensor, count: int) -> Tensor:
+    """The order of `count` rows that LAPACK's swaps (r,), counted from 1, leave."""
+    order = list(range(count))
+    for i, j in enumerate(swaps.tolist()):
+        order[i], order[j - 1] = order[j - 1], order[i]
+    return torch.tensor(order, device=swaps.device)
+
+@torch.no_grad()
+def pin(A: Tensor, B: Tensor) -> Pinned:
+    """The factors of eq. 8 with the same product: B' Z = B A, where Z holds the identity in the columns P and
+    A' in the others.
+
+    LU with row pivoting, Aᵀ = [L₁; L₂] U with its rows in the order P, R, chooses the channels, so that no
+    element of L is above 1. Then A' = L₁⁻ᵀ L₂ᵀ and B' = B A[:, P]: U is never inverted, and rows of A that
+    depend on each other do no harm. In float64; raises LOSTError for what is not finite."""
+    check_matrix(A)
+    check_matrix(B)
+    rank, in_features = A.shape
+    check_sizes((len(B), in_features), rank, 0)
+    for factor in (A, B):
+        check_values(factor, 0, "weight")
+    wide = in_float64(A)
+    # _ex: the other form refuses an A without full rank
+    lu, swaps, _ = torch.linalg.lu_factor_ex(wide.T)
+    order = pivot_order(swaps, in_features)
+    above = lu[:rank].T
+    below = lu[rank:].T
+    T = torch.linalg.solve_triangular(above, below, upper=True, unitriangular=True)      # (r, in - r)
+    # ascending, as a file has it and memory is read
+    pivot, rows = order[:rank].sort()
+    columns = order[rank:].argsort()
+    T = T[rows][:, columns]
+    A_new, B_new = (part.to(A).contiguous() for part in (T, in_float64(B) @ wide[:, pivot]))
+    if not (A_new.isfinite().all() and B_new.isfinite().all()):
+        raise LOSTError(f"the pinned form overflows {A.dtype}: use a wider dtype")
+    return Pinned(pivot.to(A.device, torch.int32), A_new, B_new)
+
+def other_channels(pivot: Tensor, in_features: int) -> Tensor:
+    """The channels (in - r,) that `pivot` (r,) leaves, int32, both ascending."""
+    rank = len(pivot)
+    number = torch.arange(in_features - rank, device=pivot.device)
+    # pivot_i has pivot_i - i others before it: the j-th other follows all pivots that have j or fewer
+    before = pivot.long() - torch.arange(rank, device=pivot.device)
+    passed = torch.searchsorted(before, number, right=True)
+    return (number + passed).int()
+
+def in_order(parts: Tensor, pivot: Tensor, rest: Tensor) -> Tensor:
+    """Columns (..., in), first those of the pivots, then of the others, each put where its channel is."""
+    places = torch.cat((pivot, rest)).long()
+    return torch.empty_like(parts).index_copy(-1, places, parts)
+
 # --- the layer ---
+
+# Plain addition is enough, since the indices are distinct: `check_index`. Not as dx[..., index] +=, which
+# torch.func batches wrongly where each member of an ensemble has its own index
+def add_channels(dx: Tensor, index: Tensor, dx_I: Tensor) -> Tensor:
+    own = dx.index_select(-1, index) + dx_I
+    return dx.index_copy(-1, index.long(), own)
+
+# One product over all rows, whatever dimensions they come in
+def gradient_of_A(dz: Tensor, x: Tensor) -> Tensor:
+    dz = dz.reshape(-1, dz.shape[-1])
+    # not -1: at rank = in a pinned layer has none of x left
+    x = x.reshape(len(dz), x.shape[-1])
+    return dz.T @ x
 
 class Inner(torch.autograd.Function):
     """x (..., in) → x Aᵀ (..., r) and x_I (..., k). The gradient of x_I is added to that of x where it
@@ -282,18 +360,37 @@ class Inner(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dz, dx_I):
         x, A, index = ctx.saved_tensors
-        dx = dz @ A
-        # plain addition is enough, since the indices are distinct: `check_index`. Not as dx[..., index] +=,
-        # which torch.func batches wrongly where each member of an ensemble has its own index
-        own = dx.index_select(-1, index) + dx_I
-        dx = dx.index_copy(-1, index.long(), own)
-        # one product over all rows, whatever dimensions they come in
-        dz = dz.reshape(-1, A.shape[0])
-        x = x.reshape(-1, A.shape[1])
-        return dx, dz.T @ x, None
+        dx = add_channels(dz @ A, index, dx_I)
+        return dx, gradient_of_A(dz, x), None
+
+class PinnedInner(torch.autograd.Function):
+    """The same for eq. 8: x (..., in) → z (..., r) and x_I (..., k), where k may be 0. Every channel is a
+    pivot or one of the rest, so that the gradient of x is written once."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, A, pivot, rest, index):
+        z = x.index_select(-1, pivot) + F.linear(x.index_select(-1, rest), A)
+        return z, x.index_select(-1, index)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, dz, dx_I):
+        x, A, pivot, rest, index = ctx.saved_tensors
+        dx = in_order(torch.cat((dz, dz @ A), -1), pivot, rest)
+        if len(index):
+            dx = add_channels(dx, index, dx_I)
+        # gathered again: kept, it would be as large as x, which q, k and v share
+        x_rest = x.index_select(-1, rest)
+        return dx, gradient_of_A(dz, x_rest), None, None, None
 
 # torch asks for it at each call, and Python takes 30 µs to find it anew: half of a small layer's forward
 Inner.forward.__signature__ = inspect.signature(Inner.forward)
+PinnedInner.forward.__signature__ = inspect.signature(PinnedInner.forward)
 
 # Autocast does not look into an autograd.Function: cast as it does for a product
 def as_autocast(tensor: Tensor) -> Tensor:
@@ -306,22 +403,22 @@ def as_autocast(tensor: Tensor) -> Tensor:
         return tensor
     return tensor.to(torch.get_autocast_dtype(kind))
 
-def inner_products(x: Tensor, A: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+def inner_products(inner: type, x: Tensor, A: Tensor, *channels: Tensor) -> tuple[Tensor, ...]:
     x = as_autocast(x)
     A = as_autocast(A)
     # Forward-mode derivatives (jvp, jacfwd) go through plain operations: Inner has no jvp, because
     # torch.compile refuses a Function that has one
     if getattr(forward_ad, "_current_level", -1) >= 0:
-        return Inner.forward(x, A, index)
-    return Inner.apply(x, A, index)
+        return inner.forward(x, A, *channels)
+    return inner.apply(x, A, *channels)
 
 class LOSTLinear(nn.Module):
     """Drop-in for nn.Linear by eq. 7: x (..., in) → (..., out).
 
     Parameters A (rank, in), B (out, rank), W_s (out, k); buffer index (k,) int32; gamma a number, or a
-    parameter where `learn_gamma`. With k = 0 there is no sparse path, no W_s and no index. The constructor
-    leaves all empty, to be filled by `from_linear` or from a checkpoint. Raises LOSTError for what does not
-    fit."""
+    parameter where `learn_gamma`. With k = 0 there is no sparse path, no W_s and no index. Where `pinned` (by
+    eq. 8) A is (rank, in - rank), and there is a buffer pivot (rank,) int32. The constructor leaves all
+    empty, to be filled by `from_linear` or from a checkpoint. Raises LOSTError for what does not fit."""
 
     # a second form of eq. 7 for the decode step, which asks for it explicitly
     few_rows = False
@@ -336,6 +433,7 @@ class LOSTLinear(nn.Module):
         activation: str = "silu",
         learn_gamma: bool = False,
         bias: bool = False,
+        pinned: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -347,14 +445,23 @@ class LOSTLinear(nn.Module):
         self.rank = int(rank)
         self.k = int(k)
         self.activation = activation
+        self.pinned = bool(pinned)
         def empty(*shape):
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.A = empty(self.rank, self.in_features)
+        def channels(count):
+            # int32 is half of torch's own kind of index, in memory and in the file
+            return torch.empty(count, device=device, dtype=torch.int32)
+        by_A = self.in_features
+        if self.pinned:
+            by_A -= self.rank
+            self.register_buffer("pivot", channels(self.rank))
+            # follows from the pivots: not in the file
+            self.register_buffer("rest", channels(by_A), persistent=False)
+        self.A = empty(self.rank, by_A)
         self.B = empty(self.out_features, self.rank)
         if k:
             self.W_s = empty(self.out_features, self.k)
-            # int32 is half of torch's own kind of index, in memory and in the file
-            self.register_buffer("index", torch.empty(self.k, device=device, dtype=torch.int32))
+            self.register_buffer("index", channels(self.k))
         self.bias = empty(self.out_features) if bias else None
         # a checkpoint from before γ was kept in [0, 1] may say 1.1 for a learned one
         if learn_gamma and isinstance(gamma, Real) and gamma == gamma:
@@ -453,13 +560,17 @@ class LOSTLinear(nn.Module):
         return F.linear(z, B, self.bias)
 
     def inner(self, x: Tensor):
-        """γ · SiLU(x Aᵀ) (..., rank) and (1 − γ) · x_I (..., k): γ scales what is narrow."""
+        """γ · SiLU(z) (..., rank) and (1 − γ) · x_I (..., k): γ scales what is narrow."""
         # eq. 7 scales the outputs; the sum is the same and rank + k is less than out
         gamma = self.bounded_gamma()
         activation = ACTIVATIONS[self.activation]
-        if not self.k:
+        if self.pinned:
+            index = self.index if self.k else self.pivot[:0]
+            z, x_I = inner_products(PinnedInner, x, self.A, self.pivot, self.rest, index)
+        elif self.k:
+            z, x_I = inner_products(Inner, x, self.A, self.index)
+        else:
             return gamma * activation(F.linear(x, self.A)), None
-        z, x_I = inner_products(x, self.A, self.index)
         return gamma * activation(z), (1 - gamma) * x_I
 
     def bounded_gamma(self) -> float | Tensor:
@@ -474,6 +585,29 @@ class LOSTLinear(nn.Module):
         # the difference is exactly 0: inside [0, 1] this is γ to the last bit
         return self.gamma.detach().clamp(0, 1) + through
 
+    def full_A(self) -> Tensor:
+        """A (rank, in), with the identity that a pinned layer leaves out."""
+        if not self.pinned:
+            return self.A
+        identity = torch.eye(self.rank, device=self.A.device, dtype=self.A.dtype)
+        return in_order(torch.cat((identity, self.A), -1), self.pivot, self.rest)
+
+    @torch.no_grad()
+    def as_pinned(self) -> "LOSTLinear":
+        """A pinned layer that computes the same with r² values fewer. Raises LOSTError for one with SiLU."""
+        if self.activation != "none":
+            raise LOSTError(f"activation {self.activation!r} stands between the factors, which no identity "
+                            "can pass: only a layer with activation none can be pinned")
+        if self.pinned:
+            return self
+        kind = {"device": self.B.device, "dtype": self.B.dtype}
+        layer = type(self)(**{**self.settings(), "pinned": True}, **kind)
+        if not self.B.is_meta:
+            layer.load_state_dict({**self.state_dict(), **pin(self.A, self.B)._asdict()})
+        for name, parameter in self.named_parameters():
+            getattr(layer, name).requires_grad_(parameter.requires_grad)
+        return layer.train(self.training)
+
     @torch.no_grad()
     def merge(self) -> nn.Linear:
         """The dense layer with the same output, weight γ B A + (1 − γ) W_s in the columns I: without SiLU.
@@ -486,7 +620,7 @@ class LOSTLinear(nn.Module):
         sizes = self.in_features, self.out_features, self.bias is not None
         like_A = {"device": self.A.device, "dtype": self.A.dtype}
         dense = nn.utils.skip_init(nn.Linear, *sizes, **like_A)
-        dense.weight.copy_(gamma * (self.B @ self.A))
+        dense.weight.copy_(gamma * (self.B @ self.full_A()))
         if self.k:
             W_s = (1 - gamma) * self.W_s
             dense.weight.index_add_(1, self.index, W_s)
@@ -514,6 +648,7 @@ class LOSTLinear(nn.Module):
             "activation": self.activation,
             "learn_gamma": learned,
             "bias": self.bias is not None,
+            "pinned": self.pinned,
         }
 
     def extra_repr(self) -> str:
@@ -522,13 +657,19 @@ class LOSTLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *others):
         """What load_state_dict calls for each module: here also the channels are checked."""
-        name = f"{prefix}index"
-        index = state_dict.get(name)
-        # a shape that does not fit is torch's to report, with all others
-        if self.k and index is not None:
-            if index.shape == self.index.shape:
+        for buffer, own in self.named_buffers(recurse=False):
+            name = f"{prefix}{buffer}"
+            index = state_dict.get(name)
+            # a shape that does not fit is torch's to report, with all others
+            if index is not None and index.shape == own.shape:
                 check_index(index, self.in_features, name)
         super()._load_from_state_dict(state_dict, prefix, *others)
+        self.derive()
+
+    def derive(self):
+        """Find the channels that `pivot` leaves: for who writes it by another way than load_state_dict."""
+        if self.pinned:
+            self.rest = other_channels(self.pivot, self.in_features)
 
     @torch.no_grad()
     def diagnose(self, x: Tensor) -> dict[str, float]:
@@ -546,7 +687,7 @@ class LOSTLinear(nn.Module):
         numbers = {
             "low_rank_share": energy / (energy + other).clamp(min=1e-30),
             "cosine": product / (energy * other).sqrt().clamp(min=1e-30),
-            **spectrum(self.A, self.B),
+            **spectrum(self.full_A(), self.B),
             "gamma": self.bounded_gamma(),
         }
         # five digits, for metrics.jsonl

@@ -835,6 +835,210 @@ def test_merge_refuses_a_layer_with_silu():
     with pytest.raises(LOSTError, match="activation 'silu' .*makes the layer non-linear"):
         layer.merge()
 
+# --- pinned: eq. 8 ---
+
+by_channels = pytest.mark.parametrize("sparsity", [0, 0.2])
+
+def pinned_pair(shape=(24, 36), rank=6, sparsity=0.2, dtype=torch.float64, bias=True, **switches):
+    """A layer without SiLU, and the pinned one that is made of it."""
+    linear = dense_layer(shape, dtype=dtype, bias=bias)
+    layer = LOSTLinear.from_linear(linear, rank, sparsity, 0.6, "none", select="weight", **switches)
+    return layer, layer.as_pinned()
+
+class LiteralPinned(nn.Module):
+    """Equations 7 and 8 as they are printed, with the parameters of a pinned layer."""
+
+    def __init__(self, layer, silu):
+        super().__init__()
+        self.layer, self.silu = layer, silu
+        for name, p in layer.named_parameters():
+            setattr(self, name, nn.Parameter(p.detach().clone()))
+
+    def forward(self, x):
+        pivot, gamma = self.layer.pivot.tolist(), self.layer.bounded_gamma()
+        rest = [j for j in range(x.shape[-1]) if j not in pivot]
+        z = x[..., pivot] + x[..., rest] @ self.A.T
+        y = gamma * (z * torch.sigmoid(z) if self.silu else z) @ self.B.T + self.bias
+        return y + (1 - gamma) * x[..., self.layer.index.tolist()] @ self.W_s.T if self.layer.k else y
+
+@shapes
+@by_channels
+@pytest.mark.parametrize("learn_gamma", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_a_pinned_layer_computes_what_the_layer_did(shape, sparsity, learn_gamma, dtype, tolerance):
+    layer, pinned = pinned_pair(shape, 8, sparsity, dtype, learn_gamma=learn_gamma)
+    x = inputs(shape[1], dtype=dtype)
+    assert relative_error(pinned(x), layer(x)) < tolerance
+    assert relative_error(pinned.merge()(x), pinned(x)) < tolerance
+    assert pinned.as_pinned() is pinned and "pinned=True" in repr(pinned) and "pinned=False" in repr(layer)
+
+@shapes
+@pytest.mark.parametrize("k", [0, 3])
+@pytest.mark.parametrize("rank", [1, 7, 20])
+def test_a_pinned_layer_has_as_many_values_as_it_says(shape, k, rank):
+    layer = LOSTLinear(shape[1], shape[0], rank, k, pinned=True)
+    assert sum(p.numel() for p in layer.parameters()) == rank * (sum(shape) - rank) + k * shape[0]
+    assert (layer.pivot.shape, layer.pivot.dtype) == ((rank,), torch.int32)
+    assert "rest" not in layer.state_dict()
+
+@pytest.mark.parametrize("shape, rank", [((24, 36), 6), ((36, 24), 1), ((24, 24), 24), ((36, 20), 20),
+                                         ((20, 36), 20)])
+@pytest.mark.parametrize("true_rank", [None, 3, 0])
+def test_pinned_factors_have_the_same_product_whatever_the_rank(shape, rank, true_rank):
+    A, B = random_weight((rank, shape[1])), random_weight((shape[0], rank), 1)
+    if true_rank is not None:
+        A = random_weight((rank, true_rank), 2) @ random_weight((true_rank, shape[1]), 3)
+    pivot, rest_of_A, new_B = lost.pin(A, B)
+    Z = torch.zeros_like(A)
+    Z[:, pivot] = torch.eye(rank, dtype=A.dtype)
+    others = [j for j in range(shape[1]) if j not in pivot.tolist()]
+    Z[:, others] = rest_of_A
+    assert pivot.dtype == torch.int32 and pivot.tolist() == sorted(set(pivot.tolist()))
+    assert lost.other_channels(pivot, shape[1]).tolist() == others
+    assert (new_B @ Z - B @ A).norm() <= 1e-12 * max(1, (B @ A).norm())
+    # pivoting keeps them small: they say how much of x is rounded
+    assert rest_of_A.abs().amax() < 10 if rest_of_A.numel() else rank == shape[1]
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(1, 12), st.data())
+def test_other_channels_are_those_that_are_no_pivots(in_features, data):
+    pivot = sorted(data.draw(st.sets(st.integers(0, in_features - 1), min_size=1)))
+    found = lost.other_channels(torch.tensor(pivot, dtype=torch.int32), in_features)
+    assert found.dtype == torch.int32 and found.tolist() == [j for j in range(in_features) if j not in pivot]
+
+@by_channels
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_gradients_of_a_pinned_layer_are_those_of_its_equation(sparsity, silu, dtype):
+    layer = pinned_pair(sparsity=sparsity, dtype=torch.float32, learn_gamma=False)[1]
+    layer.activation = "silu" if silu else "none"
+    x, found = inputs(36, dtype=torch.float32).requires_grad_(), []
+    for module in (layer, LiteralPinned(layer, silu)):
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            y = module(x)
+        # the literal equation adds a float32 bias to what autocast made
+        assert y.dtype == (dtype or torch.float32) or module is not layer
+        y.float().square().sum().backward()
+        gradients = {name: p.grad for name, p in module.named_parameters(recurse=False)}
+        found.append([y.float(), x.grad, *(gradients[name] for name in sorted(gradients))])
+        x.grad = None
+    errors = [relative_error(one, other) for one, other in zip(*found, strict=True)]
+    assert len(errors) == (6 if sparsity else 5) and max(errors) < (2e-2 if dtype else 1e-6)
+
+@by_channels
+def test_derivatives_of_a_pinned_layer_of_first_and_second_order_are_those_of_differences(sparsity):
+    layer = pinned_pair((5, 8), 3, sparsity, learn_gamma=True)[1]
+    layer.activation = "silu"
+    names, values = zip(*layer.named_parameters(), strict=True)
+    def output(x, *parameters):
+        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
+    arguments = (inputs(8)[0, :2].requires_grad_(), *values)
+    assert torch.autograd.gradcheck(output, arguments, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(output, arguments)
+
+@by_channels
+def test_a_pinned_layer_runs_in_every_context_alike(sparsity):
+    layer = pinned_pair(sparsity=sparsity, learn_gamma=True)[1]
+    for x in (inputs(36), inputs(36)[0, 0]):
+        for context in (torch.no_grad, torch.inference_mode):
+            with context():
+                inference = layer(x)
+            assert torch.equal(layer(x), inference)
+        usual = layer(x)
+        layer.few_rows = True
+        assert relative_error(layer(x), usual) < 1e-12
+        layer.few_rows = False
+        assert torch.equal(copy.deepcopy(layer)(x), usual)
+
+@by_channels
+@pytest.mark.parametrize("few_rows", [False, True])
+@pytest.mark.parametrize("rank", [6, 20])
+def test_a_compiled_pinned_layer_has_the_same_output_and_gradients(sparsity, few_rows, rank):
+    layer = pinned_pair((40, 20), rank, sparsity, torch.float32)[1]
+    layer.few_rows = few_rows
+    x, found = inputs(20, dtype=torch.float32).requires_grad_(), []
+    for module in (layer, torch.compile(layer, fullgraph=True, dynamic=False)):
+        y = module(x)
+        y.square().sum().backward()
+        found.append([y, x.grad, *(p.grad for p in layer.parameters())])
+        x.grad = None
+        layer.zero_grad()
+    # at full rank A has no columns
+    for one, other in zip(*found, strict=True):
+        assert one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+def test_an_ensemble_of_pinned_layers_has_the_gradients_of_its_members():
+    layers = [LOSTLinear.from_linear(dense_layer((6, 8), seed=seed), 3, 0.25, activation="none").as_pinned()
+              for seed in range(3)]
+    x, out = inputs(8).expand(3, 2, 5, 8), inputs(6, 1)
+    parameters, buffers = torch.func.stack_module_state(layers)
+    assert len({tuple(pivot.tolist()) for pivot in buffers["pivot"]}) > 1
+    def loss(parameters, buffers, x):
+        return (torch.func.functional_call(layers[0], (parameters, buffers), x) * out).sum()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = torch.func.vmap(torch.func.grad(loss, (0, 2)))(parameters, buffers, x)
+    for i, layer in enumerate(layers):
+        one = x[i].clone().requires_grad_()
+        (layer(one) * out).sum().backward()
+        assert torch.allclose(one.grad, found[1][i]) and torch.allclose(layer.A.grad, found[0]["A"][i])
+
+@by_channels
+def test_a_pinned_layer_is_diagnosed_as_the_layer_was(sparsity):
+    layer, pinned = pinned_pair(sparsity=sparsity)
+    # the factors differ, their product does not
+    same = {name: value for name, value in layer.diagnose(inputs(36)).items() if not name.startswith("norm")}
+    found = pinned.diagnose(inputs(36))
+    assert {name: found[name] for name in same} == pytest.approx(same, rel=1e-4)
+    assert found["norm_A"] == pytest.approx(torch.linalg.norm(pinned.full_A(), 2).item(), rel=1e-4)
+
+@by_channels
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+def test_a_pinned_layer_is_rebuilt_from_its_settings_and_its_file(sparsity, assign, place):
+    layer = pinned_pair(sparsity=sparsity, learn_gamma=True)[1]
+    rebuilt = LOSTLinear(**layer.settings(), dtype=torch.float64, device=place)
+    if place == "meta" and assign:
+        rebuilt.load_state_dict(rebuilt.state_dict(), assign=True)            # nothing to look at yet
+    elif place == "meta":
+        rebuilt = rebuilt.to_empty(device="cpu")
+    rebuilt.load_state_dict(layer.state_dict(), assign=assign)
+    assert rebuilt.settings() == layer.settings() and torch.equal(rebuilt(inputs(36)), layer(inputs(36)))
+
+@pytest.mark.parametrize("pivot", [[3, 3, 7, 9], [7, 3, 9, 11], [-1, 3, 7, 9], [3, 7, 9, 16],
+                                   [0.0, 1.0, 2.0, 3.0]])
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_pivots_that_repeat_or_are_not_there_are_refused_when_loaded(pivot, assign, device):
+    state = nn.Sequential(LOSTLinear(16, 12, 4, 0, pinned=True)).state_dict()
+    model = nn.Sequential(LOSTLinear(16, 12, 4, 0, pinned=True, device=device))
+    with pytest.raises(LOSTError, match=r"^0\.pivot must hold different channels of 0 … 15 in ascending"):
+        model.load_state_dict({**state, "0.pivot": torch.tensor(pivot)}, assign=assign)
+    del state["0.pivot"]
+    with pytest.raises(RuntimeError, match="Missing key.*pivot"):
+        model.load_state_dict(state)
+
+def test_what_cannot_be_pinned_is_refused():
+    with pytest.raises(LOSTError, match="'silu' stands between the factors, .*activation none can be pinned"):
+        LOSTLinear.from_linear(dense_layer((12, 16)), 4, 0.25).as_pinned()
+    A, B = random_weight((3, 8)), random_weight((6, 3))
+    A[1, 2] = float("nan")
+    with pytest.raises(LOSTError, match="NaN or infinite"):
+        lost.pin(A, B)
+    with pytest.raises(LOSTError, match="the pinned form overflows torch.float16"):
+        lost.pin(torch.full((1, 8), 6e4).half(), torch.full((6, 1), 6e4).half())
+
+def test_a_pinned_layer_keeps_what_is_frozen_its_mode_and_its_device():
+    layer = LOSTLinear.from_linear(dense_layer((12, 16), bias=True), 4, 0.25, activation="none").eval()
+    layer.A.requires_grad_(False)
+    layer.bias.requires_grad_(False)
+    pinned = layer.as_pinned()
+    assert {name for name, p in pinned.named_parameters() if p.requires_grad} == {"B", "W_s"}
+    assert not pinned.training and pinned.merge().weight.requires_grad
+    empty = LOSTLinear(16, 12, 4, 2, activation="none", device="meta").as_pinned()
+    assert empty.A.is_meta and empty.pivot.is_meta and empty(torch.empty(3, 16, device="meta")).is_meta
+    assert empty.merge().weight.is_meta and empty.k == 2
+
 # --- hard weights ---
 
 @shapes
