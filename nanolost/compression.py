@@ -7,7 +7,6 @@ import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
-import lost
 from lost import LOSTLinear, decompose
 from model import Llama
 from nanolost import closed_loop, lowrank, pruning, splitting
@@ -108,17 +107,16 @@ def lost_layer(linear: nn.Linear, parts: Parts, pinned: bool) -> LOSTLinear:
     gamma = 0.5 if k else 1.0
     A, B = lowrank.balanced(parts.A, parts.B)
     tensors = {"A": A, "B": B / gamma}
-    if pinned:
-        tensors["pivot"], tensors["A"], tensors["B"] = lost.pin(A, B / gamma)
     if k:
         tensors["W_s"] = parts.W_s / (1 - gamma)
         tensors["index"] = parts.channels
     if linear.bias is not None:
         tensors["bias"] = linear.bias
-    layer = LOSTLinear(
-        linear.in_features, linear.out_features, len(B.T), k, gamma, "none",
-        bias=linear.bias is not None, device=linear.weight.device)
-    layer.load_state_dict({name: t.to(linear.weight.device) for name, t in tensors.items()})
+    sizes = linear.in_features, linear.out_features, len(A), k
+    device = linear.weight.device
+    layer = LOSTLinear(*sizes, gamma, "none", bias=linear.bias is not None, device=device)
+    layer.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()})
+    layer = layer.as_pinned() if pinned else layer
     return layer.requires_grad_(False)
 
 def dense_layer(linear: nn.Linear, W: Tensor) -> nn.Linear:
