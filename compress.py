@@ -83,8 +83,8 @@ class Config:
     pinned: bool = flag(False, "lost: r input channels enter a layer of rank r as they are: r² values less")
     channels: tuple[float, ...] | None = flag(None, "lost: shares of input channels to offer each layer "
                                                     "beside its ranks, such as 0.014,0.06")
-    closed_loop: bool | None = flag(None, "lost: each block is fitted to what the compressed ones before it "
-                                          "give (true for fisher)")
+    closed_loop: bool | None = flag(None, "each block is fitted to what the compressed ones before it give "
+                                          "(true for fisher's low rank)")
     pattern: str = flag("unstructured", "sparse: N values stay of every M of a row; mixed: each matrix has "
                                         "its own N", list(pruning.PATTERNS))
     factors: bool | None = flag(None, "sparse: a low-rank part beside the zeros (true for oats and cap)")
@@ -120,7 +120,7 @@ def check(config: Config):
     if config.method not in FORMS[config.form]:
         raise UserError(f"--method {config.method} is not of --form {config.form}: choose one of "
                         f"{', '.join(FORMS[config.form])}")
-    refuse_elsewhere(config, "lost", ("pinned", "channels", "closed_loop"))
+    refuse_elsewhere(config, "lost", ("pinned", "channels"))
     refuse_elsewhere(config, "sparse", ("pattern", "factors"))
     for name in ("calibration_tokens", "gradient_tokens", "loop_tokens", "eval_tokens", "threads"):
         value = getattr(config, name)
@@ -154,7 +154,7 @@ def settle(config: Config):
         raise UserError(f"--gradient_tokens {config.gradient_tokens}: gradients are taken of windows of the "
                         f"{config.calibration_tokens} --calibration_tokens: use as many or less")
     if config.closed_loop is None:
-        config.closed_loop = config.form == "lost" and config.method == "fisher"
+        config.closed_loop = config.method == "fisher" and config.form == "lost"
     if config.closed_loop and config.method not in ("fisher", "svdllm"):
         raise UserError(f"--closed_loop true: --method {config.method} has no metric that a loop could "
                         "change; use fisher or svdllm")

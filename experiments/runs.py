@@ -106,7 +106,9 @@ def drive(verbs: dict[str, Callable], cls, doc: str):
         # ends as Ctrl-C does, through `finally`: the runs are stopped, and continue another time
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         config = cls(**parse(cls, rest, doc))
-        check(config)
+        # an experiment without runs of train.py has flags of its own
+        if isinstance(config, Settings):
+            check(config)
         verbs[verb](config)
 
     command(main)

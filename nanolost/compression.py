@@ -1,5 +1,6 @@
 """The two forms of a compressed model: which methods there are, and what each does with all the matrices of a
 model under one budget. compress.py asks, `lowrank`, `pruning`, `splitting`, `cap` and `allocate` compute."""
+import tempfile
 from dataclasses import dataclass, field
 
 import torch
@@ -205,14 +206,14 @@ def pruned(task: Task, name: str, W: Tensor, pattern, roots: pruning.Roots) -> T
         return W * pruning.largest_of_rows(score, share)
     return W * pruning.largest(score, int(share * W.numel() + 1e-6))
 
-def one_by_one(task: Task) -> dict[str, Tensor]:
+def one_by_one(task: Task) -> tuple[dict[str, Tensor], None]:
     """Each matrix by itself, all with the same share."""
     pattern = pruning.pattern_of(task.config.pattern)
     roots = roots_of(task)
     found = {}
     for name, linear in tqdm(linears(task.model).items(), task.config.method, disable=None):
         found[name] = pruned(task, name, linear.weight, pattern, roots)
-    return found
+    return found, None
 
 def walked(task: Task, share: float, near: float) -> dict[str, Tensor]:
     """The walk under one threshold for the whole model, or for each matrix."""
@@ -261,8 +262,8 @@ def walked_in_patterns(task: Task, roots: pruning.Roots, patterns: dict) -> dict
 
 # --- zeros of the whole model ---
 
-def globally(task: Task) -> dict[str, Tensor]:
-    """`walk` and `fisher`: one budget for all matrices."""
+def globally(task: Task) -> tuple[dict[str, Tensor], dict | None]:
+    """`walk` and `fisher`: one budget for all matrices. The weights with zeros, and their patterns."""
     config = task.config
     patterns = None
     if config.pattern != "unstructured":
@@ -273,9 +274,9 @@ def globally(task: Task) -> dict[str, Tensor]:
         # where it only begins it need not be exact
         near = pruning.NEAR if config.method == "walk" else 10 * pruning.NEAR
         found = walked(task, config.budget, near)
-    if config.method == "walk":
-        return found
-    return split_zeros(task, found, patterns)
+    if config.method == "fisher":
+        found = split_zeros(task, found, patterns)
+    return found, patterns
 
 def split_zeros(task: Task, start: dict[str, Tensor], patterns: dict | None) -> dict[str, Tensor]:
     layers = linears(task.model)
@@ -290,6 +291,28 @@ def split_zeros(task: Task, start: dict[str, Tensor], patterns: dict | None) -> 
         splitting.split(part, keep, patterns, task.device)
     return {layer.name: splitting.result(layer) for layer in scaled}
 
+# --- zeros, block by block ---
+
+def again(task: Task, name: str, W: Tensor, C: Tensor, D: Tensor, pattern) -> Tensor:
+    """The zeros of one matrix chosen again, as many as D has, for the weight W and the covariance C (shrunk)
+    of what the compressed blocks before it give."""
+    G = shrunk(task.statistics.gradients(name).to(task.device), own_shares(task.statistics)[1])
+    with tempfile.TemporaryDirectory(dir=task.folder) as folder:
+        layer = splitting.Scaled(name, C, G, Shelf(folder))
+        layer.begin(W, D, task.device)
+        splitting.split([layer], int(D.count_nonzero()), pattern, task.device)
+        return splitting.result(layer)
+
+def in_the_loop(task: Task, found: dict[str, Tensor], patterns: dict | None):
+    """Choose zeros and values of every matrix again, with the inputs that the compressed blocks give."""
+    def replace(name: str, W: Tensor, C: Tensor) -> nn.Module:
+        linear = linears(task.model)[name]
+        if name not in found:
+            return dense_layer(linear, W)
+        pattern = {name: patterns[name]} if patterns else None
+        return dense_layer(linear, again(task, name, W, C, found.pop(name), pattern))
+    closed_loop.run(task.model, task.statistics, task.loop, replace, task.context)
+
 SPARSE = {
     "fisher": globally, "walk": globally,
     "magnitude": one_by_one, "wanda": one_by_one, "sparsegpt": one_by_one,
@@ -298,17 +321,19 @@ SPARSE = {
 @torch.no_grad()
 def to_sparse(task: Task) -> dict[str, dict]:
     """Put zeros into the layers' weights; what each became, as in allocation.json."""
-    found = SPARSE[task.config.method](task)
+    found, patterns = SPARSE[task.config.method](task)
     entries = {}
     for name, linear in linears(task.model).items():
-        new = found.get(name)
-        if new is None:
-            entries[name] = entry_of(Option(linear.weight.numel(), 0.0), False)
-            continue
-        damage = damage_of(task, name, new - linear.weight)
-        linear.weight.copy_(new)
-        kept = int(linear.weight.count_nonzero())
-        entries[name] = entry_of(Option(kept, damage, "sparse"), False)
+        option = Option(linear.weight.numel(), 0.0)
+        if name in found:
+            damage = damage_of(task, name, found[name] - linear.weight)
+            option = Option(int(found[name].count_nonzero()), damage, "sparse")
+        entries[name] = entry_of(option, False)
+    if task.loop:
+        in_the_loop(task, found, patterns)
+    else:
+        for name, W in found.items():
+            dense_layer(linears(task.model)[name], W)
     return entries
 
 def damage_of(task: Task, name: str, change: Tensor) -> float | None:

@@ -1,0 +1,292 @@
+"""What each way to compress a trained LLaMA costs, in nats above the dense model on the same windows.
+
+    python experiments/compression.py run    --ckpt FOLDER --data_dir data/c4-llama --out_dir out/compression
+    python experiments/compression.py table  --out_dir out/compression [--fill docs/compression.md]
+    python experiments/compression.py figure --out_dir out/compression
+
+`run` makes what is missing, a row after the other, each by compress.py, eval.py and, where it is healed,
+train.py; the same command continues. A row leaves a line in results.jsonl. --rows names some of them."""
+import os
+import sys
+
+# this file is started by its path, so that Python looks for modules beside it only
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+sys.path.insert(0, ROOT)
+
+import json
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+
+# first of ours: it imports nanolost before torch
+from experiments.runs import drive, read_lines
+from experiments.tables import fill, markdown, pyplot, save_figure, spread
+from nanolost.errors import UserError
+from nanolost.files import read_json
+from nanolost.flags import flag, say
+
+# flags of compress.py
+OPEN = {"closed_loop": "false"}
+LOW_RANK = {
+    "plain SVD": {"method": "plain"},
+    "LOST's own start": {"method": "lost"},
+    "ASVD": {"method": "asvd"},
+    "SVD-LLM": {"method": "svdllm"},
+    "two-sided, uniform": {**OPEN, "uniform": "true"},
+    "two-sided, global": OPEN,
+    "closed loop": {},
+    "pinned": {**OPEN, "pinned": "true"},
+    "pinned, closed loop": {"pinned": "true"},
+}
+ZEROS = {
+    "magnitude": {"method": "magnitude"},
+    "Wanda": {"method": "wanda"},
+    "SparseGPT": {"method": "sparsegpt"},
+    "walk": {"method": "walk"},
+    "splitting": {},
+    "splitting, closed loop": {"closed_loop": "true"},
+    "OATS": {"method": "oats"},
+    "CAP": {"method": "cap"},
+}
+# the shares that are tried of each
+KEPT = {"plain SVD": (0.8, 0.5), "LOST's own start": (0.8, 0.5), "ASVD": (0.8, 0.5), "OATS": (0.5,),
+        "CAP": (0.8, 0.5), "magnitude": (0.6, 0.5)}
+LOW_RANK_KEPT = (0.8, 0.6, 0.5)
+ZEROS_KEPT = (0.6, 0.5, 0.4)
+PATTERNS = {
+    "Wanda": {"method": "wanda"}, "SparseGPT": {"method": "sparsegpt"}, "splitting": {},
+}
+
+def rows() -> dict[str, dict]:
+    """Flags of compress.py by the name of the row."""
+    found = {}
+    for form, methods, kept in (("lost", LOW_RANK, LOW_RANK_KEPT), ("sparse", ZEROS, ZEROS_KEPT)):
+        for name, flags in methods.items():
+            for share in KEPT.get(name, kept):
+                found[f"{name} {share:.0%}"] = {"form": form, "budget": share, **flags}
+    for pattern in ("2:4", "4:8"):
+        for name, flags in PATTERNS.items():
+            found[f"{name} {pattern}"] = {"form": "sparse", "pattern": pattern, **flags}
+    return found
+
+ROWS = rows()
+# what is trained after it: flags of train.py
+HEALED = {
+    "dense": {"steps": 100, "lr": 5e-5},
+    "closed loop 80%": {"steps": 50, "lr": 1e-4},
+    "two-sided, global 80%": {"steps": 50, "lr": 1e-4},
+    "pinned, closed loop 80%": {"steps": 50, "lr": 1e-4},
+    "SVD-LLM 80%": {"steps": 50, "lr": 1e-4},
+    "two-sided, global 50%": {"steps": 100, "lr": 3e-4},
+    "closed loop 50%": {"steps": 100, "lr": 3e-4},
+    "pinned, closed loop 50%": {"steps": 100, "lr": 3e-4},
+    "SVD-LLM 50%": {"steps": 100, "lr": 3e-4},
+}
+HEALING = {
+    "batch_tokens": 512, "seq_len": 512, "micro_batch": 1, "weight_decay": 0, "grad_clip": 1,
+    "eval_every": 1000, "save_every": 1000, "keep": 1,
+}
+
+@dataclass(frozen=True)
+class Config:
+    ckpt: str = flag("smollm2", "a Hugging Face LLaMA", path=True)
+    data_dir: str = flag("data/c4-llama", "token shards of its tokenizer", path=True)
+    other_dir: str | None = flag(None, "shards of another domain, whose val split is measured as well",
+                                 path=True)
+    out_dir: str = flag("out/compression", "folder of results.jsonl, statistics and models", path=True)
+    rows: str | None = flag(None, "rows to run or print, separated by / (all)")
+    healed: bool = flag(False, "run: train the rows that have a recipe for it")
+    tokens: int = flag(65_536, "text for the statistics")
+    seed: int = flag(0, "of the calibration text")
+    eval_tokens: int = flag(32_768, "validation text")
+    threads: int | None = flag(None, "CPU threads (as many as cores are free)")
+    keep: bool = flag(False, "run: keep the models")
+    fill: str | None = flag(None, "table: put it into this file, between its two markers", path=True)
+    drawn: str = flag("closed loop 50%/splitting 50%", "figure: rows of which depth and kind are drawn")
+
+def chosen(config: Config) -> list[str]:
+    known = list(HEALED) if config.healed else list(ROWS)
+    if not config.rows:
+        return known
+    names = config.rows.split("/")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UserError(f"--rows {'/'.join(unknown)}: choose from {'/'.join(known)}")
+    return names
+
+# --- one row ---
+
+def command(config: Config, program: str, **flags) -> str:
+    """Run one of our commands; what it prints. UserError with its last line where it fails."""
+    argv = [sys.executable, os.path.join(ROOT, program)]
+    for name, value in flags.items():
+        argv += [f"--{name}", *([value] if isinstance(value, str) else [str(value)])]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    if done.returncode:
+        last = done.stderr.strip().rpartition("\n")[2]
+        raise UserError(f"{' '.join(argv[1:])} ended with {done.returncode}: {last}")
+    return done.stdout
+
+def threads(config: Config) -> dict:
+    return {} if config.threads is None else {"threads": config.threads}
+
+def compressed(config: Config, row: str, folder: str) -> dict:
+    """Make the model of a row in `folder`: its report."""
+    shutil.rmtree(folder, ignore_errors=True)
+    statistics = os.path.join(config.out_dir, f"statistics-{config.tokens}-{config.seed}")
+    command(
+        config, "compress.py", ckpt=config.ckpt, data_dir=config.data_dir, out_dir=folder,
+        calibration_tokens=config.tokens, gradient_tokens=config.tokens, eval_tokens=config.eval_tokens,
+        seed=config.seed, statistics=statistics, **threads(config), **ROWS[row])
+    return read_json(os.path.join(folder, "report.json"))
+
+def loss_of(config: Config, folder: str, data_dir: str) -> float:
+    said = command(config, "eval.py", ckpt=folder, data_dir=data_dir, seq_len=512, tokens=config.eval_tokens)
+    return json.loads(said.strip().rpartition("\n")[2])["loss"]
+
+def heal(config: Config, row: str, model: str, folder: str) -> float:
+    """Train a model by the row's recipe; the seconds that took."""
+    shutil.rmtree(folder, ignore_errors=True)
+    recipe = {**HEALING, **HEALED[row]}
+    started = time.perf_counter()
+    frozen = ["--freeze", "model.embed_tokens.weight", "lm_head.weight"]
+    argv = [sys.executable, os.path.join(ROOT, "train.py"), "--init_from", model]
+    argv += ["--data_dir", config.data_dir]
+    for name, value in {**recipe, "warmup": recipe["steps"] // 10, "eval_tokens": 4096}.items():
+        argv += [f"--{name}", str(value)]
+    subprocess.run([*argv, "--out_dir", folder, *frozen], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - started
+
+def measure(config: Config, row: str) -> dict:
+    """Make, heal and measure one row: its line of results."""
+    line = {"row": row, "seed": config.seed, "tokens": config.tokens, "healed": config.healed}
+    model = config.ckpt
+    folder = os.path.join(config.out_dir, row.replace(" ", "_").replace(":", "of").replace("%", ""))
+    if row != "dense":
+        model = folder
+        report = compressed(config, row, folder)
+        line |= {name: report[name] for name in ("kept", "method", "form", "stages", "seconds",
+                                                 "peak_memory_bytes")}
+        layers = read_json(os.path.join(model, "allocation.json"))["layers"]
+        line["layers"] = {name: [entry["values"], entry["damage"]] for name, entry in layers.items()}
+    if config.healed:
+        line["healing_seconds"] = heal(config, row, model, f"{folder}-healed")
+        model = f"{folder}-healed"
+    line["loss"] = loss_of(config, model, config.data_dir)
+    line["dense"] = loss_of(config, config.ckpt, config.data_dir)
+    if config.other_dir:
+        line["other"] = loss_of(config, model, config.other_dir)
+        line["other_dense"] = loss_of(config, config.ckpt, config.other_dir)
+    if not config.keep:
+        for place in (folder, f"{folder}-healed"):
+            shutil.rmtree(place, ignore_errors=True)
+    return line
+
+def results(config: Config) -> list[dict]:
+    path = os.path.join(config.out_dir, "results.jsonl")
+    return read_lines(path) if os.path.exists(path) else []
+
+def same(line: dict, config: Config, row: str) -> bool:
+    key = (row, config.seed, config.tokens, config.healed)
+    return (line["row"], line["seed"], line["tokens"], line["healed"]) == key
+
+def run(config: Config):
+    os.makedirs(config.out_dir, exist_ok=True)
+    for row in chosen(config):
+        if any(same(line, config, row) for line in results(config)):
+            continue
+        line = measure(config, row)
+        with open(os.path.join(config.out_dir, "results.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        say(f"{row}: {line['loss'] - line['dense']:+.3f} nats")
+
+# --- tables ---
+
+COLUMNS = ("80%", "60%", "50%", "40%", "2:4", "4:8")
+
+def parts(row: str) -> tuple[str, str]:
+    """The method and the share of a row's name."""
+    name, _, share = row.rpartition(" ")
+    return (name, share) if share in COLUMNS else (row, "")
+
+def gaps(lines: list[dict], name: str, base: str) -> str:
+    """Nats above dense over the seeds, "" for none."""
+    values = [line[name] - line[base] for line in lines if name in line]
+    return spread(values, "+.3f") if values else ""
+
+def unhealed(lines: list[dict]) -> str:
+    found = {}
+    for line in lines:
+        if not line["healed"]:
+            method, share = parts(line["row"])
+            found.setdefault(method, {}).setdefault(share, []).append(line)
+    table = []
+    for method, shares in found.items():
+        cells = [gaps(shares.get(share, []), "loss", "dense") for share in COLUMNS]
+        other = gaps(shares.get("50%", []), "other", "other_dense")
+        half = shares.get("50%") or next(iter(shares.values()))
+        seconds = f"{half[0]['stages']['compression']:.0f}"
+        memory = f"{max(line['peak_memory_bytes'] for line in half) / 1e9:.1f}"
+        table.append([method, *cells, other, seconds, memory])
+    head = ["", *(share.replace("%", " %") for share in COLUMNS), "50 %, other text", "seconds", "GB"]
+    return markdown(head, table)
+
+def healed(lines: list[dict]) -> str:
+    table = []
+    for line in lines:
+        if line["healed"]:
+            before = [other for other in lines if not other["healed"] and other["row"] == line["row"]]
+            table.append([
+                line["row"].replace("%", " %"), gaps(before, "loss", "dense"), HEALED[line["row"]]["steps"],
+                gaps([line], "loss", "dense"), gaps([line], "other", "other_dense"),
+                f"{line['healing_seconds']:.0f}",
+            ])
+    return markdown(["", "before", "steps", "after", "other text", "seconds"], table)
+
+def table(config: Config):
+    lines = results(config)
+    texts = {"compression": unhealed(lines), "healing": healed(lines)}
+    for name, text in texts.items():
+        if config.fill:
+            fill(config.fill, name, text)
+        else:
+            say(text)
+
+# --- figures ---
+
+def figure(config: Config):
+    """Loss against the share that is kept, and what each matrix keeps by depth."""
+    plt = pyplot()
+    lines = [line for line in results(config) if not line["healed"]]
+    drawn, axes = plt.subplots(figsize=(7, 4.5))
+    for method in dict.fromkeys(parts(line["row"])[0] for line in lines):
+        points = sorted((line["kept"], line["loss"] - line["dense"]) for line in lines
+                        if parts(line["row"])[0] == method and ":" not in parts(line["row"])[1])
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=method)
+    axes.set(xlabel="share of the values kept", ylabel="nats above dense", yscale="log")
+    axes.legend(fontsize=7)
+    save_figure(drawn, config.out_dir, "methods.png")
+    by_depth(config, plt)
+
+def by_depth(config: Config, plt):
+    names = [name for name in config.drawn.split("/") if any(line["row"] == name for line in results(config))]
+    drawn, axes = plt.subplots(2, max(1, len(names)), figsize=(5.5 * max(1, len(names)), 6), squeeze=False)
+    for column, name in enumerate(names):
+        line = next(line for line in results(config) if line["row"] == name and "layers" in line)
+        kinds = {}
+        for layer, (values, damage) in line["layers"].items():
+            kinds.setdefault(layer.rpartition(".")[2], []).append((values, damage))
+        for kind, entries in kinds.items():
+            most = max(values for values, _ in entries)
+            axes[0, column].plot([values / most for values, _ in entries], label=kind)
+            axes[1, column].plot([damage or 0 for _, damage in entries])
+        axes[0, column].set(title=name, ylabel="values, of the most that its kind has")
+        axes[1, column].set(xlabel="block", ylabel="predicted damage in nats")
+        axes[0, column].legend(fontsize=7)
+    save_figure(drawn, config.out_dir, "depth.png")
+
+if __name__ == "__main__":
+    drive({"run": run, "table": table, "figure": figure}, Config, __doc__)

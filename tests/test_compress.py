@@ -1,0 +1,275 @@
+"""compress.py: a smaller model under one budget, whole or absent, that everything else opens."""
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from small_models import all_logits, largest_difference, small, tokens
+
+import compress
+import prepare_c4
+from compress import Config, main
+from lost import LOSTLinear, apply_lost
+from nanolost import checkpoint
+from nanolost.allocate import Option, allocate
+from nanolost.checkpoint import load_folder, write_model
+from nanolost.covariance import linears
+from nanolost.errors import UserError
+from nanolost.methods import special_layers
+from nanolost.tokenizer import Tokenizer
+
+BYTE = Tokenizer.named("byte")
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A folder with a model whose matrices are far from low rank."""
+    folder = str(tmp_path_factory.mktemp("source") / "model")
+    write_model(folder, small(n_embd=48, n_ffn=64, n_kv_head=2, max_seq_len=64), BYTE, {})
+    return folder
+
+@pytest.fixture
+def compressed(source, data_dir, tmp_path):
+    """compressed(budget=0.5, …) → the report; the folder is tmp_path / "small"."""
+    def make(**given):
+        flags = dict(ckpt=source, data_dir=data_dir, out_dir=str(tmp_path / "small"), budget=0.5, seq_len=32,
+                     calibration_tokens=2048, loop_tokens=1024, eval_tokens=512, device="cpu", threads=1)
+        return main(Config(**{**flags, **given}))
+    return make
+
+def read(folder, name):
+    with open(os.path.join(folder, name)) as file:
+        return json.load(file)
+
+LOW_RANK = [{"method": name} for name in ("fisher", "svdllm", "asvd", "plain", "lost")]
+LOW_RANK += [{"pinned": True}, {"closed_loop": False}, {"uniform": True}, {"channels": (0.05,)},
+             {"pinned": True, "channels": (0.05,)}]
+ZEROS = [{"method": name} for name in ("fisher", "walk", "magnitude", "wanda", "sparsegpt")]
+ZEROS += [{"closed_loop": True}, {"uniform": True}, {"pattern": "2:4"}, {"pattern": "4:8", "method": "walk"},
+          {"pattern": "2:4", "method": "wanda"}, {"pattern": "2:4", "method": "sparsegpt"},
+          {"pattern": "2:4", "budget": 0.6}, {"pattern": "mixed:8"}]
+WAYS = [{"form": "lost", **flags} for flags in LOW_RANK] + [{"form": "sparse", **flags} for flags in ZEROS]
+ways = pytest.mark.parametrize("flags", WAYS, ids=lambda flags: " ".join(map(str, flags.values())))
+
+@ways
+def test_every_way_meets_the_budget_and_its_folder_holds_what_is_said(flags, compressed, tmp_path):
+    report = compressed(**flags)
+    folder = report["out_dir"]
+    budget = flags.get("budget", 0.5)
+    model, _ = load_folder(folder)
+    entries = read(folder, "allocation.json")["layers"]
+    # never more; not less than a step, of which these small matrices have few
+    assert report["kept"] <= budget + 1e-9
+    assert report["kept"] > budget - 0.06
+    assert set(entries) == set(linears(small(n_embd=48, n_ffn=64, n_kv_head=2)))
+    counted = 0
+    for name, entry in entries.items():
+        layer = model.get_submodule(name)
+        values = sum(int(p.count_nonzero()) for p in layer.parameters())
+        assert values <= entry["values"], name
+        # a low-rank layer stores all of its values, a dense one with zeros the others
+        if entry["kind"] != "dense":
+            assert values == entry["values"], name
+        counted += entry["values"]
+        assert isinstance(layer, LOSTLinear) == (entry["kind"] == "lost")
+    assert counted == report["kept_values"]
+    assert report["kept"] == pytest.approx(counted / report["matrix_values"])
+    tensors = load_file(os.path.join(folder, "model.safetensors"))
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+def test_a_budget_of_one_changes_nothing(compressed, source):
+    for form in ("lost", "sparse"):
+        report = compressed(form=form, budget=1.0, out_dir=f"{source}-{form}")
+        before, after = (load_folder(folder)[0] for folder in (source, report["out_dir"]))
+        idx = tokens(2, 20)
+        assert largest_difference(all_logits(before, idx), all_logits(after, idx)) < 1e-4
+        assert report["kept"] == 1
+
+def test_the_loss_that_is_reported_is_that_of_the_folder(compressed, data_dir):
+    import eval as evaluation
+    report = compressed(budget=0.6)
+    found = evaluation.main(evaluation.Config(
+        ckpt=report["out_dir"], data_dir=data_dir, seq_len=32, tokens=512, device="cpu"))
+    assert found["loss"] == pytest.approx(report["after"]["loss"], abs=1e-6)
+    assert found["tokens"] == report["after"]["tokens"]
+    assert report["after"]["loss"] > report["before"]["loss"]
+
+def test_two_sided_and_global_loses_less_than_plain_and_uniform(compressed, tmp_path):
+    losses = {}
+    for method in ("fisher", "svdllm", "plain"):
+        report = compressed(method=method, out_dir=str(tmp_path / method), closed_loop=False, budget=0.6)
+        losses[method] = report["after"]["loss"]
+    assert losses["fisher"] < losses["svdllm"] < losses["plain"]
+
+def test_the_same_command_makes_the_same_bytes_and_another_seed_another_text(compressed, tmp_path):
+    weights = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        report = compressed(out_dir=str(tmp_path / name), seed=seed)
+        with open(os.path.join(report["out_dir"], "model.safetensors"), "rb") as file:
+            weights.append(file.read())
+    assert weights[0] == weights[1] != weights[2]
+
+def test_statistics_are_kept_and_found_again_and_refused_for_another_text(compressed, tmp_path, monkeypatch):
+    place = str(tmp_path / "statistics")
+    first = compressed(statistics=place, out_dir=str(tmp_path / "a"))
+    monkeypatch.setattr(compress, "collect", None)
+    again = compressed(statistics=place, out_dir=str(tmp_path / "b"))
+    assert again["after"] == first["after"]
+    with pytest.raises(UserError, match="another model, text, seed"):
+        compressed(statistics=place, out_dir=str(tmp_path / "c"), seed=3)
+
+def test_factors_are_balanced(compressed):
+    report = compressed(closed_loop=False)
+    model, _ = load_folder(report["out_dir"])
+    layers = special_layers(model)
+    assert layers
+    for name, layer in layers.items():
+        assert (layer.A.norm() / layer.B.norm()).log().abs() < 0.01, name
+
+# --- sources ---
+
+def test_layers_without_silu_are_merged_and_those_with_it_refused(compressed, tmp_path):
+    for activation in ("none", "silu"):
+        model = apply_lost(small(n_embd=48, n_ffn=64, max_seq_len=64), 12, 0.1, activation=activation)
+        write_model(str(tmp_path / activation), model, BYTE, {})
+    report = compressed(ckpt=str(tmp_path / "none"), budget=0.9)
+    assert report["kept"] <= 0.9
+    with pytest.raises(UserError, match="q_proj cannot be merged"):
+        compressed(ckpt=str(tmp_path / "silu"), out_dir=str(tmp_path / "x"))
+
+def test_weights_keep_their_dtype_and_what_travels_travels(compressed, tmp_path):
+    travelling = {"generation_config.json": b"{}", "chat_template.jinja": b"{{ messages }}"}
+    write_model(str(tmp_path / "half"), small(max_seq_len=64), BYTE, travelling, torch.bfloat16)
+    report = compressed(ckpt=str(tmp_path / "half"), form="sparse", method="wanda")
+    folder = report["out_dir"]
+    tensors = load_file(os.path.join(folder, "model.safetensors"))
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    for name, content in travelling.items():
+        with open(os.path.join(folder, name), "rb") as file:
+            assert file.read() == content
+    # zeros are zeros in every dtype
+    assert sum(int((t == 0).sum()) for n, t in tensors.items() if "_proj" in n) >= 0.499 * report["matrix_values"]
+
+# --- what is refused ---
+
+REFUSED = [
+    ({"budget": None}, "give --budget"),
+    ({"budget": 0.0}, "must be above 0"),
+    ({"budget": float("nan")}, "must be above 0"),
+    ({"budget": 1.5}, "at most 1"),
+    ({"budget": 0.001}, "smallest ranks keep"),
+    ({"method": "wanda"}, "not of --form lost"),
+    ({"form": "sparse", "method": "svdllm"}, "not of --form sparse"),
+    ({"form": "sparse", "pinned": True}, "--pinned is of --form lost"),
+    ({"pattern": "2:4"}, "--pattern is of --form sparse"),
+    ({"method": "plain", "closed_loop": True}, "no metric that a loop"),
+    ({"form": "sparse", "method": "wanda", "uniform": False}, "no unit that matrices share"),
+    ({"form": "sparse", "method": "wanda", "pattern": "2:4", "budget": 0.7}, "leave matrices dense"),
+    ({"form": "sparse", "pattern": "2:4", "budget": 0.4}, "the patterns keep more"),
+    ({"gradient_tokens": 4096}, "as many or less"),
+    ({"seq_len": 100}, "above the 64 tokens"),
+    ({"channels": (2.0,)}, "between 0 and 1"),
+    ({"loop_tokens": 0}, "must be positive"),
+]
+
+@pytest.mark.parametrize("flags, words", REFUSED, ids=[words for _, words in REFUSED])
+def test_what_cannot_be_is_refused_and_leaves_nothing(flags, words, compressed, tmp_path):
+    with pytest.raises(UserError, match=words):
+        compressed(**flags)
+    assert not os.listdir(tmp_path)
+
+def test_an_out_dir_that_is_taken_is_left_alone(compressed, tmp_path):
+    os.makedirs(tmp_path / "small")
+    (tmp_path / "small" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        compressed()
+    assert os.listdir(tmp_path / "small") == ["mine.txt"]
+
+def test_shards_of_another_tokenizer_are_refused(compressed, tmp_path):
+    prepare_c4.main(prepare_c4.Config(input=["builtin"], tokenizer="gpt2", out_dir=str(tmp_path / "d"),
+                                      train_tokens=20_000, val_tokens=2_000, workers=1))
+    with pytest.raises(UserError, match="another tokenizer"):
+        compressed(data_dir=str(tmp_path / "d"))
+
+def test_weights_that_are_no_numbers_are_refused_by_name(compressed, source, tmp_path):
+    import shutil
+    broken = str(tmp_path / "broken")
+    shutil.copytree(source, broken)
+    path = os.path.join(broken, "model.safetensors")
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(UserError, match="layers.1.mlp.up_proj.weight has NaN"):
+        compressed(ckpt=broken)
+
+def test_too_little_room_for_what_is_kept_meanwhile_is_said_first(compressed, monkeypatch, tmp_path):
+    from collections import namedtuple
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(compress.shutil, "disk_usage", lambda path: usage(0, 0, 1000))
+    with pytest.raises(UserError, match="TMPDIR"):
+        compressed()
+    assert not os.listdir(tmp_path)
+
+def test_a_dry_run_writes_nothing(compressed, tmp_path, capsys):
+    compressed(dry_run=True)
+    said = capsys.readouterr().out
+    assert "memory" in said and "disk" in said
+    assert not os.listdir(tmp_path)
+
+# --- hard inputs ---
+
+def odd(model):
+    """A dead channel, one of 10⁴ times the others, a projection of zeros, weights with many ties."""
+    with torch.no_grad():
+        block = model.model["layers"][0]
+        block.input_layernorm.weight[3] = 0
+        block.input_layernorm.weight[5] = 1e4
+        block.mlp.down_proj.weight.zero_()
+        block.mlp.up_proj.weight.copy_((block.mlp.up_proj.weight * 3).round() / 3)
+    return model
+
+@pytest.mark.parametrize("flags", [{}, {"pinned": True}, {"form": "sparse"}, {"form": "sparse", "method": "walk"},
+                                   {"form": "sparse", "method": "sparsegpt"}, {"method": "asvd"}],
+                         ids=lambda flags: " ".join(map(str, flags.values())) or "default")
+def test_dead_and_huge_channels_ties_and_few_tokens_leave_finite_weights(flags, compressed, tmp_path):
+    write_model(str(tmp_path / "odd"), odd(small(n_embd=48, n_ffn=64, max_seq_len=64)), BYTE, {})
+    report = compressed(ckpt=str(tmp_path / "odd"), calibration_tokens=32, loop_tokens=32, **flags)
+    assert report["kept"] <= 0.5
+    tensors = load_file(os.path.join(report["out_dir"], "model.safetensors"))
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    # 32 tokens are fewer than 48 inputs
+    assert "model.layers.0.self_attn.q_proj" in report["regularised"]
+
+# --- interruptions ---
+
+def test_a_signal_leaves_nothing_behind(source, data_dir, tmp_path):
+    env = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
+    os.makedirs(tmp_path / "tmp")
+    argv = [sys.executable, os.path.join(ROOT, "compress.py"), "--ckpt", source, "--data_dir", data_dir,
+            "--out_dir", str(tmp_path / "out"), "--budget", "0.5", "--seq_len", "32", "--threads", "1",
+            "--calibration_tokens", "400000", "--eval_tokens", "512", "--device", "cpu"]
+    process = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not any(files for _, _, files in os.walk(tmp_path / "tmp")):
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert said.decode().strip().splitlines()[-1] == "error: interrupted"
+    assert not os.listdir(tmp_path / "tmp")
+    assert not os.path.exists(tmp_path / "out")
+    assert checkpoint.newest_checkpoint(str(tmp_path)) is None
+
+def test_brute_force_finds_nothing_better_than_a_step():
+    options = {
+        name: [Option(12, 0.0)] + [Option(3 * rank, scale / rank, "lost", rank) for rank in (1, 2, 3)]
+        for name, scale in (("a", 1.0), ("b", 4.0), ("c", 0.2))
+    }
+    chosen = allocate(options, 20)
+    best = min(a.damage + b.damage + c.damage
+               for a in options["a"] for b in options["b"] for c in options["c"]
+               if a.cost + b.cost + c.cost <= 20)
+    assert sum(option.damage for option in chosen.values()) <= best + 0.6
