@@ -124,7 +124,9 @@ def watch_gradients(block: nn.Module, see) -> list:
     hooks = []
     for name in GROUP_OF:
         def look(module, args, out, name=name):
-            out.register_hook(lambda g: see(name, g.detach()))
+            # of windows without gradients there is no backward pass
+            if out.requires_grad:
+                out.register_hook(lambda g: see(name, g.detach()))
         hooks.append(block.get_submodule(name).register_forward_hook(look))
     return hooks
 
