@@ -100,6 +100,11 @@ def spool_bytes(model: Llama, tokens: int) -> int:
     states = 4 * tokens * config.n_embd * (config.n_layer + 2)
     return covariance_bytes(model) * config.n_layer + states
 
+def product_of(x: Tensor, y: Tensor) -> Tensor:
+    """xᵀ y, in the dtype of the two, inside autocast too, which would multiply and round in its own."""
+    with torch.autocast(x.device.type, enabled=False):
+        return x.T @ y
+
 # --- looking at layers ---
 
 @contextlib.contextmanager
@@ -150,12 +155,12 @@ class Sums:
 
     def see_input(self, group: str, x: Tensor):
         x = self.rows(x)
-        self.add(f"C.{group}", x.T @ x)
+        self.add(f"C.{group}", product_of(x, x))
         self.add(f"abs.{group}", x.abs().sum(0))
 
     def see_gradient(self, name: str, g: Tensor):
         g = self.rows(g)
-        self.add(f"G.{name}", g.T @ g)
+        self.add(f"G.{name}", product_of(g, g))
 
     def means(self, tokens: tuple[int, int]) -> dict[str, Tensor]:
         """tokens: of the inputs, of the gradients."""
