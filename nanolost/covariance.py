@@ -163,9 +163,11 @@ class Sums:
         self.add(f"G.{name}", product_of(g, g))
 
     def means(self, tokens: tuple[int, int]) -> dict[str, Tensor]:
-        """tokens: of the inputs, of the gradients."""
+        """tokens: of the inputs, of the gradients. The sums become them: there is room for one."""
         counts = {"C": tokens[0], "abs": tokens[0], "G": tokens[1]}
-        return {name: (total / counts[name.partition(".")[0]]).cpu() for name, total in self.sums.items()}
+        for name, total in self.sums.items():
+            total /= counts[name.partition(".")[0]]
+        return {name: total.cpu() for name, total in self.sums.items()}
 
 # --- the text ---
 
@@ -291,6 +293,11 @@ def look_at_block(model: Llama, layer: int, texts: list[Batch], spool: Spool, ti
             tick()
     return sums
 
+def write_block(model: Llama, layer: int, texts: list[Batch], spool: Spool, tokens: tuple, tick):
+    """A function of its own, which forgets a block's sums before the next one's are made."""
+    sums = look_at_block(model, layer, texts, spool, tick)
+    save_file(sums.means(tokens), block_file(spool.folder, layer))
+
 @torch.no_grad()
 def collect(model: Llama, texts: list[Batch], folder: str, seed: int, context) -> Statistics:
     """Covariances of every linear layer of the blocks, written to `folder`, `spool_bytes` at the most.
@@ -305,8 +312,7 @@ def collect(model: Llama, texts: list[Batch], folder: str, seed: int, context) -
     with tqdm(total=3 * layers * len(texts), desc="statistics", unit="block", disable=None) as bar, context:
         forward_pass(model, texts, spool, generator, bar.update)
         for layer in reversed(range(layers)):
-            sums = look_at_block(model, layer, texts, spool, lambda: bar.update(2))
-            save_file(sums.means(tokens), block_file(folder, layer))
+            write_block(model, layer, texts, spool, tokens, lambda: bar.update(2))
     for number, batch in enumerate(texts):
         if batch.learn:
             os.remove(spool.path("g", number))
