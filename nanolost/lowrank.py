@@ -143,14 +143,14 @@ def best_channels(W: Tensor, metric: Metric, rank: int, k: int) -> Tensor:
 def beside_channels(W: Tensor, metric: Metric, channels: Tensor) -> tuple[Tensor, Metric, Tensor]:
     """What is left for the product once some channels have values of their own, which answer for all that
     they know of the others: the other columns of W, their metric, and the regression T (k, rest) of the
-    others on the channels. C given the channels is the Schur complement."""
+    others on the channels. C given the channels is the Schur complement, as positive definite as C is."""
     n = W.shape[1]
     rest = without(n, channels)
     L = torch.eye(n, dtype=torch.float64, device=W.device) if metric.L is None else metric.L
     C = L @ L.T
     T = torch.linalg.solve(C[channels][:, channels], C[channels][:, rest])
     given = C[rest][:, rest] - C[rest][:, channels] @ T
-    return in_float64(W)[:, rest], Metric(metric.K, root(shrunk(given, 0.0))), T
+    return in_float64(W)[:, rest], Metric(metric.K, root(given)), T
 
 def split(W: Tensor, metric: Metric, rank: int, k: int = 0) -> Parts:
     """The best product of a rank, and beside it k channels with values of their own."""
