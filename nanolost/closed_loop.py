@@ -17,7 +17,16 @@ from tqdm import tqdm
 
 from lost import in_float64
 from model import Llama
-from nanolost.covariance import GROUPS, Batch, Statistics, block_name, looking, rope_of, watch_inputs
+from nanolost.covariance import (
+    GROUPS,
+    Batch,
+    Statistics,
+    block_name,
+    looking,
+    product_of,
+    rope_of,
+    watch_inputs,
+)
 from nanolost.lowrank import shrunk
 
 class Seen(Exception):
@@ -72,8 +81,8 @@ class Streams:
         for number, batch in enumerate(self.texts):
             small = input_of(block, group, self.small[number], self.rope)
             small = small.flatten(0, 1)[batch.real].float()
-            both = both + small.T @ small
-            cross = cross + self.inputs[number][group].float().T @ small
+            both = both + product_of(small, small)
+            cross = cross + product_of(self.inputs[number][group].float(), small)
         return in_float64(both) / self.tokens, in_float64(cross) / self.tokens
 
     def leave(self, block: nn.Module):

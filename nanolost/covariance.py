@@ -100,6 +100,11 @@ def spool_bytes(model: Llama, tokens: int) -> int:
     states = 4 * tokens * config.n_embd * (config.n_layer + 2)
     return covariance_bytes(model) * config.n_layer + states
 
+def product_of(x: Tensor, y: Tensor) -> Tensor:
+    """xᵀ y, in the dtype of the two, inside autocast too, which would multiply and round in its own."""
+    with torch.autocast(x.device.type, enabled=False):
+        return x.T @ y
+
 # --- looking at layers ---
 
 @contextlib.contextmanager
@@ -124,7 +129,9 @@ def watch_gradients(block: nn.Module, see) -> list:
     hooks = []
     for name in GROUP_OF:
         def look(module, args, out, name=name):
-            out.register_hook(lambda g: see(name, g.detach()))
+            # of windows without gradients there is no backward pass
+            if out.requires_grad:
+                out.register_hook(lambda g: see(name, g.detach()))
         hooks.append(block.get_submodule(name).register_forward_hook(look))
     return hooks
 
@@ -148,17 +155,19 @@ class Sums:
 
     def see_input(self, group: str, x: Tensor):
         x = self.rows(x)
-        self.add(f"C.{group}", x.T @ x)
+        self.add(f"C.{group}", product_of(x, x))
         self.add(f"abs.{group}", x.abs().sum(0))
 
     def see_gradient(self, name: str, g: Tensor):
         g = self.rows(g)
-        self.add(f"G.{name}", g.T @ g)
+        self.add(f"G.{name}", product_of(g, g))
 
     def means(self, tokens: tuple[int, int]) -> dict[str, Tensor]:
-        """tokens: of the inputs, of the gradients."""
+        """tokens: of the inputs, of the gradients. The sums become them: there is room for one."""
         counts = {"C": tokens[0], "abs": tokens[0], "G": tokens[1]}
-        return {name: (total / counts[name.partition(".")[0]]).cpu() for name, total in self.sums.items()}
+        for name, total in self.sums.items():
+            total /= counts[name.partition(".")[0]]
+        return {name: total.cpu() for name, total in self.sums.items()}
 
 # --- the text ---
 
@@ -284,6 +293,11 @@ def look_at_block(model: Llama, layer: int, texts: list[Batch], spool: Spool, ti
             tick()
     return sums
 
+def write_block(model: Llama, layer: int, texts: list[Batch], spool: Spool, tokens: tuple, tick):
+    """A function of its own, which forgets a block's sums before the next one's are made."""
+    sums = look_at_block(model, layer, texts, spool, tick)
+    save_file(sums.means(tokens), block_file(spool.folder, layer))
+
 @torch.no_grad()
 def collect(model: Llama, texts: list[Batch], folder: str, seed: int, context) -> Statistics:
     """Covariances of every linear layer of the blocks, written to `folder`, `spool_bytes` at the most.
@@ -298,8 +312,7 @@ def collect(model: Llama, texts: list[Batch], folder: str, seed: int, context) -
     with tqdm(total=3 * layers * len(texts), desc="statistics", unit="block", disable=None) as bar, context:
         forward_pass(model, texts, spool, generator, bar.update)
         for layer in reversed(range(layers)):
-            sums = look_at_block(model, layer, texts, spool, lambda: bar.update(2))
-            save_file(sums.means(tokens), block_file(folder, layer))
+            write_block(model, layer, texts, spool, tokens, lambda: bar.update(2))
     for number, batch in enumerate(texts):
         if batch.learn:
             os.remove(spool.path("g", number))

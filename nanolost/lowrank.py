@@ -27,6 +27,8 @@ METHODS = ("fisher", "svdllm", "asvd", "plain", "lost")
 # 0.13 nats of it at half of the values), and a little of the mean for channels that are always zero
 OWN = 0.03
 MEAN = 1e-6
+# in which the channels beside a product are chosen, at the most; two or three are the rule
+ROUNDS = 10
 
 # --- metrics ---
 
@@ -129,28 +131,47 @@ def without(n: int, channels: Tensor) -> Tensor:
     rest[channels] = False
     return rest.nonzero()[:, 0]
 
-def best_channels(W: Tensor, metric: Metric, rank: int, k: int) -> Tensor:
-    """The k input channels of which the rank-r part loses most, (k,) ascending: each by what its column of
-    the residual costs when the other channels stand still, ½ ‖Kᵀ E_j‖² / [C⁻¹]_jj."""
-    A, B = factors(W, metric, rank)
-    E = Metric(metric.K, None).applied(in_float64(W) - B @ A)
-    loss = E.square().sum(0)
-    if metric.L is not None:
-        inverse = torch.cholesky_inverse(metric.L).diagonal()
-        loss = loss / inverse
-    return loss.topk(k).indices.sort().values
-
 def beside_channels(W: Tensor, metric: Metric, channels: Tensor) -> tuple[Tensor, Metric, Tensor]:
     """What is left for the product once some channels have values of their own, which answer for all that
     they know of the others: the other columns of W, their metric, and the regression T (k, rest) of the
-    others on the channels. C given the channels is the Schur complement."""
+    others on the channels. C given the channels is the Schur complement, as positive definite as C is."""
     n = W.shape[1]
     rest = without(n, channels)
     L = torch.eye(n, dtype=torch.float64, device=W.device) if metric.L is None else metric.L
     C = L @ L.T
     T = torch.linalg.solve(C[channels][:, channels], C[channels][:, rest])
     given = C[rest][:, rest] - C[rest][:, channels] @ T
-    return in_float64(W)[:, rest], Metric(metric.K, root(shrunk(given, 0.0))), T
+    return in_float64(W)[:, rest], Metric(metric.K, root(given)), T
+
+def worst_channels(E: Tensor, metric: Metric, k: int) -> Tensor:
+    """The k input channels, ascending, that a residual E loses most in: each by what its column costs even
+    though the columns of all others make up for it, ½ ‖Kᵀ E_j‖² / [C⁻¹]_jj."""
+    loss = Metric(metric.K, None).applied(E).square().sum(0)
+    if metric.L is not None:
+        inverse = torch.cholesky_inverse(metric.L).diagonal()
+        loss = loss / inverse
+    return loss.topk(k).indices.sort().values
+
+def best_channels(W: Tensor, metric: Metric, rank: int, k: int) -> Tensor:
+    """The k input channels, (k,) ascending, that a product of the rank can carry least. Chosen again beside
+    the product of the others, as long as that loses less: the first product serves the channels as well."""
+    W = in_float64(W)
+    A, B = factors(W, metric, rank)
+    channels = worst_channels(W - B @ A, metric, k)
+    best = channels
+    least = torch.inf
+    for _ in range(ROUNDS):
+        W_rest, inner, _ = beside_channels(W, metric, channels)
+        A, B = factors(W_rest, inner, rank)
+        lost = inner.damage(W_rest - B @ A)
+        if lost >= least:
+            break
+        best, least = channels, lost
+        # every column as near as the directions of B come to it, those of the channels too
+        M = W if metric.K is None else metric.K.T @ W
+        Q = torch.linalg.qr(B if metric.K is None else metric.K.T @ B).Q
+        channels = worst_channels(M - Q @ (Q.T @ M), Metric(None, metric.L), k)
+    return best
 
 def split(W: Tensor, metric: Metric, rank: int, k: int = 0) -> Parts:
     """The best product of a rank, and beside it k channels with values of their own."""
