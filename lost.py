@@ -412,6 +412,22 @@ def inner_products(inner: type, x: Tensor, A: Tensor, *channels: Tensor) -> tupl
         return inner.forward(x, A, *channels)
     return inner.apply(x, A, *channels)
 
+def listed(settings: dict) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items())
+
+# With the bias and the mode of a layer that it stands for
+def as_linear(layer: nn.Module, weight: Tensor, trained: bool) -> nn.Linear:
+    # the usual constructor would draw a weight, and so move torch's generator
+    sizes = layer.in_features, layer.out_features, layer.bias is not None
+    kind = {"device": weight.device, "dtype": weight.dtype}
+    dense = nn.utils.skip_init(nn.Linear, *sizes, **kind)
+    dense.weight.copy_(weight)
+    dense.weight.requires_grad_(trained)
+    if layer.bias is not None:
+        dense.bias.copy_(layer.bias)
+        dense.bias.requires_grad_(layer.bias.requires_grad)
+    return dense.train(layer.training)
+
 class LOSTLinear(nn.Module):
     """Drop-in for nn.Linear by eq. 7: x (..., in) → (..., out).
 
@@ -616,19 +632,11 @@ class LOSTLinear(nn.Module):
             raise LOSTError(f"activation {self.activation!r} makes the layer non-linear, no single weight "
                             "equals it: train with activation none to merge")
         gamma = self.bounded_gamma()
-        # the usual constructor would draw a weight, and so move torch's generator
-        sizes = self.in_features, self.out_features, self.bias is not None
-        like_A = {"device": self.A.device, "dtype": self.A.dtype}
-        dense = nn.utils.skip_init(nn.Linear, *sizes, **like_A)
-        dense.weight.copy_(gamma * (self.B @ self.full_A()))
+        weight = gamma * (self.B @ self.full_A())
         if self.k:
             W_s = (1 - gamma) * self.W_s
-            dense.weight.index_add_(1, self.index, W_s)
-        dense.weight.requires_grad_(self.A.requires_grad or self.B.requires_grad)
-        if self.bias is not None:
-            dense.bias.copy_(self.bias)
-            dense.bias.requires_grad_(self.bias.requires_grad)
-        return dense.train(self.training)
+            weight.index_add_(1, self.index, W_s)
+        return as_linear(self, weight, self.A.requires_grad or self.B.requires_grad)
 
     def settings(self) -> dict:
         """The constructor's arguments, from which a checkpoint builds the layer without a decomposition."""
@@ -652,8 +660,7 @@ class LOSTLinear(nn.Module):
         }
 
     def extra_repr(self) -> str:
-        settings = self.settings().items()
-        return ", ".join(f"{name}={value}" for name, value in settings)
+        return listed(self.settings())
 
     def _load_from_state_dict(self, state_dict, prefix, *others):
         """What load_state_dict calls for each module: here also the channels are checked."""
@@ -692,6 +699,64 @@ class LOSTLinear(nn.Module):
         }
         # five digits, for metrics.jsonl
         return {name: float(f"{float(number):.5g}") for name, number in numbers.items()}
+
+# --- low rank and zeros anywhere ---
+
+class SparseLowRankLinear(nn.Module):
+    """Drop-in for nn.Linear: x (..., in) → x weightᵀ + (x Aᵀ) Bᵀ (..., out), where most of `weight` is zero:
+    low rank and single elements, as robust PCA, CAP and OATS (arXiv 2409.13652) take a matrix apart.
+
+    Parameters weight (out, in) with its zeros, A (rank, in), B (out, rank); neither of the two where rank is
+    0. The zeros are stored and multiplied like any number, and training fills them unless it is kept from it.
+    The constructor leaves all empty. Raises LOSTError for what does not fit."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.in_features = whole("in_features", in_features)
+        self.out_features = whole("out_features", out_features)
+        # rank 0 is a sparse matrix alone, and no size of a matrix forbids it
+        check_sizes((self.out_features, self.in_features), rank or 1, 0)
+        self.rank = whole("rank", rank)
+        def empty(*shape):
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.weight = empty(self.out_features, self.in_features)
+        if self.rank:
+            self.A = empty(self.rank, self.in_features)
+            self.B = empty(self.out_features, self.rank)
+        self.bias = empty(self.out_features) if bias else None
+
+    # `input` as in nn.Linear, for callers that pass it by name
+    def forward(self, input: Tensor) -> Tensor:
+        y = F.linear(input, self.weight, self.bias)
+        if not self.rank:
+            return y
+        return y + F.linear(F.linear(input, self.A), self.B)
+
+    @torch.no_grad()
+    def merge(self) -> nn.Linear:
+        """The dense layer with the same output: with a low-rank part no element of it is zero any more."""
+        weight = self.weight + self.B @ self.A if self.rank else self.weight
+        return as_linear(self, weight, any(p.requires_grad for p in self.parameters()))
+
+    def settings(self) -> dict:
+        """The constructor's arguments, as `LOSTLinear.settings`."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "rank": self.rank,
+            "bias": self.bias is not None,
+        }
+
+    def extra_repr(self) -> str:
+        return listed(self.settings())
 
 # --- diagnosis ---
 

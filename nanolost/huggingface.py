@@ -315,7 +315,7 @@ def travelling_files(folder: str) -> dict[str, bytes]:
     return read_present(folder, TRAVELS, TRAVEL_LIMIT)
 
 # kinds of layers that modeling_lost.py knows
-TRAVELLING = ("lost",)
+TRAVELLING = ("lost", "sparse")
 CODE_LIMIT = 1 << 20                           # bytes
 
 def travels(layers: dict[str, dict]) -> bool:

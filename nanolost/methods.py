@@ -6,7 +6,9 @@ without a decomposition. A *method* is what `--linear NAME` makes of a fresh mod
 
 To add one, write the layer in a file of its own, import it here and add a line at the end:
 
-    register("mine", MyLinear, convert_mine, uses=("rank",))"""
+    register("mine", MyLinear, convert_mine, uses=("rank",))
+
+A kind that no fresh model has, because another command makes it of trained weights, has no `convert`."""
 import dataclasses
 import functools
 import inspect
@@ -17,7 +19,7 @@ import torch
 import torch.nn as nn
 
 import lost
-from lost import LOSTError, LOSTLinear, apply_lost
+from lost import LOSTError, LOSTLinear, SparseLowRankLinear, apply_lost
 from model import ConfigError, Llama, LlamaConfig, generator_of
 from nanolost.errors import UserError, as_user_error
 
@@ -45,16 +47,17 @@ METHODS: dict[str, Method] = {"dense": Method()}
 def register(
     name: str,
     layer: type[nn.Module],
-    convert: Callable,
+    convert: Callable | None = None,
     *,
     switches: dict | None = None,
     uses: tuple[str, ...] = (),
     low_rank: tuple[str, ...] = (),
     sparse: tuple[str, ...] = (),
 ):
-    """Make a kind of layer, and the method `--linear name`, known to every command."""
+    """Make a kind of layer, and with a `convert` the method `--linear name`, known to every command."""
     KINDS[name] = Kind(layer, low_rank, sparse)
-    METHODS[name] = Method(convert, switches or {}, uses)
+    if convert is not None:
+        METHODS[name] = Method(convert, switches or {}, uses)
 
 # --- what is in a model ---
 
@@ -78,7 +81,7 @@ def settings_of(model: nn.Module) -> dict[str, dict]:
     return found
 
 def count_by_path(model: nn.Module) -> tuple[int, int, int]:
-    """Parameters on low-rank paths, on sparse paths, and all others."""
+    """Parameters on low-rank paths, on sparse paths (zeros that a tensor holds count too), and all others."""
     low_rank = 0
     sparse = 0
     for layer in special_layers(model).values():
@@ -201,5 +204,7 @@ def convert_to_lost(model: nn.Module, config, part: tuple[int, int]):
 PLAIN = {"sparsity": 0.0, "gamma": 1.0, "init": "random"}
 
 register("lost", LOSTLinear, convert_to_lost, uses=LOST_FLAGS, low_rank=("A", "B"), sparse=("W_s",))
+# of trained weights alone: a fresh matrix has no elements that are better than others
+register("sparse", SparseLowRankLinear, low_rank=("A", "B"), sparse=("weight",))
 METHODS["lowrank"] = Method(convert_to_lost, {**PLAIN, "activation": "none"}, LOST_FLAGS)
 METHODS["cola"] = Method(convert_to_lost, {**PLAIN, "activation": "silu"}, LOST_FLAGS)

@@ -20,10 +20,10 @@ from transformers import (
     Qwen3Model,
 )
 
-from .lost import LOSTLinear
+from .lost import LOSTLinear, SparseLowRankLinear
 
 # by the name of its kind in config.json
-LAYERS = {"lost": LOSTLinear}
+LAYERS = {"lost": LOSTLinear, "sparse": SparseLowRankLinear}
 
 class WithLayers:
     """Before a class of transformers: the same model with the layers that its configuration names."""
@@ -44,6 +44,14 @@ class WithLayers:
             self.set_submodule(name, layer(**given))
         # again: what it found the first time is gone
         self.post_init()
+
+    def tie_weights(self, *args, **kwargs):
+        """The last that from_pretrained calls, in versions 4 and 5: here also what follows from the file."""
+        super().tie_weights(*args, **kwargs)
+        for module in self.modules():
+            # which channels are no pivots stands in no file, and from_pretrained makes room for it alone
+            if isinstance(module, LOSTLinear):
+                module.derive()
 
     def _init_weights(self, module):
         # filled from the file, or not at all

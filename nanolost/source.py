@@ -98,7 +98,8 @@ class Source:
             # a name for tables: what a layer is stands in the folder, beside its name
             config.linear = min(kinds, default="dense")
             for name in (f.name for f in dataclasses.fields(MethodFlags)):
-                if self.saved.get(name) is not None:
+                # a kind that another command made is no --linear that could be typed
+                if self.saved.get(name) not in (None, getattr(config, name)):
                     setattr(config, name, saved_value(self.saved, name))
             return
         if kinds and not self.saved:

@@ -1,8 +1,9 @@
 """Small models with weights far from the flat start, for the tests of several rooms."""
 import pytest
 import torch
+import torch.nn as nn
 
-from lost import apply_lost
+from lost import LOSTLinear, SparseLowRankLinear, apply_lost
 from model import Llama, LlamaConfig
 
 SIZES = dict(vocab_size=257, max_seq_len=12, n_layer=2, n_head=4, n_embd=32, n_ffn=44,
@@ -27,6 +28,45 @@ def small(seed=0, **changed):
 
 def small_lost(**switches):
     return apply_lost(small(n_kv_head=2), 6, 0.1, **switches)
+
+def lost_of(dense, rank, sparsity=0.0):
+    return LOSTLinear.from_linear(dense, rank, sparsity, 0.6, "none", select="weight")
+
+@torch.no_grad()
+def sparse_of(dense, rank):
+    """Rank and the larger half of what is left, as elements."""
+    layer = SparseLowRankLinear(dense.in_features, dense.out_features, rank, dense.bias is not None)
+    rest = dense.weight
+    if rank:
+        parts = lost_of(dense, rank)
+        rest = rest - parts.B @ parts.A
+        layer.A.copy_(parts.A)
+        layer.B.copy_(parts.B)
+    layer.weight.copy_(rest * (rest.abs() > rest.abs().median()))
+    if dense.bias is not None:
+        layer.bias.copy_(dense.bias)
+    return layer
+
+# by turns over the layers of a model
+MIXTURE = (
+    lambda dense, rank: lost_of(dense, rank, 0.2),
+    sparse_of,
+    lambda dense, rank: lost_of(dense, rank).as_pinned(),
+    lambda dense, rank: dense,
+    lambda dense, rank: lost_of(dense, rank, 0.2).as_pinned(),
+    lambda dense, rank: sparse_of(dense, 0),
+)
+
+def mixed(model, makers=MIXTURE):
+    """The model with layers of every kind there is, no two of one rank."""
+    linear = [name for name, m in model.model["layers"].named_modules() if isinstance(m, nn.Linear)]
+    for i, name in enumerate(linear):
+        dense = model.model["layers"].get_submodule(name)
+        model.model["layers"].set_submodule(name, makers[i % len(makers)](dense, 3 + i))
+    return model
+
+def small_mixed(**changed):
+    return mixed(small(n_kv_head=2, **changed))
 
 def tokens(batch, length, seed=0):
     return torch.randint(257, (batch, length), generator=torch.Generator().manual_seed(seed))

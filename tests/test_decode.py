@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import all_logits, largest_difference, small, small_lost, spread, tokens
+from small_models import all_logits, largest_difference, small, small_lost, small_mixed, spread, tokens
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.utils import run_and_get_code
 
@@ -18,7 +18,7 @@ from nanolost.decode import KVCache, compile_for_cpu, compile_step, generate, pi
 PIECES = {"at-once": [30], "token-by-token": [1] * 30, "in-pieces": [3, 1, 12, 2, 12],
           "prefill-then-tokens": [9] + [1] * 21}
 
-@pytest.mark.parametrize("make", [small, small_lost], ids=["dense", "grouped-lost"])
+@pytest.mark.parametrize("make", [small, small_lost, small_mixed], ids=["dense", "grouped-lost", "mixed"])
 @pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
 @torch.no_grad()
 def test_cached_decoding_equals_the_full_forward(make, pieces):
@@ -56,7 +56,7 @@ def test_greedy_text_equals_the_literal_loop(max_seq_len, length):
     assert len(set(cached[0, length:].tolist())) > 3 or max_seq_len == 1
 
 @pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("make", [small, small_lost])
+@pytest.mark.parametrize("make", [small, small_lost, small_mixed])
 def test_compiled_step_writes_the_same_text_and_is_compiled_once(make, rows, monkeypatch):
     made = []
     def compile_and_count(*args):
@@ -95,6 +95,22 @@ def test_step_changes_only_tensors_that_a_cuda_graph_may_change():
     with torch._inductor.config.patch(force_disable_caches=True):
         step(tokens(1, 1), cache=cache.stay())
     assert len(changed) == 1 + 2 * model.config.n_layer and changed <= fixed
+
+@torch.inference_mode()
+def test_a_step_through_layers_that_are_all_unlike_is_compiled_once_for_each_size():
+    torch.compiler.reset()
+    model, graphs = small_mixed(max_seq_len=24), []
+    def count(graph, example):
+        graphs.append(graph)
+        return graph
+    # as on a GPU, but for what makes code of the graph
+    step = torch.compile(model, fullgraph=True, dynamic=False, backend=count)
+    def run(token, cache):
+        return step(token, cache=cache.stay())
+    text = generate(model, tokens(1, 5), 15, temperature=0, step=run)
+    assert len(graphs) == 1 and torch.equal(text, generate(model, tokens(1, 5), 15, temperature=0))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        generate(model, tokens(1, 7), 15, temperature=0, step=run)
 
 def test_cached_generation_reads_each_token_once_a_window():
     model, read = small(), []

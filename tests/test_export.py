@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from safetensors import safe_open
-from small_models import all_logits, largest_difference, small, tokens
+from small_models import all_logits, largest_difference, mixed, small, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import export
@@ -83,6 +83,11 @@ def test_layers_without_silu_become_plain_ones_that_need_no_code(exported, tied,
     assert read(folder)["model_type"] == "llama" and not {"lost", "auto_map"} & {*read(folder)}
     assert not [name for name in os.listdir(folder) if name.endswith(".py")]
     assert close(model, theirs_of(folder)) and not methods.settings_of(load_model(folder)[0])
+
+def test_layers_of_all_kinds_become_plain_ones(exported):
+    model = mixed(small(n_kv_head=2))
+    folder = exported(model, merge=True)
+    assert "lost" not in read(folder) and close(model, theirs_of(folder))
 
 def test_merging_a_qwen_keeps_its_biases_and_its_type(exported):
     model = small(n_kv_head=2, model_type="qwen2", qkv_bias=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from public_configs import CONFIGS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small_models import SIZES, all_logits, kinds, largest_difference, small, spread, tokens
+from small_models import SIZES, all_logits, kinds, largest_difference, mixed, small, spread, tokens
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers import LlamaConfig as TheirConfig
 
@@ -115,13 +115,16 @@ def test_first_weights_of_biases_are_zero():
 
 @types
 @ties
-@pytest.mark.parametrize("lost", [False, True], ids=["dense", "lost"])
+@pytest.mark.parametrize("lost", ["", "lost", "mixed"], ids=["dense", "lost", "mixed"])
 def test_a_saved_folder_loads_in_transformers_as_what_it_came_in_as(model_type, tied, lost, tmp_path):
     model = of_type(model_type, tie_embeddings=tied, rope_scaling=SCALINGS["llama3"])
     name = TYPES[model_type].name
-    if lost:
+    if lost == "lost":
         # one head dense, one layer left out: names, not patterns, say which
         apply_lost(model, 6, {"default": 0.1, "up_proj": 0}, skip=("lm_head", "layers.1.mlp.gate_proj"))
+    if lost == "mixed":
+        mixed(model)
+    if lost:
         name = f"LOST{name}"
     folder = saved(model, tmp_path)
     theirs = theirs_of(folder)
@@ -131,13 +134,19 @@ def test_a_saved_folder_loads_in_transformers_as_what_it_came_in_as(model_type, 
     # the logits are of the size of 10: 3e-6 of them
     largest = all_logits(model, tokens(3, 20)).abs().max().item()
     assert difference(model, theirs) <= 3e-6 * max(1, largest)
-    assert load_folder(folder)[0].config == model.config
+    ours, _ = load_folder(folder)
+    assert ours.config == model.config and methods.settings_of(ours) == methods.settings_of(model)
+    # zeros and pivots too
+    for name, t in model.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], t) and torch.equal(theirs.state_dict()[name], t), name
 
-@pytest.fixture(scope="module", params=["lost", "dense", "learned"])
+@pytest.fixture(scope="module", params=["lost", "dense", "learned", "mixed"])
 def pair(request, tmp_path_factory):
-    """(our model, its folder) of a LOST model, a dense one, and a LOST one with a learned γ."""
+    """(our model, its folder): LOST, dense, LOST with a learned γ, or of all kinds of layers."""
     model = small(n_kv_head=2, max_seq_len=40)
-    if request.param != "dense":
+    if request.param == "mixed":
+        mixed(model)
+    elif request.param != "dense":
         apply_lost(model, 6, 0.1, learn_gamma=request.param == "learned")
     return model, saved(model, tmp_path_factory.mktemp("pair"))
 

@@ -18,15 +18,17 @@ from conftest import (
     started,
     step_folder,
     updates,
+    val_losses,
 )
-from small_models import largest_difference
+from small_models import MIXTURE, largest_difference, mixed, sparse_of
 
 import eval as evaluation
 import prepare_c4
 import train
 from lost import decompose
-from nanolost.checkpoint import load_folder, load_model
+from nanolost.checkpoint import load_folder, load_model, load_with_tokenizer, write_model
 from nanolost.errors import UserError
+from nanolost.methods import settings_of
 from nanolost.settings import resolve, settle_device, settle_schedule
 from nanolost.source import Source, remembered
 
@@ -229,6 +231,25 @@ def test_it_resumes_bit_for_bit_without_the_folder_or_the_flag(dense, from_folde
     config = resolve(remembered(bare))
     train.main(config)
     assert files_of(config, 8) == files_of(straight, 8)
+
+@pytest.mark.parametrize("makers", [MIXTURE, (sparse_of,)], ids=["all kinds", "sparse alone"])
+def test_layers_that_another_command_made_are_trained_and_the_run_resumes_bit_for_bit(
+        dense, from_folder, tmp_path, makers):
+    model, tokenizer, _ = load_with_tokenizer(dense)
+    folder = str(tmp_path / "compressed")
+    write_model(folder, mixed(model, makers), tokenizer, {})
+    straight = from_folder(folder, lr=5e-3)
+    train.main(straight)
+    found, _ = load_model(straight.out_dir)
+    first, last = val_losses(straight)
+    assert settings_of(found) == settings_of(model) and last < first
+    resumed = from_folder(folder, lr=5e-3, out_dir=str(tmp_path / "resumed"))
+    continue_from(straight, resumed, 4)
+    assert files_of(resumed, 8) == files_of(straight, 8) and lines(resumed) == lines(straight)
+    # the pivots are no weights
+    pivots = {name: t for name, t in model.state_dict().items() if name.endswith("pivot")}
+    assert len(pivots) == (4 if makers is MIXTURE else 0)
+    assert all(torch.equal(found.state_dict()[name], t) for name, t in pivots.items())
 
 def test_another_folder_for_the_same_run_or_none_at_all_is_refused(dense, from_folder, small, tmp_path):
     train.main(from_folder(dense, steps=4))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch._inductor.utils import run_fw_bw_and_get_code
 
 import lost
-from lost import LOSTError, LOSTLinear, apply_lost, by_module, decompose
+from lost import LOSTError, LOSTLinear, SparseLowRankLinear, apply_lost, by_module, decompose
 
 SHAPES = {"square": (24, 24), "wide": (20, 36), "tall": (36, 20)}             # (out, in)
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -1038,6 +1038,55 @@ def test_a_pinned_layer_keeps_what_is_frozen_its_mode_and_its_device():
     empty = LOSTLinear(16, 12, 4, 2, activation="none", device="meta").as_pinned()
     assert empty.A.is_meta and empty.pivot.is_meta and empty(torch.empty(3, 16, device="meta")).is_meta
     assert empty.merge().weight.is_meta and empty.k == 2
+
+# --- low rank and zeros anywhere ---
+
+def sparse_layer(rank=3, bias=True, dtype=torch.float64, device="cpu"):
+    layer = SparseLowRankLinear(16, 12, rank, bias, dtype=dtype, device=device)
+    for i, p in enumerate(layer.parameters()):
+        p.data.copy_(random_weight(p.shape, i))
+    layer.weight.data[random_weight((12, 16), 9).abs() < 0.2] = 0
+    return layer
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_sparse_layer_adds_its_two_parts(rank, bias):
+    layer = sparse_layer(rank, bias)
+    parameters, x = dict(layer.named_parameters()), inputs(16)
+    assert set(parameters) == {"weight", *(["A", "B"] if rank else []), *(["bias"] if bias else [])}
+    W = layer.weight + layer.B @ layer.A if rank else layer.weight
+    expected = x @ W.T + (layer.bias if bias else 0)
+    assert relative_error(layer(x), expected) < 1e-12 and torch.equal(layer(input=x), layer(x))
+    merged = layer.merge()
+    assert type(merged) is nn.Linear and relative_error(merged(x), expected) < 1e-12
+    assert (merged.weight == 0).any() == (rank == 0)
+    layer(x).square().sum().backward()
+    assert all((p.grad != 0).any() for p in parameters.values())
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_sparse_layer_is_rebuilt_from_its_settings_with_its_zeros(rank):
+    layer = sparse_layer(rank)
+    with torch.device("meta"):
+        rebuilt = SparseLowRankLinear(**layer.settings())
+    assert rebuilt(torch.empty(2, 16, device="meta")).shape == (2, 12) and rebuilt.merge().weight.is_meta
+    rebuilt.load_state_dict(layer.state_dict(), assign=True)
+    assert rebuilt.settings() == layer.settings() and torch.equal(rebuilt(inputs(16)), layer(inputs(16)))
+    assert torch.equal(rebuilt.weight == 0, layer.weight == 0) and f"rank={rank}" in repr(layer)
+
+@pytest.mark.parametrize("wrong, message", [
+    ({"rank": -1}, "rank -1 of a 12×16"), ({"rank": 13}, "rank 13 of a 12×16"), ({"rank": ""}, "rank = ''"),
+    ({"rank": 2.5}, "rank = 2.5"), ({"in_features": 0}, "of a 12×0 weight"), ({"out_features": "12"}, "out_"),
+])
+def test_settings_that_no_sparse_layer_can_have_are_refused(wrong, message):
+    with pytest.raises(LOSTError, match=message):
+        SparseLowRankLinear(**{**sparse_layer().settings(), **wrong})
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_merged_sparse_layer_is_trained_where_a_part_of_it_was(rank):
+    layer = sparse_layer(rank).eval().requires_grad_(False)
+    assert not layer.merge().weight.requires_grad and not layer.merge().training
+    layer.weight.requires_grad_(True)
+    assert layer.merge().weight.requires_grad and not layer.merge().bias.requires_grad
 
 # --- hard weights ---
 

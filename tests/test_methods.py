@@ -6,10 +6,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import continue_from, files_of, losses
+from small_models import small_mixed, tokens
 
 import sample
 import train
-from lost import LOSTLinear
+from lost import LOSTLinear, SparseLowRankLinear
 from nanolost import methods
 from nanolost.checkpoint import load_model
 from nanolost.errors import UserError
@@ -91,6 +92,35 @@ def test_parameters_are_counted_by_their_path(small):
     assert count_by_path(model) == (low_rank, sparse, total - low_rank - sparse) and sparse > 0
     dense = build_model(small(linear="dense", vocab_size=257), "meta")
     assert count_by_path(dense) == (0, 0, sum(p.numel() for p in dense.parameters()))
+
+def test_parameters_of_all_kinds_are_counted_by_their_path():
+    layers = small_mixed().model["layers"]
+    low_rank = sparse = 0
+    for name, p in layers.named_parameters():
+        if name.endswith((".A", ".B")):
+            low_rank += p.numel()
+        elif name.endswith(".W_s") or isinstance(layers.get_submodule(name[:-7]), SparseLowRankLinear):
+            sparse += p.numel()
+    assert count_by_path(layers)[:2] == (low_rank, sparse) and min(low_rank, sparse) > 3000
+
+def test_a_kind_that_no_fresh_model_has_is_no_method():
+    assert "sparse" in methods.KINDS and "sparse" not in methods.METHODS
+    with pytest.raises(UserError, match="--linear: invalid choice: 'sparse'"):
+        train.parse(train.Config, ["--linear=sparse"])
+
+def test_training_of_layers_that_are_all_unlike_is_one_graph():
+    torch.compiler.reset()
+    model, graphs, idx = small_mixed().train(), [], tokens(2, 12)
+    def count(graph, example):
+        graphs.append(graph)
+        return graph
+    compiled = torch.compile(model, backend=count, fullgraph=True)
+    assert len({layer.rank for layer in methods.special_layers(model).values()}) == 11
+    loss = compiled(idx, idx)[1]
+    loss.backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(compiled(idx, idx)[1], loss)
+    assert len(graphs) == 1 and all(p.grad.any() for p in model.parameters())
 
 def test_processes_that_fill_every_third_layer_make_the_model_of_one(small):
     config = small(vocab_size=257)
