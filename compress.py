@@ -61,8 +61,8 @@ from nanolost.tokenizer import Tokenizer
 FORMS = {"lost": lowrank.METHODS, "sparse": pruning.METHODS}
 # tokens of statistics by form: (of inputs, of output gradients)
 TOKENS = {"lost": (16_384, 16_384), "sparse": (65_536, 65_536)}
-# those that look at no text
-BLIND = ("plain", "lost", "magnitude")
+# those that need no statistics
+BLIND = ("plain", "lost", "magnitude", "cap")
 # those that keep their factors apart from the zeros
 FACTORED = ("oats", "cap")
 
@@ -92,7 +92,7 @@ class Config:
                                                 f"{TOKENS['lost'][0]}, sparse {TOKENS['sparse'][0]})",
                                           section="text")
     gradient_tokens: int | None = flag(None, "text for that of output gradients (as many)")
-    loop_tokens: int = flag(16_384, "further text for the closed loop")
+    loop_tokens: int = flag(16_384, "further text, for the closed loop and for cap's losses")
     eval_tokens: int = flag(16_384, "validation text for the loss before and after")
     seq_len: int = flag(512, "tokens of a window, of all of these; at most the model's limit")
     statistics: str | None = flag(None, "keep the statistics in this folder, and use those that are there",
@@ -167,6 +167,8 @@ def check_sparse(config: Config):
                         "fisher or walk")
     if config.factors is None:
         config.factors = config.method in FACTORED
+    if config.factors and config.method not in FACTORED:
+        raise UserError(f"--factors true: --method {config.method} has no low-rank part; use oats or cap")
     if not config.factors and config.method in FACTORED:
         raise UserError(f"--factors false: the two parts of {config.method} together are dense again")
     known = pruning.pattern_of(config.pattern)
@@ -374,7 +376,8 @@ def compress(config: Config, model: Llama, texts: Texts, key: dict, job: Job) ->
         if config.method not in BLIND:
             statistics = statistics_of(config, model, texts, key, spool, device)
         seconds["statistics"] = time.perf_counter() - started
-        loop = texts.loop(config, device) if config.closed_loop else []
+        reads = config.closed_loop or config.method == "cap"
+        loop = texts.loop(config, device) if reads else []
         regularised = poor(statistics, model)
         task = Task(model, config, statistics, loop, spool, device, autocast(config))
         started = time.perf_counter()

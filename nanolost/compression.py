@@ -8,9 +8,9 @@ import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
-from lost import LOSTLinear, decompose
+from lost import LOSTLinear, SparseLowRankLinear, decompose
 from model import Llama
-from nanolost import closed_loop, lowrank, pruning, splitting
+from nanolost import cap, closed_loop, lowrank, pruning, splitting
 from nanolost.allocate import Option, allocate, smallest, uniform
 from nanolost.covariance import Batch, Statistics, linears
 from nanolost.errors import UserError, as_user_error
@@ -21,6 +21,8 @@ from nanolost.shelf import Shelf
 STEP = 8
 # LOST's share of input channels, for its own start
 LOST_CHANNELS = 0.01
+# the share of its values that OATS gives the product (its own default)
+OATS_RANK = 0.25
 # what is added to C and G of their own diagonals before they are split: more tokens need less
 OWN_FEW = (0.05, 0.30)
 OWN_MANY = (0.03, 0.10)
@@ -29,7 +31,7 @@ MANY = 32_768
 @dataclass
 class Task:
     """A model on its device, whose layers are to be replaced in place, and what is known of it. loop: windows
-    for the closed loop, none: in the open. folder: for what is too much for the memory."""
+    for the closed loop, or for CAP's losses. folder: for what is too much for the memory."""
 
     model: Llama
     config: object
@@ -163,7 +165,7 @@ def in_closed_loop(task: Task, chosen: dict[str, Option]):
 def to_low_rank(task: Task) -> dict[str, dict]:
     """Replace the layers by low-rank ones; what each became, as in allocation.json."""
     chosen = chosen_options(task)
-    if task.loop:
+    if task.config.closed_loop:
         in_closed_loop(task, chosen)
     else:
         open_loop(task, chosen)
@@ -313,6 +315,76 @@ def in_the_loop(task: Task, found: dict[str, Tensor], patterns: dict | None):
         return dense_layer(linear, again(task, name, W, C, found.pop(name), pattern))
     closed_loop.run(task.model, task.statistics, task.loop, replace, task.context)
 
+# --- zeros beside a low-rank part ---
+
+def factored_layer(linear: nn.Linear, A: Tensor, B: Tensor, S: Tensor) -> SparseLowRankLinear:
+    sizes = linear.in_features, linear.out_features, len(A)
+    layer = SparseLowRankLinear(*sizes, bias=linear.bias is not None, device=linear.weight.device)
+    tensors = {"weight": S}
+    if len(A):
+        tensors |= {"A": A, "B": B}
+    if linear.bias is not None:
+        tensors["bias"] = linear.bias
+    layer.load_state_dict(tensors)
+    return layer.requires_grad_(False)
+
+def oats_parts(task: Task) -> dict[str, tuple]:
+    """(A, B, S) of every matrix, each with the same share, a part of which goes to the product."""
+    found = {}
+    for name, linear in tqdm(linears(task.model).items(), "oats", disable=None):
+        W = linear.weight
+        values = int(task.config.budget * W.numel() + 1e-6)
+        rank = max(1, int(OATS_RANK * values / sum(W.shape)))
+        scale = task.statistics.inputs(name).diagonal().to(W.device).sqrt()
+        found[name] = cap.oats(W, scale, rank, values - rank * sum(W.shape))
+    return found
+
+def cap_parts(task: Task) -> dict[str, tuple]:
+    """(A, B, S) of every matrix by CAP as published: a loss of the model with each draw of the masks."""
+    layers = linears(task.model)
+    # of float32, as the drawn models are: the singular values of float64 bring nothing to a draw
+    parts = [cap.Candidates(*cap.robust_pca(linear.weight)) for linear in tqdm(layers.values(), "cap")]
+    cost = torch.cat([part.cost() for part in parts])
+    value = torch.cat([part.values() for part in parts])
+    whole = {name: linear.weight.clone() for name, linear in layers.items()}
+    def loss_of(mask: Tensor) -> float:
+        for part, masks, linear in zip(parts, cap.split(mask, parts), layers.values(), strict=True):
+            A, B, S = part.build(*masks)
+            linear.weight.copy_(B @ A + S)
+        return mean_loss(task)
+    generator = torch.Generator(task.device).manual_seed(task.config.seed)
+    first = cap.initial(value, cost, task.values())
+    s = cap.policy(loss_of, first, cost, task.values(), generator=generator)
+    kept = cap.split(cap.choose(s, cost, task.values()), parts)
+    for name, linear in layers.items():
+        linear.weight.copy_(whole[name])
+    return {name: part.build(*masks) for name, part, masks in zip(layers, parts, kept, strict=True)}
+
+def mean_loss(task: Task) -> float:
+    """Of the windows of the loop, in nats a target."""
+    total, count = 0.0, 0
+    with task.context:
+        for batch in task.loop:
+            known = int((batch.targets >= 0).sum())
+            total += task.model(batch.ids, batch.targets, loss_only=True)[1].item() * known
+            count += known
+    return total / max(count, 1)
+
+FACTORED = {"oats": oats_parts, "cap": cap_parts}
+
+def to_factors(task: Task) -> dict[str, dict]:
+    """Replace every layer by a low-rank part and zeros, kept apart."""
+    entries = {}
+    for name, (A, B, S) in FACTORED[task.config.method](task).items():
+        linear = linears(task.model)[name]
+        nonzeros = int(S.count_nonzero())
+        values = nonzeros + len(A) * sum(S.shape)
+        damage = damage_of(task, name, B @ A + S - linear.weight)
+        option = Option(values, damage, "sparse", len(A))
+        entries[name] = {**entry_of(option, False), "nonzeros": nonzeros}
+        task.model.set_submodule(name, factored_layer(linear, A, B, S))
+    return entries
+
 SPARSE = {
     "fisher": globally, "walk": globally,
     "magnitude": one_by_one, "wanda": one_by_one, "sparsegpt": one_by_one,
@@ -321,7 +393,12 @@ SPARSE = {
 @torch.no_grad()
 def to_sparse(task: Task) -> dict[str, dict]:
     """Put zeros into the layers' weights; what each became, as in allocation.json."""
-    found, patterns = SPARSE[task.config.method](task)
+    if task.config.method in FACTORED:
+        return to_factors(task)
+    found, patterns = {}, None
+    # what keeps everything has nothing to choose
+    if task.config.budget < 1:
+        found, patterns = SPARSE[task.config.method](task)
     entries = {}
     for name, linear in linears(task.model).items():
         option = Option(linear.weight.numel(), 0.0)
@@ -329,7 +406,7 @@ def to_sparse(task: Task) -> dict[str, dict]:
             damage = damage_of(task, name, found[name] - linear.weight)
             option = Option(int(found[name].count_nonzero()), damage, "sparse")
         entries[name] = entry_of(option, False)
-    if task.loop:
+    if task.config.closed_loop:
         in_the_loop(task, found, patterns)
     else:
         for name, W in found.items():

@@ -67,7 +67,7 @@ def largest_of_rows(score: Tensor, share: float) -> Tensor:
     # up to each row's end
     ends = [math.floor(share * width * (row + 1) + 1e-9) for row in range(rows)]
     counts = torch.tensor(ends).diff(prepend=torch.tensor([0])).to(score.device)
-    order = score.argsort(1, descending=True, stable=True)
+    order = score.argsort(dim=1, descending=True, stable=True)
     places = torch.arange(width, device=score.device).expand(rows, -1)
     rank = torch.empty_like(order).scatter_(1, order, places)
     return rank < counts[:, None]

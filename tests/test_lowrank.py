@@ -241,7 +241,8 @@ def test_the_worst_channels_are_those_for_which_the_others_can_make_up_least(met
         others = torch.arange(20) != channel
         changed = E.clone()
         # the least squares of the others, with this column as it is
-        changed[:, others] = -torch.linalg.solve(C[others][:, others], C[others, channel]) * E[:, channel, None]
+        regression = torch.linalg.solve(C[others][:, others], C[others, channel])
+        changed[:, others] = -regression * E[:, channel, None]
         costs.append(cost(changed, G, C))
     expected = torch.tensor(costs).topk(5).indices.sort().values
     assert torch.equal(lowrank.worst_channels(E, known, 5), expected)
