@@ -103,13 +103,15 @@ def test_the_loss_that_is_reported_is_that_of_the_folder(compressed, data_dir):
 
 @pytest.fixture(scope="module")
 def trained(data_dir, tmp_path_factory):
-    """A folder with a model that has learned something, as one of random weights has no direction to spare."""
+    """A folder with a model that has learned something: one of random weights has no direction to spare."""
     model = small(n_embd=48, n_ffn=128, n_head=2, max_seq_len=64)
     model.init_weights(0)
     data = TokenDataset(data_dir, "train", 32)
-    optimizer = torch.optim.AdamW(model.parameters(), 4e-3, weight_decay=0)
-    for step in range(250):
-        x, y = data.batch(np.arange(16) + 16 * step)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0)
+    steps = 1800
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-2 * min(1, step / 50) * (1 - step / steps)
+        x, y = data.batch((np.arange(16) * 997 + 112 * step) % len(data))
         optimizer.zero_grad()
         model(x, y, loss_only=True)[1].backward()
         optimizer.step()
@@ -129,9 +131,11 @@ def test_zeros_chosen_together_lose_less_than_those_of_each_matrix(trained, comp
     losses = {}
     for method in ("fisher", "walk", "wanda", "magnitude"):
         report = compressed(ckpt=trained, method=method, form="sparse", out_dir=str(tmp_path / method),
-                            budget=0.4, calibration_tokens=8192, eval_tokens=4096)
+                            budget=0.3, calibration_tokens=8192, eval_tokens=4096)
         losses[method] = report["after"]["loss"]
-    assert losses["fisher"] < losses["walk"] < losses["wanda"] < losses["magnitude"], losses
+    together = max(losses["fisher"], losses["walk"])
+    alone = min(losses["wanda"], losses["magnitude"])
+    assert together < alone - 0.1, losses
 
 def test_the_same_command_makes_the_same_bytes_and_another_seed_another_text(compressed, tmp_path):
     weights = []
