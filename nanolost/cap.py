@@ -222,7 +222,8 @@ def project(s: Tensor, cost: Tensor, budget: float) -> Tensor:
     enough = torch.finfo(s.dtype).eps * budget
     low = 0.0
     # twice the τ at which all are 0, so that they are also where it is rounded
-    high = 2 * (s / cost).max().item()
+    zero = [(some / c).max() for some, c in blocks(s, cost)]
+    high = 2 * float(max(zero))
     for _ in range(HALVINGS):
         tau = (low + high) / 2
         left = budget - spent(pull(s, cost, tau, result), cost)
@@ -288,7 +289,7 @@ def policy(
 
     loss_of: of a mask (candidates,), bool, the loss of the model that is left; asked 1 + steps · samples
     times. samples: draws of a step, one in the paper and 8 in the toolkit. generator: on the device of s.
-    Needs two tensors of the size of s beside s and cost. Raises UserError for a loss that is not finite."""
+    Needs three tensors of the size of s beside s and cost. Raises UserError for a loss that is not finite."""
     beta = 1 - 1 / window
     # From a draw of its own, so that eq. 7 stays unbiased. From δ = 0, which the paper may mean, a kept
     # candidate would lose η · Loss / s: at a loss of 5 and s = 0.5 all of it, whatever it is worth
@@ -311,7 +312,7 @@ def choose(s: Tensor, cost: Tensor, budget: float) -> Tensor:
     """Mask (candidates,), bool: from the largest s down each that still fits into the budget, of equal ones
     the earlier first. s ≥ 0 in float32 or float64.
 
-    Needs 7 bytes a candidate at s of float32; a sort would take 24 for positions and sums."""
+    Of 50 million in float32 it takes 8 bytes each beside s and cost; a sort takes 20, and half the time."""
     assert (s >= 0).all()
     # the bits of -0.0 are no whole number from 0 on
     key = s.abs().view(BITS[s.dtype])

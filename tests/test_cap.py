@@ -403,11 +403,11 @@ def test_the_choice_is_the_literal_one(block, dtype, monkeypatch):
     @settings(max_examples=200, deadline=None)
     @given(st.lists(st.tuples(ranks, st.sampled_from([1, 1, 1, 7, 12])), max_size=30), st.integers(0, 120))
     def check(pairs, budget):
-        s = [a for a, _ in pairs]
+        s = torch.tensor([a for a, _ in pairs], dtype=dtype)
         cost = [c for _, c in pairs]
-        mask = choose(torch.tensor(s, dtype=dtype), torch.tensor(cost, dtype=torch.float32), budget)
+        mask = choose(s, torch.tensor(cost, dtype=torch.float32), budget)
         assert mask.dtype == torch.bool
-        assert mask.tolist() == literal_choice(s, cost, budget)
+        assert mask.tolist() == literal_choice(s.tolist(), cost, budget)
         assert sum(c for c, kept in zip(cost, mask.tolist(), strict=True) if kept) <= budget
     check()
 
