@@ -214,22 +214,22 @@ class Spool:
 
     def __init__(self, folder: str):
         self.folder = folder
+        self.shapes = {}
 
     def path(self, name: str, number: int) -> str:
-        return os.path.join(self.folder, f"{name}_{number:06d}.npy")
+        return os.path.join(self.folder, f"{name}_{number:06d}.bin")
 
     def put(self, name: str, number: int, tensor: Tensor):
-        np.save(self.path(name, number), tensor.float().cpu().numpy())
-
-    # read, not mapped: a file that is deleted meanwhile would keep its room
-    def get(self, name: str, number: int, device) -> Tensor:
-        return torch.from_numpy(np.load(self.path(name, number))).to(device)
+        self.shapes[name, number] = tensor.shape
+        tensor.float().cpu().numpy().tofile(self.path(name, number))
 
     def take(self, name: str, number: int, device) -> Tensor:
-        """What `get` gives, for the last time."""
-        tensor = self.get(name, number, device)
-        os.remove(self.path(name, number))
-        return tensor
+        """What was put there, once."""
+        path = self.path(name, number)
+        # read, not mapped: a file that is deleted meanwhile would keep its room
+        values = np.fromfile(path, np.float32).reshape(self.shapes.pop((name, number)))
+        os.remove(path)
+        return torch.from_numpy(values).to(device)
 
 def drawn_labels(p: Tensor, generator: torch.Generator) -> Tensor:
     """One word (N, 1) of each row of the distributions p (N, V)."""
