@@ -163,33 +163,43 @@ def test_gradients_under_autocast_are_those_of_both_paths_by_themselves(dtype):
     errors = [relative_error(one, other) for one, other in zip(*found, strict=True)]
     assert len(errors) == 5 and max(errors) < (1e-2 if dtype else 1e-6)
 
+def check_contexts(layer, x):
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            inference = layer(x)
+        assert torch.equal(layer(x), inference)
+
 def test_training_and_inference_are_one_formula_to_the_last_bit():
     layer = LOSTLinear.from_linear(dense_layer((24, 36), bias=True), 6, 0.2, learn_gamma=True)
     for x in (inputs(36), inputs(36)[0, 0]):                               # also a vector, as nn.Linear takes
-        for context in (torch.no_grad, torch.inference_mode):
-            with context():
-                inference = layer(x)
-            assert torch.equal(layer(x), inference)
+        check_contexts(layer, x)
+
+def check_few_rows(layer, x):
+    layer.few_rows = False
+    usual = layer(x)
+    layer.few_rows = True
+    assert relative_error(layer(x), usual) < 1e-12
+    layer.few_rows = False
 
 @pytest.mark.parametrize("sparsity", [0, 0.2])
 def test_the_form_for_few_rows_is_asked_for_and_agrees(sparsity):
     layer = LOSTLinear.from_linear(dense_layer((24, 36), bias=True), 6, sparsity, learn_gamma=True)
     assert not layer.few_rows
     for x in (inputs(36), inputs(36)[0, 0]):
-        layer.few_rows = False
-        usual = layer(x)
-        layer.few_rows = True
-        assert relative_error(layer(x), usual) < 1e-12
+        check_few_rows(layer, x)
 
-@pytest.mark.parametrize("sparsity", [0, 0.25])
-def test_derivatives_of_first_and_second_order_are_those_of_differences(sparsity):
-    layer = LOSTLinear.from_linear(dense_layer((5, 8)), 3, sparsity, learn_gamma=True)
+def check_derivatives(layer):
+    """First and second order of a layer of 8 inputs, forward and backward, against differences."""
     names, values = zip(*layer.named_parameters(), strict=True)
     def output(x, *parameters):
         return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
     arguments = (inputs(8)[0, :2].requires_grad_(), *values)
     assert torch.autograd.gradcheck(output, arguments, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(output, arguments)
+
+@pytest.mark.parametrize("sparsity", [0, 0.25])
+def test_derivatives_of_first_and_second_order_are_those_of_differences(sparsity):
+    check_derivatives(LOSTLinear.from_linear(dense_layer((5, 8)), 3, sparsity, learn_gamma=True))
 
 # --- torch.func ---
 
@@ -929,26 +939,15 @@ def test_gradients_of_a_pinned_layer_are_those_of_its_equation(sparsity, silu, d
 def test_derivatives_of_a_pinned_layer_of_first_and_second_order_are_those_of_differences(sparsity):
     layer = pinned_pair((5, 8), 3, sparsity, learn_gamma=True)[1]
     layer.activation = "silu"
-    names, values = zip(*layer.named_parameters(), strict=True)
-    def output(x, *parameters):
-        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
-    arguments = (inputs(8)[0, :2].requires_grad_(), *values)
-    assert torch.autograd.gradcheck(output, arguments, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(output, arguments)
+    check_derivatives(layer)
 
 @by_channels
 def test_a_pinned_layer_runs_in_every_context_alike(sparsity):
     layer = pinned_pair(sparsity=sparsity, learn_gamma=True)[1]
     for x in (inputs(36), inputs(36)[0, 0]):
-        for context in (torch.no_grad, torch.inference_mode):
-            with context():
-                inference = layer(x)
-            assert torch.equal(layer(x), inference)
-        usual = layer(x)
-        layer.few_rows = True
-        assert relative_error(layer(x), usual) < 1e-12
-        layer.few_rows = False
-        assert torch.equal(copy.deepcopy(layer)(x), usual)
+        check_contexts(layer, x)
+        check_few_rows(layer, x)
+        assert torch.equal(copy.deepcopy(layer)(x), layer(x))
 
 @by_channels
 @pytest.mark.parametrize("few_rows", [False, True])
