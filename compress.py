@@ -10,7 +10,6 @@ as any other. It is whole or absent."""
 import nanolost  # noqa: F401, I001  before torch: OpenMP reads its settings once
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -35,7 +34,7 @@ from nanolost.checkpoint import (
     write_model,
     write_whole,
 )
-from nanolost.compression import Task, to_low_rank, to_sparse
+from nanolost.compression import FACTORED, Task, to_low_rank, to_sparse
 from nanolost.covariance import (
     Batch,
     Statistics,
@@ -44,27 +43,27 @@ from nanolost.covariance import (
     count_tokens,
     covariance_bytes,
     linears,
+    place_of,
     spool_bytes,
 )
 from nanolost.data import SampleOrder, TokenDataset
 from nanolost.errors import UserError
 from nanolost.failures import failures_with_their_repair
+from nanolost.files import read_json
 from nanolost.flags import command, flag, parse, say
 from nanolost.huggingface import travelling_files
 from nanolost.job import Job, pick_device, place
 from nanolost.loop import Validation, evaluate
-from nanolost.methods import merge_layers, special_layers
+from nanolost.methods import merge_layers
 from nanolost.settings import DEVICES, autocast
 from nanolost.threads import use_threads
 from nanolost.tokenizer import Tokenizer
 
 FORMS = {"lost": lowrank.METHODS, "sparse": pruning.METHODS}
-# tokens of statistics by form: (of inputs, of output gradients)
-TOKENS = {"lost": (16_384, 16_384), "sparse": (65_536, 65_536)}
+# tokens of statistics
+TOKENS = {"lost": 16_384, "sparse": 65_536}
 # those that need no statistics
 BLIND = ("plain", "lost", "magnitude", "cap")
-# those that keep their factors apart from the zeros
-FACTORED = ("oats", "cap")
 
 @dataclass
 class Config:
@@ -89,7 +88,7 @@ class Config:
                                         "its own N", list(pruning.PATTERNS))
     factors: bool | None = flag(None, "sparse: a low-rank part beside the zeros (true for oats and cap)")
     calibration_tokens: int | None = flag(None, "text for the covariance of inputs (lost "
-                                                f"{TOKENS['lost'][0]}, sparse {TOKENS['sparse'][0]})",
+                                                f"{TOKENS['lost']}, sparse {TOKENS['sparse']})",
                                           section="text")
     gradient_tokens: int | None = flag(None, "text for that of output gradients (as many)")
     loop_tokens: int = flag(16_384, "further text, for the closed loop and for cap's losses")
@@ -145,11 +144,11 @@ def settle(config: Config):
     # NaN fails both comparisons
     if not 0 < config.budget <= 1:
         raise UserError(f"--budget {config.budget}: must be above 0 and at most 1")
-    by_form = TOKENS[config.form]
+    tokens = TOKENS[config.form]
     if config.calibration_tokens is None:
-        config.calibration_tokens = max(by_form[0], config.gradient_tokens or 0)
+        config.calibration_tokens = max(tokens, config.gradient_tokens or 0)
     if config.gradient_tokens is None:
-        config.gradient_tokens = min(by_form[1], config.calibration_tokens)
+        config.gradient_tokens = min(tokens, config.calibration_tokens)
     if config.gradient_tokens > config.calibration_tokens:
         raise UserError(f"--gradient_tokens {config.gradient_tokens}: gradients are taken of windows of the "
                         f"{config.calibration_tokens} --calibration_tokens: use as many or less")
@@ -237,7 +236,7 @@ def dry_run(config: Config, model: Llama, texts: Texts):
         f"{config.seq_len}; {len(texts.train):,} windows are there",
         f"memory      {size(weights + block)} = model {size(weights)} + a block's covariances {size(block)}; "
         "activations of a micro-batch come on top",
-        f"disk        {size(disk_bytes(config, model))} in {temporary_home(config)}",
+        f"disk        {size(disk_bytes(config, model))} in {tempfile.gettempdir()}",
     ]
     say("\n".join(lines))
 
@@ -250,13 +249,10 @@ def disk_bytes(config: Config, model: Llama) -> int:
         need += covariance_bytes(model) * model.config.n_layer + 9 * values
     return need
 
-def temporary_home(config: Config) -> str:
-    return tempfile.gettempdir()
-
 @contextlib.contextmanager
-def temporary_folder(config: Config, need: int):
+def temporary_folder(need: int):
     """A folder that goes in the end, with room for `need` bytes."""
-    home = temporary_home(config)
+    home = tempfile.gettempdir()
     free = shutil.disk_usage(home).free
     if need > free:
         raise UserError(f"{home} has {size(free)} free, and {size(need)} are needed meanwhile: name a larger "
@@ -302,10 +298,9 @@ def statistics_of(config: Config, model: Llama, texts: Texts, key: dict, spool: 
     done = os.path.join(place, "statistics.json")
     found = texts.calibration(config, device)
     if os.path.exists(done):
-        with open(done, encoding="utf-8") as file:
-            if json.load(file) != key:
-                raise UserError(f"{place} has statistics of another model, text, seed or number of tokens: "
-                                "use another --statistics")
+        if read_json(done) != key:
+            raise UserError(f"{place} has statistics of another model, text, seed or number of tokens: use "
+                            "another --statistics")
         return Statistics(place, count_tokens(found))
     os.makedirs(place, exist_ok=True)
     made = collect(model, found, place, config.seed, autocast(config))
@@ -327,7 +322,7 @@ def table(entries: dict[str, dict], sizes: dict[str, int]) -> list[str]:
     """What each layer became, a block a line."""
     rows = {}
     for name, entry in entries.items():
-        block, _, inner = name.removeprefix("model.layers.").partition(".")
+        block, inner = place_of(name)
         kind = inner.rpartition(".")[2].removesuffix("_proj")
         rows.setdefault(block, {})[kind] = cell(entry, sizes[name])
     kinds = next(iter(rows.values()))
@@ -369,8 +364,7 @@ def compress(config: Config, model: Llama, texts: Texts, key: dict, job: Job) ->
     """Replace the model's layers. Returns entries of allocation.json and what the report has of them."""
     device = job.device
     seconds = {}
-    need = disk_bytes(config, model)
-    with temporary_folder(config, need) as spool:
+    with temporary_folder(disk_bytes(config, model)) as spool:
         started = time.perf_counter()
         statistics = None
         if config.method not in BLIND:
@@ -397,8 +391,9 @@ def compress(config: Config, model: Llama, texts: Texts, key: dict, job: Job) ->
     return entries, found
 
 def index_bytes(model: Llama) -> int:
-    """Of the numbers of channels, which are no values."""
-    return sum(b.numel() * b.element_size() for b in model.buffers())
+    """Of the numbers of channels, which are no values, as the file has them."""
+    tensors = model.state_dict().values()
+    return sum(tensor.nbytes for tensor in tensors if not tensor.is_floating_point())
 
 def main(config: Config) -> dict:
     """Compress as `config` says; returns the report."""
@@ -411,9 +406,8 @@ def main(config: Config) -> dict:
     folder = checkpoint_folder(config.ckpt)
     dtype = saved_dtype(folder, config.save_dtype)
     model, tokenizer, _ = load_with_tokenizer(folder)
-    if special_layers(model):
-        # what is compressed is a matrix; SiLU leaves none
-        merge_layers(model)
+    # what is compressed is a matrix; SiLU leaves none
+    merge_layers(model)
     check_values(model, folder)
     job = Job(kind)
     texts = Texts(config, model, tokenizer, job.device)

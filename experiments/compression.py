@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass
 
 # first of ours: it imports nanolost before torch
-from experiments.runs import drive, read_lines
+from experiments.runs import chosen, drive, read_lines
 from experiments.tables import fill, markdown, pyplot, save_figure, spread
 from nanolost.errors import UserError
 from nanolost.files import read_json
@@ -106,23 +106,14 @@ class Config:
     fill: str | None = flag(None, "table: put it into this file, between its two markers", path=True)
     drawn: str = flag("closed loop 50%/splitting 50%", "figure: rows of which depth and kind are drawn")
 
-def chosen(config: Config) -> list[str]:
-    known = list(HEALED) if config.healed else list(ROWS)
-    if not config.rows:
-        return known
-    names = config.rows.split("/")
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise UserError(f"--rows {'/'.join(unknown)}: choose from {'/'.join(known)}")
-    return names
-
 # --- one row ---
 
-def command(config: Config, program: str, **flags) -> str:
+def command(program: str, **flags) -> str:
     """Run one of our commands; what it prints. UserError with its last line where it fails."""
     argv = [sys.executable, os.path.join(ROOT, program)]
     for name, value in flags.items():
-        argv += [f"--{name}", *([value] if isinstance(value, str) else [str(value)])]
+        values = value if isinstance(value, list) else [value]
+        argv += [f"--{name}", *map(str, values)]
     done = subprocess.run(argv, capture_output=True, text=True)
     if done.returncode:
         last = done.stderr.strip().rpartition("\n")[2]
@@ -137,13 +128,13 @@ def compressed(config: Config, row: str, folder: str) -> dict:
     shutil.rmtree(folder, ignore_errors=True)
     statistics = os.path.join(config.out_dir, f"statistics-{config.tokens}-{config.seed}")
     command(
-        config, "compress.py", ckpt=config.ckpt, data_dir=config.data_dir, out_dir=folder,
+        "compress.py", ckpt=config.ckpt, data_dir=config.data_dir, out_dir=folder,
         calibration_tokens=config.tokens, gradient_tokens=config.tokens, eval_tokens=config.eval_tokens,
         seed=config.seed, statistics=statistics, **threads(config), **ROWS[row])
     return read_json(os.path.join(folder, "report.json"))
 
 def loss_of(config: Config, folder: str, data_dir: str) -> float:
-    said = command(config, "eval.py", ckpt=folder, data_dir=data_dir, seq_len=512, tokens=config.eval_tokens)
+    said = command("eval.py", ckpt=folder, data_dir=data_dir, seq_len=512, tokens=config.eval_tokens)
     return json.loads(said.strip().rpartition("\n")[2])["loss"]
 
 def heal(config: Config, row: str, model: str, folder: str) -> float:
@@ -151,12 +142,9 @@ def heal(config: Config, row: str, model: str, folder: str) -> float:
     shutil.rmtree(folder, ignore_errors=True)
     recipe = {**HEALING, **HEALED[row]}
     started = time.perf_counter()
-    frozen = ["--freeze", "model.embed_tokens.weight", "lm_head.weight"]
-    argv = [sys.executable, os.path.join(ROOT, "train.py"), "--init_from", model]
-    argv += ["--data_dir", config.data_dir]
-    for name, value in {**recipe, "warmup": recipe["steps"] // 10, "eval_tokens": 4096}.items():
-        argv += [f"--{name}", str(value)]
-    subprocess.run([*argv, "--out_dir", folder, *frozen], check=True, stdout=subprocess.DEVNULL)
+    command(
+        "train.py", init_from=model, data_dir=config.data_dir, out_dir=folder, warmup=recipe["steps"] // 10,
+        eval_tokens=4096, freeze=["model.embed_tokens.weight", "lm_head.weight"], **recipe)
     return time.perf_counter() - started
 
 def measure(config: Config, row: str) -> dict:
@@ -194,7 +182,7 @@ def same(line: dict, config: Config, row: str) -> bool:
 
 def run(config: Config):
     os.makedirs(config.out_dir, exist_ok=True)
-    for row in chosen(config):
+    for row in chosen(config, HEALED if config.healed else ROWS):
         if any(same(line, config, row) for line in results(config)):
             continue
         line = measure(config, row)

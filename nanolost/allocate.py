@@ -12,17 +12,13 @@ from typing import NamedTuple
 import numpy as np
 
 class Option(NamedTuple):
-    """A form that a matrix may take. kind: of layer; pinned: whether r of its inputs enter directly."""
+    """A form that a matrix may take: its values, what it loses, and what it is."""
 
     cost: int
     damage: float
     kind: str = "dense"
     rank: int = 0
     channels: int = 0
-
-def cheapest(options: list[Option], price: float) -> Option:
-    """That with the least damage + price·cost; of equal ones the cheaper."""
-    return min(options, key=lambda option: (option.damage + price * option.cost, option.cost))
 
 def total(chosen: dict[str, Option]) -> int:
     return sum(option.cost for option in chosen.values())
@@ -91,11 +87,10 @@ def spend(table: Table, chosen: np.ndarray, budget: float) -> np.ndarray:
         chosen[row] = number
 
 def allocate(options: dict[str, list[Option]], budget: float) -> dict[str, Option]:
-    """The option of each matrix, by its name, for at most `budget` values. ValueError with the least budget
-    where even the smallest options cost more."""
+    """The option of each matrix, by its name, for at most `budget` values, which are not fewer than the
+    `smallest` options cost."""
     least = smallest(options)
-    if budget < least:
-        raise ValueError(f"{least}")
+    assert budget >= least, (budget, least)
     table = Table(options)
     return table.named(spend(table, priced(table, budget), budget))
 

@@ -90,12 +90,11 @@ class Streams:
         self.small = [block(x, self.rope) for x in self.small]
         self.inputs = []
 
-def corrected(W: Tensor, C: Tensor, C_small: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
-    """W̃ (out, in) and C̃ (in, in), shrunk, float64."""
-    both = shrunk((C_small + in_float64(C)) / 2)
+def corrected(W: Tensor, both: Tensor, C_small: Tensor, cross: Tensor) -> Tensor:
+    """W̃ (out, in), float64; both: C̃ (in, in), shrunk."""
     W = in_float64(W)
     gap = W @ cross - W @ C_small
-    return W + torch.linalg.solve(both, gap, left=False) / 2, both
+    return W + torch.linalg.solve(both, gap, left=False) / 2
 
 @torch.no_grad()
 def run(
@@ -104,20 +103,18 @@ def run(
     texts: list[Batch],
     replace: Callable[[str, Tensor, Tensor], nn.Module],
     context,
-    after: Callable = lambda block, streams: None,
 ):
-    """replace(name, W̃, C̃) → the layer that takes its place, for every linear layer of the blocks.
-    after(block, streams): once a block's layers are replaced and before the compressed stream runs it."""
+    """replace(name, W̃, C̃) → the layer that takes its place, for every linear layer of the blocks."""
     with context:
         streams = Streams(model, texts)
         for layer, block in enumerate(tqdm(model.model["layers"], "closed loop", disable=None)):
             streams.enter(block)
             for group, names in GROUPS.items():
                 C_small, cross = streams.sums(block, group)
+                # one for the layers that share their inputs
+                C = statistics.inputs(f"{block_name(layer)}.{names[0]}").to(C_small.device)
+                both = shrunk((C_small + in_float64(C)) / 2)
                 for name in names:
-                    whole = f"{block_name(layer)}.{name}"
-                    C = statistics.inputs(whole).to(C_small.device)
-                    W, both = corrected(block.get_submodule(name).weight, C, C_small, cross)
-                    block.set_submodule(name, replace(whole, W, both))
-            after(block, streams)
+                    W = corrected(block.get_submodule(name).weight, both, C_small, cross)
+                    block.set_submodule(name, replace(f"{block_name(layer)}.{name}", W, both))
             streams.leave(block)

@@ -13,7 +13,7 @@ from model import Llama
 from nanolost import cap, closed_loop, lowrank, pruning, splitting
 from nanolost.allocate import Option, allocate, smallest, uniform
 from nanolost.covariance import Batch, Statistics, linears
-from nanolost.errors import UserError, as_user_error
+from nanolost.errors import UserError
 from nanolost.lowrank import Metric, Parts, metric_of, root, shrunk
 from nanolost.shelf import Shelf
 
@@ -85,16 +85,21 @@ def options_of(task: Task, name: str, W: Tensor) -> list[Option]:
                 found.append(Option(cost, damages[rank], "lost", rank, k))
     return found
 
+def require(task: Task, options: dict[str, list[Option]], words: str):
+    """UserError where even the smallest options are above the budget."""
+    least = smallest(options)
+    if least > task.values():
+        share = least / sum(task.sizes.values())
+        raise UserError(f"--budget {task.config.budget}: {words} {share:.4f} of the values: use "
+                        f"{share + 5e-5:.4f} or more")
+
 def chosen_options(task: Task) -> dict[str, Option]:
     """The form of every matrix. UserError for a budget that cannot be met."""
     config = task.config
     options = {}
     for name, linear in tqdm(linears(task.model).items(), "curves", disable=None):
         options[name] = options_of(task, name, linear.weight)
-    least = smallest(options) / sum(task.sizes.values())
-    if least > config.budget:
-        raise UserError(f"--budget {config.budget}: the smallest ranks keep {least:.4f} of the values: use "
-                        f"{least + 5e-5:.4f} or more")
+    require(task, options, "the smallest ranks keep")
     # methods that are no damage in nats have no common unit
     alike = config.method != "fisher" if config.uniform is None else config.uniform
     if alike:
@@ -123,8 +128,7 @@ def lost_layer(linear: nn.Linear, parts: Parts, pinned: bool) -> LOSTLinear:
     return layer.requires_grad_(False)
 
 def dense_layer(linear: nn.Linear, W: Tensor) -> nn.Linear:
-    with torch.no_grad():
-        linear.weight.copy_(W)
+    linear.weight.copy_(W)
     return linear
 
 def lost_start(W: Tensor, option: Option) -> Parts:
@@ -137,7 +141,7 @@ def lost_start(W: Tensor, option: Option) -> Parts:
 def replacement(task: Task, chosen: dict[str, Option], name: str, W: Tensor, metric: Metric) -> nn.Module:
     """The layer that takes the place of `name`, for the weight W in this metric."""
     option = chosen[name]
-    linear = linears(task.model)[name]
+    linear = task.model.get_submodule(name)
     if option.kind == "dense":
         return dense_layer(linear, W)
     if task.config.method == "lost":
@@ -147,10 +151,12 @@ def replacement(task: Task, chosen: dict[str, Option], name: str, W: Tensor, met
     return lost_layer(linear, parts, task.config.pinned)
 
 def open_loop(task: Task, chosen: dict[str, Option]):
-    for name, linear in tqdm(linears(task.model).items(), "factors", disable=None):
+    # what stays dense is left as it is
+    small = [name for name, option in chosen.items() if option.kind == "lost"]
+    for name in tqdm(small, "factors", disable=None):
+        W = task.model.get_submodule(name).weight.detach()
         metric = metric_of(task.config.method, name, task.statistics, task.device)
-        layer = replacement(task, chosen, name, linear.weight.detach(), metric)
-        task.model.set_submodule(name, layer)
+        task.model.set_submodule(name, replacement(task, chosen, name, W, metric))
 
 def in_closed_loop(task: Task, chosen: dict[str, Option]):
     two_sided = task.config.method == "fisher"
@@ -239,8 +245,7 @@ def pattern_options(task: Task, name: str, W: Tensor, sizes: list, R: Tensor) ->
     for n, m in sizes:
         mask = pruning.largest_of_groups(saliency, n, m)
         lost = (saliency * ~mask).sum().item()
-        # the number of the pattern is where low-rank layers have their rank
-        found.append(Option(int(mask.sum()), lost, "sparse", n, m))
+        found.append(Option(int(mask.sum()), lost, f"{n}:{m}"))
     return found
 
 def chosen_patterns(task: Task, roots: pruning.Roots) -> dict[str, tuple[int, int]]:
@@ -250,9 +255,10 @@ def chosen_patterns(task: Task, roots: pruning.Roots) -> dict[str, tuple[int, in
     for name, linear in linears(task.model).items():
         R = roots.of(name, task.device)
         options[name] = pattern_options(task, name, linear.weight, sizes, R)
-    with as_user_error(ValueError, prefix="--budget: the patterns keep more; they need "):
-        chosen = allocate(options, task.values())
-    return {name: (o.rank, o.channels) for name, o in chosen.items() if o.kind == "sparse"}
+    require(task, options, "the patterns keep more, at the least")
+    chosen = allocate(options, task.values())
+    patterns = {name: pruning.pattern_of(option.kind) for name, option in chosen.items()}
+    return {name: pattern for name, pattern in patterns.items() if pattern}
 
 def walked_in_patterns(task: Task, roots: pruning.Roots, patterns: dict) -> dict[str, Tensor]:
     found = {}
@@ -308,7 +314,7 @@ def again(task: Task, name: str, W: Tensor, C: Tensor, D: Tensor, pattern) -> Te
 def in_the_loop(task: Task, found: dict[str, Tensor], patterns: dict | None):
     """Choose zeros and values of every matrix again, with the inputs that the compressed blocks give."""
     def replace(name: str, W: Tensor, C: Tensor) -> nn.Module:
-        linear = linears(task.model)[name]
+        linear = task.model.get_submodule(name)
         if name not in found:
             return dense_layer(linear, W)
         pattern = {name: patterns[name]} if patterns else None
@@ -376,7 +382,7 @@ def to_factors(task: Task) -> dict[str, dict]:
     """Replace every layer by a low-rank part and zeros, kept apart."""
     entries = {}
     for name, (A, B, S) in FACTORED[task.config.method](task).items():
-        linear = linears(task.model)[name]
+        linear = task.model.get_submodule(name)
         nonzeros = int(S.count_nonzero())
         values = nonzeros + len(A) * sum(S.shape)
         damage = damage_of(task, name, B @ A + S - linear.weight)
@@ -410,7 +416,7 @@ def to_sparse(task: Task) -> dict[str, dict]:
         in_the_loop(task, found, patterns)
     else:
         for name, W in found.items():
-            dense_layer(linears(task.model)[name], W)
+            dense_layer(task.model.get_submodule(name), W)
     return entries
 
 def damage_of(task: Task, name: str, change: Tensor) -> float | None:

@@ -83,6 +83,8 @@ def test_every_way_meets_the_budget_and_its_folder_holds_what_is_said(flags, com
     assert report["kept"] == pytest.approx(counted / report["matrix_values"])
     tensors = load_file(os.path.join(folder, "model.safetensors"))
     assert all(tensor.isfinite().all() for tensor in tensors.values())
+    channels = [tensor for tensor in tensors.values() if not tensor.is_floating_point()]
+    assert report["index_bytes"] == sum(tensor.nbytes for tensor in channels)
 
 def test_a_budget_of_one_changes_nothing(compressed, source):
     for form in ("lost", "sparse"):
