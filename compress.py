@@ -34,7 +34,7 @@ from nanolost.checkpoint import (
     write_model,
     write_whole,
 )
-from nanolost.compression import FACTORED, Task, to_low_rank, to_sparse
+from nanolost.compression import ALWAYS_FACTORED, FACTORED, Task, to_low_rank, to_sparse
 from nanolost.covariance import (
     Batch,
     Statistics,
@@ -86,7 +86,8 @@ class Config:
                                           "(true for fisher's low rank)")
     pattern: str = flag("unstructured", "sparse: N values stay of every M of a row; mixed: each matrix has "
                                         "its own N", list(pruning.PATTERNS))
-    factors: bool | None = flag(None, "sparse: a low-rank part beside the zeros (true for oats and cap)")
+    factors: bool | None = flag(None, "sparse: a low-rank part beside the zeros (true for oats and cap; with "
+                                      "fisher directions and entries compete)")
     calibration_tokens: int | None = flag(None, "text for the covariance of inputs (lost "
                                                 f"{TOKENS['lost']}, sparse {TOKENS['sparse']})",
                                           section="text")
@@ -164,14 +165,9 @@ def check_sparse(config: Config):
     if config.form == "sparse" and config.uniform is False and not alone:
         raise UserError(f"--uniform false: --method {config.method} has no unit that matrices share; use "
                         "fisher or walk")
-    if config.factors is None:
-        config.factors = config.method in FACTORED
-    if config.factors and config.method not in FACTORED:
-        raise UserError(f"--factors true: --method {config.method} has no low-rank part; use oats or cap")
-    if not config.factors and config.method in FACTORED:
-        raise UserError(f"--factors false: the two parts of {config.method} together are dense again")
+    check_factors(config)
     known = pruning.pattern_of(config.pattern)
-    if config.pattern != "unstructured" and config.method in FACTORED:
+    if config.pattern != "unstructured" and config.method in ALWAYS_FACTORED:
         raise UserError(f"--pattern {config.pattern}: --method {config.method} has none")
     if config.pattern != "unstructured" and config.uniform:
         raise UserError(f"--uniform true: --pattern {config.pattern} is the same share of every matrix")
@@ -181,6 +177,25 @@ def check_sparse(config: Config):
                         f"{config.pattern} does, {known[0] / known[1]}; fisher and walk leave matrices dense")
     if config.pattern == "mixed:8" and not alone:
         raise UserError("--pattern mixed:8: use --method fisher or walk, which know what each matrix needs")
+
+def check_factors(config: Config):
+    """UserError for a low-rank part that the method lacks, or cannot be without."""
+    if config.factors is None:
+        config.factors = config.method in ALWAYS_FACTORED
+    if not config.factors and config.method in ALWAYS_FACTORED:
+        raise UserError(f"--factors false: the two parts of {config.method} together are dense again")
+    if not config.factors:
+        return
+    if config.method not in FACTORED:
+        raise UserError(f"--factors true: --method {config.method} has no low-rank part; use "
+                        f"{', '.join(FACTORED)}")
+    for name in ("uniform", "closed_loop"):
+        if config.method == "fisher" and getattr(config, name):
+            raise UserError(f"--{name} true: --factors true lets all matrices share one budget, once; leave "
+                            "one of the two out")
+    if config.pattern == "mixed:8":
+        raise UserError("--pattern mixed:8: --factors true takes a pattern that is the same for all, such as "
+                        "2:4")
 
 # --- the text ---
 

@@ -47,12 +47,14 @@ ZEROS = {
     "walk": {"method": "walk"},
     "splitting": {},
     "splitting, closed loop": {"closed_loop": "true"},
+    "splitting and directions": {"factors": "true"},
     "OATS": {"method": "oats"},
     "CAP": {"method": "cap"},
 }
 # the shares that are tried of each
 KEPT = {"plain SVD": (0.8, 0.5), "LOST's own start": (0.8, 0.5), "ASVD": (0.8, 0.5), "OATS": (0.5,),
-        "CAP": (0.8, 0.5), "magnitude": (0.6, 0.5)}
+        "CAP": (0.8, 0.5), "magnitude": (0.6, 0.5), "splitting, closed loop": (0.5,),
+        "splitting and directions": (0.5,)}
 LOW_RANK_KEPT = (0.8, 0.6, 0.5)
 ZEROS_KEPT = (0.6, 0.5, 0.4)
 PATTERNS = {
@@ -69,6 +71,9 @@ def rows() -> dict[str, dict]:
     for pattern in ("2:4", "4:8"):
         for name, flags in PATTERNS.items():
             found[f"{name} {pattern}"] = {"form": "sparse", "pattern": pattern, **flags}
+    # beside 2:4 what a few values more are worth: matrices that stay dense, or directions
+    for name, flags in (("dense matrices", {}), ("directions", {"factors": "true"})):
+        found[f"2:4 and {name} 52%"] = {"form": "sparse", "pattern": "2:4", "budget": 0.516, **flags}
     return found
 
 ROWS = rows()
@@ -159,14 +164,18 @@ def measure(config: Config, row: str) -> dict:
                                                  "peak_memory_bytes")}
         layers = read_json(os.path.join(model, "allocation.json"))["layers"]
         line["layers"] = {name: [entry["values"], entry["damage"]] for name, entry in layers.items()}
+        # by the function that eval.py calls
+        line |= {"loss": report["after"]["loss"], "dense": report["before"]["loss"]}
     if config.healed:
         line["healing_seconds"] = heal(config, row, model, f"{folder}-healed")
         model = f"{folder}-healed"
-    line["loss"] = loss_of(config, model, config.data_dir)
-    line["dense"] = loss_of(config, config.ckpt, config.data_dir)
+        line["loss"] = loss_of(config, model, config.data_dir)
+        line.setdefault("dense", loss_of(config, config.ckpt, config.data_dir))
     if config.other_dir:
         line["other"] = loss_of(config, model, config.other_dir)
-        line["other_dense"] = loss_of(config, config.ckpt, config.other_dir)
+        # one number for all rows
+        known = [done["other_dense"] for done in results(config) if "other_dense" in done]
+        line["other_dense"] = known[0] if known else loss_of(config, config.ckpt, config.other_dir)
     if not config.keep:
         for place in (folder, f"{folder}-healed"):
             shutil.rmtree(place, ignore_errors=True)
@@ -192,7 +201,7 @@ def run(config: Config):
 
 # --- tables ---
 
-COLUMNS = ("80%", "60%", "50%", "40%", "2:4", "4:8")
+COLUMNS = ("80%", "60%", "52%", "50%", "40%", "2:4", "4:8")
 
 def parts(row: str) -> tuple[str, str]:
     """The method and the share of a row's name."""

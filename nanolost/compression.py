@@ -2,6 +2,7 @@
 model under one budget. compress.py asks, `lowrank`, `pruning`, `splitting`, `cap` and `allocate` compute."""
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -12,6 +13,7 @@ from lost import LOSTLinear, SparseLowRankLinear, decompose
 from model import Llama
 from nanolost import cap, closed_loop, lowrank, pruning, splitting
 from nanolost.allocate import Option, allocate, smallest, uniform
+from nanolost.composite import Composite
 from nanolost.covariance import Batch, Statistics, linears
 from nanolost.errors import UserError
 from nanolost.lowrank import Metric, Parts, metric_of, root, shrunk
@@ -283,21 +285,27 @@ def globally(task: Task) -> tuple[dict[str, Tensor], dict | None]:
         near = pruning.NEAR if config.method == "walk" else 10 * pruning.NEAR
         found = walked(task, config.budget, near)
     if config.method == "fisher":
-        found = split_zeros(task, found, patterns)
+        scaled = split_zeros(task, found, patterns)
+        found = {layer.name: splitting.result(layer) for layer in scaled}
     return found, patterns
 
-def split_zeros(task: Task, start: dict[str, Tensor], patterns: dict | None) -> dict[str, Tensor]:
+def begun(task: Task, start: dict[str, Tensor]) -> list[splitting.Scaled]:
+    """The layers of `start` in scaled units, each with its zeros as they stand there."""
     layers = linears(task.model)
     shelf = Shelf(task.folder)
     own = own_shares(task.statistics)
     scaled = splitting.scaled_layers(start, task.statistics, own, shelf, task.device)
     for layer in scaled:
         layer.begin(layers[layer.name].weight, start.pop(layer.name), task.device)
+    return scaled
+
+def split_zeros(task: Task, start: dict[str, Tensor], patterns: dict | None) -> list[splitting.Scaled]:
+    scaled = begun(task, start)
     parts = [[layer] for layer in scaled] if task.config.uniform else [scaled]
     for part in parts:
         keep = int(task.config.budget * sum(task.sizes[layer.name] for layer in part) + 1e-6)
         splitting.split(part, keep, patterns, task.device)
-    return {layer.name: splitting.result(layer) for layer in scaled}
+    return scaled
 
 # --- zeros, block by block ---
 
@@ -376,13 +384,42 @@ def mean_loss(task: Task) -> float:
             count += known
     return total / max(count, 1)
 
-FACTORED = {"oats": oats_parts, "cap": cap_parts}
+def own_metric(task: Task, name: str) -> Metric:
+    """The metric in which zeros are split."""
+    inputs, outputs = own_shares(task.statistics)
+    C = shrunk(task.statistics.inputs(name).to(task.device), inputs)
+    G = shrunk(task.statistics.gradients(name).to(task.device), outputs)
+    return Metric(root(G), root(C))
+
+def composite_parts(task: Task) -> dict[str, tuple]:
+    """(A, B, S) of the matrices that do not stay dense: directions and entries for one budget."""
+    patterns = None
+    if task.config.pattern != "unstructured":
+        roots = roots_of(task)
+        pattern = pruning.pattern_of(task.config.pattern)
+        patterns = dict.fromkeys(task.sizes, pattern)
+        start = walked_in_patterns(task, roots, patterns)
+    else:
+        start = walked(task, task.config.budget, 10 * pruning.NEAR)
+    scaled = split_zeros(task, start, patterns)
+    weights = {name: linear.weight for name, linear in linears(task.model).items()}
+    composite = Composite(scaled, weights, partial(own_metric, task), patterns, task.device)
+    composite.compose(task.values())
+    return composite.parts()
+
+# those that are nothing but a low-rank part and zeros, and one that may be
+FACTORED = {"oats": oats_parts, "cap": cap_parts, "fisher": composite_parts}
+ALWAYS_FACTORED = ("oats", "cap")
 
 def to_factors(task: Task) -> dict[str, dict]:
     """Replace every layer by a low-rank part and zeros, kept apart."""
     entries = {}
-    for name, (A, B, S) in FACTORED[task.config.method](task).items():
-        linear = task.model.get_submodule(name)
+    found = FACTORED[task.config.method](task)
+    for name, linear in linears(task.model).items():
+        if name not in found:
+            entries[name] = entry_of(Option(linear.weight.numel(), 0.0), False)
+            continue
+        A, B, S = found.pop(name)
         nonzeros = int(S.count_nonzero())
         values = nonzeros + len(A) * sum(S.shape)
         damage = damage_of(task, name, B @ A + S - linear.weight)
@@ -399,7 +436,7 @@ SPARSE = {
 @torch.no_grad()
 def to_sparse(task: Task) -> dict[str, dict]:
     """Put zeros into the layers' weights; what each became, as in allocation.json."""
-    if task.config.method in FACTORED:
+    if task.config.factors and task.config.budget < 1:
         return to_factors(task)
     found, patterns = {}, None
     # what keeps everything has nothing to choose

@@ -53,7 +53,8 @@ LOW_RANK += [{"pinned": True}, {"closed_loop": False}, {"uniform": True}, {"chan
 ZEROS = [{"method": name} for name in ("fisher", "walk", "magnitude", "wanda", "sparsegpt", "oats", "cap")]
 ZEROS += [{"closed_loop": True}, {"uniform": True}, {"pattern": "2:4"}, {"pattern": "4:8", "method": "walk"},
           {"pattern": "2:4", "method": "wanda"}, {"pattern": "2:4", "method": "sparsegpt"},
-          {"pattern": "2:4", "budget": 0.6}, {"pattern": "mixed:8"}]
+          {"pattern": "2:4", "budget": 0.6}, {"pattern": "mixed:8"}, {"factors": True},
+          {"factors": True, "pattern": "2:4", "budget": 0.6}]
 WAYS = [{"form": "lost", **flags} for flags in LOW_RANK] + [{"form": "sparse", **flags} for flags in ZEROS]
 ways = pytest.mark.parametrize("flags", WAYS, ids=lambda flags: " ".join(map(str, flags.values())))
 
@@ -205,6 +206,9 @@ REFUSED = [
     ({"form": "sparse", "method": "wanda", "uniform": False}, "no unit that matrices share"),
     ({"form": "sparse", "method": "wanda", "pattern": "2:4", "budget": 0.7}, "leave matrices dense"),
     ({"form": "sparse", "pattern": "2:4", "budget": 0.4}, "the patterns keep more"),
+    ({"form": "sparse", "factors": True, "uniform": True}, "leave one of the two out"),
+    ({"form": "sparse", "factors": True, "method": "wanda"}, "has no low-rank part"),
+    ({"form": "sparse", "factors": True, "pattern": "mixed:8"}, "the same for all"),
     ({"gradient_tokens": 4096}, "as many or less"),
     ({"seq_len": 100}, "above the 64 tokens"),
     ({"channels": (2.0,)}, "between 0 and 1"),
