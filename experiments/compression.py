@@ -129,14 +129,17 @@ def threads(config: Config) -> dict:
     return {} if config.threads is None else {"threads": config.threads}
 
 def compressed(config: Config, row: str, folder: str) -> dict:
-    """Make the model of a row in `folder`: its report."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Make the model of a row in `folder`, unless --keep has left it there: its report."""
+    report = os.path.join(folder, "report.json")
+    # a folder of compress.py is whole or absent
+    if os.path.exists(report):
+        return read_json(report)
     statistics = os.path.join(config.out_dir, f"statistics-{config.tokens}-{config.seed}")
     command(
         "compress.py", ckpt=config.ckpt, data_dir=config.data_dir, out_dir=folder,
         calibration_tokens=config.tokens, gradient_tokens=config.tokens, eval_tokens=config.eval_tokens,
         seed=config.seed, statistics=statistics, **threads(config), **ROWS[row])
-    return read_json(os.path.join(folder, "report.json"))
+    return read_json(report)
 
 def loss_of(config: Config, folder: str, data_dir: str) -> float:
     said = command("eval.py", ckpt=folder, data_dir=data_dir, seq_len=512, tokens=config.eval_tokens)
@@ -156,7 +159,8 @@ def measure(config: Config, row: str) -> dict:
     """Make, heal and measure one row: its line of results."""
     line = {"row": row, "seed": config.seed, "tokens": config.tokens, "healed": config.healed}
     model = config.ckpt
-    folder = os.path.join(config.out_dir, row.replace(" ", "_").replace(":", "of").replace("%", ""))
+    name = f"{row}-{config.tokens}-{config.seed}".translate(str.maketrans(" :", "__", "%,"))
+    folder = os.path.join(config.out_dir, name)
     if row != "dense":
         model = folder
         report = compressed(config, row, folder)
