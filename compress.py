@@ -36,6 +36,7 @@ from nanolost.checkpoint import (
 )
 from nanolost.compression import ALWAYS_FACTORED, FACTORED, Task, to_low_rank, to_sparse
 from nanolost.covariance import (
+    GROUP_OF,
     Batch,
     Statistics,
     batches,
@@ -62,6 +63,8 @@ from nanolost.tokenizer import Tokenizer
 FORMS = {"lost": lowrank.METHODS, "sparse": pruning.METHODS}
 # tokens of statistics
 TOKENS = {"lost": 16_384, "sparse": 65_536}
+# of linear layers
+KINDS = {name.rpartition(".")[2] for name in GROUP_OF}
 # those that need no statistics
 BLIND = ("plain", "lost", "magnitude", "cap")
 
@@ -82,6 +85,8 @@ class Config:
     pinned: bool = flag(False, "lost: r input channels enter a layer of rank r as they are: r² values less")
     channels: tuple[float, ...] | None = flag(None, "lost: shares of input channels to offer each layer "
                                                     "beside its ranks, such as 0.014,0.06")
+    one_sided: str | None = flag(None, "lost: kinds of layers, such as q_proj,k_proj, that fisher cuts by "
+                                       "their inputs alone, at the ranks it chose")
     closed_loop: bool | None = flag(None, "each block is fitted to what the compressed ones before it give "
                                           "(true for fisher's low rank)")
     pattern: str = flag("unstructured", "sparse: N values stay of every M of a row; mixed: each matrix has "
@@ -120,7 +125,7 @@ def check(config: Config):
     if config.method not in FORMS[config.form]:
         raise UserError(f"--method {config.method} is not of --form {config.form}: choose one of "
                         f"{', '.join(FORMS[config.form])}")
-    refuse_elsewhere(config, "lost", ("pinned", "channels"))
+    refuse_elsewhere(config, "lost", ("pinned", "channels", "one_sided"))
     refuse_elsewhere(config, "sparse", ("pattern", "factors"))
     for name in ("calibration_tokens", "gradient_tokens", "loop_tokens", "eval_tokens", "threads"):
         value = getattr(config, name)
@@ -128,6 +133,11 @@ def check(config: Config):
             raise UserError(f"--{name} {value}: must be positive")
     if config.seq_len < 2:
         raise UserError(f"--seq_len {config.seq_len}: a window needs 2 tokens")
+    unknown = set((config.one_sided or "").split(",")) - {*KINDS, ""}
+    if unknown:
+        raise UserError(f"--one_sided {', '.join(sorted(unknown))}: choose from {', '.join(sorted(KINDS))}")
+    if config.one_sided and config.method != "fisher":
+        raise UserError(f"--one_sided: --method {config.method} looks at no outputs; leave it out")
     for share in config.channels or ():
         if not 0 < share < 1:
             raise UserError(f"--channels {share}: a share must lie between 0 and 1")

@@ -37,6 +37,8 @@ LOW_RANK = {
     "two-sided, uniform": {**OPEN, "uniform": "true"},
     "two-sided, global": OPEN,
     "closed loop": {},
+    # a report has it that two-sided whitening hurts them
+    "two-sided but for q and k": {**OPEN, "one_sided": "q_proj,k_proj"},
     "pinned": {**OPEN, "pinned": "true"},
     "pinned, closed loop": {"pinned": "true"},
 }
@@ -54,6 +56,7 @@ ZEROS = {
 # the shares that are tried of each
 KEPT = {"plain SVD": (0.8, 0.5), "LOST's own start": (0.8, 0.5), "ASVD": (0.8, 0.5), "OATS": (0.5,),
         "CAP": (0.8, 0.5), "magnitude": (0.6, 0.5), "splitting, closed loop": (0.5,),
+        "two-sided but for q and k": (0.8, 0.5),
         "splitting and directions": (0.5,)}
 LOW_RANK_KEPT = (0.8, 0.6, 0.5)
 ZEROS_KEPT = (0.6, 0.5, 0.4)

@@ -152,19 +152,25 @@ def replacement(task: Task, chosen: dict[str, Option], name: str, W: Tensor, met
         parts = lowrank.split(W, metric, option.rank, option.channels)
     return lost_layer(linear, parts, task.config.pinned)
 
+def looks_at_outputs(task: Task, name: str) -> bool:
+    """Whether the layer `name` is cut in the metric of both sides."""
+    kind = name.rpartition(".")[2]
+    return task.config.method == "fisher" and kind not in (task.config.one_sided or "").split(",")
+
 def open_loop(task: Task, chosen: dict[str, Option]):
     # what stays dense is left as it is
     small = [name for name, option in chosen.items() if option.kind == "lost"]
     for name in tqdm(small, "factors", disable=None):
         W = task.model.get_submodule(name).weight.detach()
         metric = metric_of(task.config.method, name, task.statistics, task.device)
+        if not looks_at_outputs(task, name):
+            metric = Metric(None, metric.L)
         task.model.set_submodule(name, replacement(task, chosen, name, W, metric))
 
 def in_closed_loop(task: Task, chosen: dict[str, Option]):
-    two_sided = task.config.method == "fisher"
     def replace(name: str, W: Tensor, C: Tensor) -> nn.Module:
         K = None
-        if two_sided:
+        if looks_at_outputs(task, name):
             K = root(shrunk(task.statistics.gradients(name).to(task.device)))
         return replacement(task, chosen, name, W, Metric(K, root(C)))
     closed_loop.run(task.model, task.statistics, task.loop, replace, task.context)

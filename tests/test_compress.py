@@ -49,7 +49,7 @@ def read(folder, name):
 
 LOW_RANK = [{"method": name} for name in ("fisher", "svdllm", "asvd", "plain", "lost")]
 LOW_RANK += [{"pinned": True}, {"closed_loop": False}, {"uniform": True}, {"channels": (0.05,)},
-             {"pinned": True, "channels": (0.05,)}]
+             {"pinned": True, "channels": (0.05,)}, {"one_sided": "q_proj,k_proj"}]
 ZEROS = [{"method": name} for name in ("fisher", "walk", "magnitude", "wanda", "sparsegpt", "oats", "cap")]
 ZEROS += [{"closed_loop": True}, {"uniform": True}, {"pattern": "2:4"}, {"pattern": "4:8", "method": "walk"},
           {"pattern": "2:4", "method": "wanda"}, {"pattern": "2:4", "method": "sparsegpt"},
@@ -157,6 +157,18 @@ def test_statistics_are_kept_and_found_again_and_refused_for_another_text(compre
     with pytest.raises(UserError, match="another model, text, seed"):
         compressed(statistics=place, out_dir=str(tmp_path / "c"), seed=3)
 
+def test_layers_that_are_cut_one_sided_keep_their_ranks_and_those_alone_change(compressed, tmp_path):
+    folders = []
+    for name, kinds in (("both", None), ("one", "q_proj,k_proj")):
+        report = compressed(closed_loop=False, one_sided=kinds, out_dir=str(tmp_path / name))
+        folders.append(report["out_dir"])
+    entries = [read(folder, "allocation.json")["layers"] for folder in folders]
+    assert entries[0] == entries[1]
+    weights = [load_file(os.path.join(folder, "model.safetensors")) for folder in folders]
+    changed = {name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])}
+    assert changed
+    assert all(".q_proj." in name or ".k_proj." in name for name in changed)
+
 def test_factors_are_balanced(compressed):
     report = compressed(closed_loop=False)
     model, _ = load_folder(report["out_dir"])
@@ -209,6 +221,8 @@ REFUSED = [
     ({"form": "sparse", "factors": True, "uniform": True}, "leave one of the two out"),
     ({"form": "sparse", "factors": True, "method": "wanda"}, "has no low-rank part"),
     ({"form": "sparse", "factors": True, "pattern": "mixed:8"}, "the same for all"),
+    ({"one_sided": "head"}, "--one_sided head: choose from"),
+    ({"one_sided": "q_proj", "method": "plain"}, "looks at no outputs"),
     ({"gradient_tokens": 4096}, "as many or less"),
     ({"seq_len": 100}, "above the 64 tokens"),
     ({"channels": (2.0,)}, "between 0 and 1"),
