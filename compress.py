@@ -49,6 +49,7 @@ from nanolost.covariance import (
 )
 from nanolost.data import SampleOrder, TokenDataset
 from nanolost.errors import UserError
+from nanolost.estimate import duration, rates, seconds_of
 from nanolost.failures import failures_with_their_repair
 from nanolost.files import read_json
 from nanolost.flags import command, flag, parse, say
@@ -248,8 +249,8 @@ class Texts:
 
 # --- what it costs ---
 
-def dry_run(config: Config, model: Llama, texts: Texts):
-    """Print memory, disk and compute."""
+def dry_run(config: Config, model: Llama, texts: Texts, device):
+    """Print memory, disk and time."""
     tokens = config.calibration_tokens
     weights = 4 * sum(p.numel() for p in model.parameters())
     values = sum(linear.weight.numel() for linear in linears(model).values())
@@ -263,6 +264,11 @@ def dry_run(config: Config, model: Llama, texts: Texts):
         "activations of a micro-batch come on top",
         f"disk        {size(disk_bytes(config, model))} in {tempfile.gettempdir()}",
     ]
+    use_threads(config.threads)
+    seconds = seconds_of(config, model, rates(device))
+    if seconds:
+        told = ", ".join(f"{part} {duration(value)}" for part, value in seconds.items())
+        lines.append(f"time        about {told}, as fast as this machine multiplies now")
     say("\n".join(lines))
 
 def disk_bytes(config: Config, model: Llama) -> int:
@@ -437,7 +443,7 @@ def main(config: Config) -> dict:
     job = Job(kind)
     texts = Texts(config, model, tokenizer, job.device)
     if config.dry_run:
-        return dry_run(config, model, texts)
+        return dry_run(config, model, texts, job.device)
     config.threads = use_threads(config.threads)
     travelling = travelling_files(folder)
     model.to(job.device).requires_grad_(False)

@@ -271,6 +271,7 @@ def test_a_dry_run_writes_nothing(compressed, tmp_path, capsys):
     compressed(dry_run=True)
     said = capsys.readouterr().out
     assert "memory" in said and "disk" in said
+    assert "time        about statistics" in said and "closed loop" in said
     assert not os.listdir(tmp_path)
 
 # --- hard inputs ---
