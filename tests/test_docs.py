@@ -104,8 +104,9 @@ def test_every_command_inside_a_sentence_exists_with_its_flags(page):
 
 def known_flags() -> set[str]:
     known = set(FOREIGN)
-    for name in ("nanolost.settings", "prepare_c4", "sample", "eval", "export", "bench",
-                 "experiments.controls", "experiments.tiny", "experiments.ladder"):
+    for name in ("nanolost.settings", "prepare_c4", "sample", "eval", "export", "compress", "bench",
+                 "experiments.compression", "experiments.speed", "experiments.controls",
+                 "experiments.tiny", "experiments.ladder"):
         fields = vars(importlib.import_module(name))["Config"].__dataclass_fields__
         known |= {f"--{field}" for field in fields}
     return known
