@@ -168,6 +168,26 @@ def test_what_improves_most_a_value_is_bought_first():
 
 # --- the same share of every matrix ---
 
+def next_larger(choices, option: Option) -> int | None:
+    return min((other.cost for other in choices if other.cost > option.cost), default=None)
+
+@settings(max_examples=150, deadline=None)
+@given(layers(any_choices), st.sampled_from([0.25, 0.5, 0.75, 1.0]))
+def test_a_uniform_share_is_exceeded_by_the_remainder_only(options, share):
+    sizes = {name: max(option.cost for option in choices) for name, choices in options.items()}
+    whole = share * sum(sizes.values())
+    if smallest(options) > whole:
+        return
+    chosen = uniform(options, sizes, share)
+    assert total(chosen) <= whole
+    for name, choices in options.items():
+        own = max((option.cost for option in choices if option.cost <= share * sizes[name]),
+                  default=min(option.cost for option in choices))
+        # its share, or one step more
+        assert chosen[name].cost <= (next_larger(choices, Option(own, 0.0)) or own)
+        # of equal costs the least damage
+        assert chosen[name].damage == min(o.damage for o in choices if o.cost == chosen[name].cost)
+
 def test_the_remainder_goes_to_the_matrices_in_their_order_by_one_step_each():
     choices = [Option(cost, 10.0 - cost) for cost in (2, 4, 6, 8, 10)]
     options = dict.fromkeys(NAMES, choices)
@@ -180,3 +200,15 @@ def test_the_remainder_goes_to_the_matrices_in_their_order_by_one_step_each():
     assert costs(0.54) == [6, 6, 4]
     assert costs(0.4) == [4, 4, 4]
     assert costs(1.0) == [10, 10, 10]
+
+def test_a_share_that_floating_point_makes_a_little_smaller_pays_for_what_was_meant():
+    choices = [Option(29, 1.0), Option(28, 2.0), Option(3, 3.0)]
+    # 0.29 · 100 is 28.999…
+    assert uniform({"a": choices}, {"a": 100}, 0.29) == {"a": choices[0]}
+
+def test_what_a_matrix_needs_above_its_share_the_largest_shares_of_the_others_pay():
+    every, even = ([Option(cost, 10.0 - cost) for cost in range(step, 11, step)] for step in (1, 2))
+    options = {"a": [Option(10, 0.0), Option(8, 1.0)], "b": every, "c": even}
+    chosen = uniform(options, dict.fromkeys(NAMES, 10), 0.5)
+    # 8, 5 and 4 are two too many
+    assert {name: option.cost for name, option in chosen.items()} == {"a": 8, "b": 3, "c": 4}
