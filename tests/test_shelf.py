@@ -94,3 +94,14 @@ def test_room_is_taken_before_anything_is_written(shelf, tmp_path, monkeypatch):
         shelf["a"] = torch.ones(10, dtype=torch.float64)
     assert taken == [(0, 80)]
     assert [path.stat().st_size for path in tmp_path.iterdir()] == [0]
+
+def test_a_tensor_for_which_there_was_no_room_is_not_on_the_shelf(shelf, monkeypatch):
+    def full(*given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OSError):
+            shelf["a"] = torch.ones(10)
+    assert "a" not in shelf
+    shelf["a"] = torch.ones(10)
+    assert torch.equal(shelf["a"], torch.ones(10))
