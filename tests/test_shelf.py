@@ -77,13 +77,6 @@ def test_a_shelf_knows_what_is_on_it(shelf):
     with pytest.raises(KeyError):
         shelf["b"]
 
-def test_a_parameter_is_kept_without_its_gradient(shelf):
-    parameter = torch.nn.Parameter(torch.ones(3))
-    shelf["a"] = parameter
-    assert not shelf["a"].requires_grad
-    shelf["a"].mul_(2)
-    assert torch.equal(parameter, torch.ones(3))
-
 def test_room_is_taken_before_anything_is_written(shelf, tmp_path, monkeypatch):
     taken = []
     def full(file, start, length):
