@@ -1,5 +1,6 @@
 """pruning.py: the walk against the optimal brain surgeon with an inverse of its own for every column, masks
 with exact counts under ties, and one threshold that meets the share from below."""
+import itertools
 import math
 import types
 
@@ -234,6 +235,28 @@ def test_one_threshold_serves_all_matrices_weighed_by_their_gradients(tmp_path):
     assert found == sum(counts.values()) / sum(W.numel() for W in given.values())
     assert counts[loud] > 1.4 * counts["model.layers.1.mlp.gate_proj"]
 
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("round_to", [None, 0.5])
+def test_small_matrices_whose_share_jumps_end_below_it_too(seed, round_to, tmp_path):
+    name = "model.layers.0.mlp.gate_proj"
+    W = noise(16, 24, seed=seed).float()
+    W = (W / round_to).round() * round_to if round_to else W
+    C, G = covariance(24, seed).float(), covariance(16, seed + 3).float()
+    statistics = types.SimpleNamespace(inputs=lambda name: C, gradients=lambda name: G)
+    for number, share in enumerate((0.3, 0.5, 0.7)):
+        (tmp_path / str(number)).mkdir()
+        taken = {}
+        walker(tmp_path / str(number), statistics, {name: W}).to_share(share, taken.__setitem__)
+        kept = int(taken[name].count_nonzero()) / W.numel()
+        assert share - 0.06 <= kept <= share
+
+def test_matrices_that_can_only_stay_or_go_go(tmp_path):
+    name = "model.layers.0.mlp.gate_proj"
+    statistics = types.SimpleNamespace(inputs=lambda _: torch.eye(24), gradients=lambda _: torch.eye(16))
+    taken = {}
+    walker(tmp_path, statistics, {name: torch.ones(16, 24)}).to_share(0.5, taken.__setitem__)
+    assert torch.equal(taken[name], torch.zeros(16, 24))
+
 def test_the_first_threshold_is_right_where_nothing_makes_up_for_anything(tmp_path):
     given = weights()
     def diagonal(read):
@@ -244,6 +267,16 @@ def test_the_first_threshold_is_right_where_nothing_makes_up_for_anything(tmp_pa
         # of 288 entries: 4 standard errors
         assert found.walk(found.first(share), lambda name, W: None) == pytest.approx(share, abs=0.12)
 
+def test_zeros_that_were_there_before_are_among_those_that_go(tmp_path):
+    given = weights(1.5)
+    zeros = sum(int((W == 0).sum()) for W in given.values()) / sum(W.numel() for W in given.values())
+    assert zeros > 0.5
+    found = walker(tmp_path, known(), given)
+    # a threshold that zeros would set is none: 1e-300 at the least
+    assert found.first(0.45) > -20
+    nothing = {name: torch.zeros_like(W) for name, W in given.items()}
+    assert math.isfinite(walker(tmp_path, known(), nothing).first(0.5))
+
 def test_guesses_of_a_falling_line_are_exact_after_two_looks():
     def line(x):
         return 0.7 - 0.05 * x
@@ -251,6 +284,14 @@ def test_guesses_of_a_falling_line_are_exact_after_two_looks():
     assert line(next_guess(looks, 0.4)) == pytest.approx(0.4)
     # the two nearest: an odd look far away plays no part
     assert line(next_guess([(-9.0, 1.0), *looks], 0.4)) == pytest.approx(0.4)
+
+def test_a_guess_lies_on_the_side_where_the_share_must_be():
+    for looks in itertools.permutations([(1.0, 0.6), (2.0, 0.62)]):
+        assert next_guess(list(looks), 0.5) > 1
+    assert next_guess([(1.0, 0.6)], 0.5) > 1 and next_guess([(1.0, 0.4)], 0.5) < 1
+    for looks in ([(0.0, 0.9), (1.0, 0.6), (3.0, 0.2)], [(0.0, 0.6), (1.0, 0.58), (3.0, 0.2)]):
+        low = max(x for x, y in looks if y > 0.5)
+        assert low < next_guess(looks, 0.5) < 3
 
 def test_roots_are_made_once_for_the_layers_that_share_their_inputs(tmp_path):
     asked = []
