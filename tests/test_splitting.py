@@ -153,11 +153,18 @@ def test_the_entries_of_a_layer_that_costs_nothing_all_go(tmp_path):
     split(layers, 400, None, CPU)
     assert [int(result(layer).count_nonzero()) for layer in layers] == [400, 0]
 
-def test_a_weight_of_zeros_keeps_nothing_but_zeros(tmp_path):
+@pytest.mark.parametrize("keep", [0, 3])
+def test_a_weight_of_zeros_keeps_nothing_but_zeros(keep, tmp_path):
     W = torch.zeros(24, 32)
     layer = layer_of(tmp_path, W, W)
-    split([layer], 3, None, CPU)
+    split([layer], keep, None, CPU)
     assert torch.equal(result(layer), W)
+
+def test_a_count_of_nothing_keeps_nothing(tmp_path):
+    W = noise(24, 32)
+    layer = layer_of(tmp_path, W, W * 0)
+    split([layer], 0, None, CPU)
+    assert torch.equal(result(layer), torch.zeros(24, 32))
 
 def test_dead_inputs_and_outputs_leave_finite_weights(tmp_path):
     C, G, W = covariance(32, 1), covariance(24, 2), noise(24, 32).float()
