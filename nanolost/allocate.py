@@ -96,13 +96,24 @@ def allocate(options: dict[str, list[Option]], budget: float) -> dict[str, Optio
 
 def uniform(options: dict[str, list[Option]], sizes: dict[str, int], share: float) -> dict[str, Option]:
     """The same share of every matrix: the largest option that it pays for; what rounding leaves over goes to
-    the matrices in their order, as long as their next larger option fits."""
-    ordered = {name: sorted(choices) for name, choices in options.items()}
+    the matrices in their order, as long as their next larger option fits. Where the smallest option of a
+    matrix is above its share, the others pay for it. The `smallest` options cost at most the whole share."""
+    # of equal costs what loses least
+    ordered = {name: sorted({option.cost: option for option in sorted(choices, reverse=True)}.values())
+               for name, choices in options.items()}
     chosen = {}
     for name, choices in ordered.items():
         fitting = [option for option in choices if option.cost <= share * sizes[name]]
         chosen[name] = fitting[-1] if fitting else choices[0]
-    left = share * sum(sizes.values()) - total(chosen)
+    # a share of 0.8 that is 0.7999… in floating point is meant as 0.8
+    left = share * sum(sizes.values()) + 1e-6 - total(chosen)
+    while left < 0:
+        # the one with the largest share gives way
+        able = [name for name, choices in ordered.items() if chosen[name] != choices[0]]
+        name = max(able, key=lambda name: chosen[name].cost / sizes[name])
+        smaller = ordered[name][ordered[name].index(chosen[name]) - 1]
+        left += chosen[name].cost - smaller.cost
+        chosen[name] = smaller
     for name, choices in ordered.items():
         larger = [option for option in choices if option.cost > chosen[name].cost]
         if larger and larger[0].cost - chosen[name].cost <= left:

@@ -168,8 +168,12 @@ class Walker:
             saliency *= self.rows[name].to(self.device)[:, None]
             sampled.append(saliency.flatten()[::64].cpu())
         sampled = torch.cat(sampled)
-        place = max(1, round((1 - share) * len(sampled)))
-        return math.log(sampled.kthvalue(place).values.item() + 1e-300)
+        # zeros that were there before say nothing of the others
+        known = sampled[sampled > 0]
+        if not len(known):
+            return 0.0
+        place = max(1, len(known) - round(share * len(sampled)))
+        return math.log(known.kthvalue(place).values.item())
 
     def walk(self, log_threshold: float, take: Callable[[str, Tensor], None]) -> float:
         """Walk all matrices; take(name, W) gets each result. Returns the share that stays."""
@@ -185,8 +189,8 @@ class Walker:
         return kept / self.size
 
     def to_share(self, share: float, take: Callable[[str, Tensor], None], near: float = NEAR, tries=12):
-        """Walk until at most the share stays, and not less than `near` below it. The last walk's results are
-        the ones that count."""
+        """Walk until at most the share stays, and not less than `near` below it; where no try ends there, as
+        of small matrices, the nearest from below. The last walk's results are the ones that count."""
         known = []
         log_threshold = self.first(share)
         with tqdm(total=tries, desc="walks", disable=None) as bar:
@@ -198,15 +202,28 @@ class Walker:
                 known.append((log_threshold, found))
                 # a little below, since above it is not allowed
                 log_threshold = next_guess(known, share - near / 3)
+        below = [look for look in known if look[1] <= share]
+        # above everything nothing stays
+        self.walk(max(below, key=lambda look: look[1], default=(math.inf, 0.0))[0], take)
 
 def next_guess(known: list[tuple[float, float]], wanted: float) -> float:
-    """The log τ at which a falling line through the two nearest looks would have the share `wanted`."""
+    """The log τ at which a falling line through the two nearest looks would have the share `wanted`. What
+    stays jumps where one entry changes all later ones, so that a line may rise: the guess lies between the
+    nearest looks on both sides, or, of looks on one side, on the other."""
     nearest = sorted(known, key=lambda look: abs(look[1] - wanted))
     x, y = nearest[0]
-    if len(nearest) == 1:
-        # half of a model's entries lie within a factor of e³ of each other: a first slope
-        return x + (y - wanted) * 6
+    more = [x for x, y in nearest if y > wanted]
+    less = [x for x, y in nearest if y <= wanted]
+    if more and less:
+        ends = more[0], less[0]
+        other = sum(ends) / 2
+    else:
+        # half of a model's entries lie within a factor of e³ of each other: a first slope; then further
+        other = x + (y - wanted) * 6 * 2 ** (len(nearest) - 1)
+        # a line that is almost level leads too far
+        ends = x, x + (y - wanted) * 60
+    if len(nearest) == 1 or nearest[1][1] == y:
+        return other
     other_x, other_y = nearest[1]
-    if y == other_y:
-        return x + (y - wanted) * 6
-    return x + (wanted - y) * (other_x - x) / (other_y - y)
+    guess = x + (wanted - y) * (other_x - x) / (other_y - y)
+    return guess if min(ends) < guess < max(ends) else other

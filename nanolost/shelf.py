@@ -14,10 +14,10 @@ class Shelf:
 
     def __setitem__(self, name: str, tensor: Tensor):
         tensor = tensor.detach()
-        self.kinds[name] = (tensor.shape, tensor.dtype)
         # mapped writes of a full disk would end the process by a signal: room first
         with open(self._path(name), "wb") as file:
             os.posix_fallocate(file.fileno(), 0, max(1, tensor.nbytes))
+        self.kinds[name] = (tensor.shape, tensor.dtype)
         self[name].copy_(tensor)
 
     def __getitem__(self, name: str) -> Tensor:

@@ -12,6 +12,7 @@ that give C̃ and G̃ a diagonal of ones, where y² / 2 is what an entry y costs
     V ← ρ (U − D)                            which is V + ρ (X − D)
 
 so that U alone is kept between the turns: D and V are U inside and outside the mask."""
+import math
 
 import torch
 from torch import Tensor
@@ -107,6 +108,8 @@ def bits(values: Tensor) -> Tensor:
 def exact_threshold(layers: list[Scaled], keep: int) -> tuple[float, int]:
     """The value of the `keep`-th largest |U| of all, and how many that equal it are needed: two looks at one
     matrix after the other, by the upper and the lower half of the bits."""
+    if keep == 0:
+        return math.inf, 0
     def counts(of, where=None) -> Tensor:
         total = torch.zeros(1 << 16, dtype=torch.int64)
         for layer in layers:

@@ -17,7 +17,6 @@ import prepare_c4
 from compress import Config, main
 from lost import LOSTLinear, apply_lost
 from nanolost import checkpoint
-from nanolost.allocate import Option, allocate
 from nanolost.checkpoint import load_folder, write_model
 from nanolost.covariance import linears
 from nanolost.data import TokenDataset
@@ -318,14 +317,3 @@ def test_a_signal_leaves_nothing_behind(source, data_dir, tmp_path):
     assert not os.listdir(tmp_path / "tmp")
     assert not os.path.exists(tmp_path / "out")
     assert checkpoint.newest_checkpoint(str(tmp_path)) is None
-
-def test_brute_force_finds_nothing_better_than_a_step():
-    options = {
-        name: [Option(12, 0.0)] + [Option(3 * rank, scale / rank, "lost", rank) for rank in (1, 2, 3)]
-        for name, scale in (("a", 1.0), ("b", 4.0), ("c", 0.2))
-    }
-    chosen = allocate(options, 20)
-    best = min(a.damage + b.damage + c.damage
-               for a in options["a"] for b in options["b"] for c in options["c"]
-               if a.cost + b.cost + c.cost <= 20)
-    assert sum(option.damage for option in chosen.values()) <= best + 0.6
