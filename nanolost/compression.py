@@ -91,7 +91,7 @@ def dense_layer(linear: nn.Linear, W: Tensor) -> nn.Linear:
     linear.weight.copy_(W)
     return linear
 
-def entry_of(option: Option, pinned: bool) -> dict:
+def entry_of(option: Option, pinned: bool = False) -> dict:
     """What allocation.json says of a layer."""
     lost = option.kind == "lost"
     # a low-rank layer has factors alone; a dense one is all non-zeros

@@ -245,7 +245,7 @@ def to_sparse(task: Task) -> dict[str, dict]:
             # while the layer still has its dense weight
             damage = damage_of(task, name, W - linear.weight)
             option = Option(nonzeros, damage, "sparse")
-        entries[name] = entry_of(option, pinned=False)
+        entries[name] = entry_of(option)
     # the loop replaces layers as it goes: entries tell what was chosen before it
     if task.config.closed_loop:
         in_the_loop(task, found, patterns)
