@@ -75,6 +75,15 @@ def mean_loss(task: Task) -> float:
             count += known
     return total / max(count, 1)
 
+def candidates(task: Task) -> list[cap.Candidates]:
+    """What robust PCA leaves of each matrix, for CAP to choose among."""
+    found = []
+    for _, linear in task.layers("cap"):
+        # of float32, as the drawn models are: the singular values of float64 bring nothing to a draw
+        U, sigma, Vt, S = cap.robust_pca(linear.weight)
+        found.append(cap.Candidates(U, sigma, Vt, S))
+    return found
+
 def put(layers: dict[str, nn.Linear], parts: list[cap.Candidates], mask: Tensor):
     """Give each layer the weight that a mask over all candidates leaves of it."""
     masks = cap.split(mask, parts)
@@ -85,11 +94,7 @@ def put(layers: dict[str, nn.Linear], parts: list[cap.Candidates], mask: Tensor)
 def cap_parts(task: Task) -> Parts:
     """Every matrix by CAP as published: a loss of the model with each draw of the masks."""
     layers = linears(task.model)
-    parts = []
-    for _, linear in task.layers("cap"):
-        # of float32, as the drawn models are: the singular values of float64 bring nothing to a draw
-        U, sigma, Vt, S = cap.robust_pca(linear.weight)
-        parts.append(cap.Candidates(U, sigma, Vt, S))
+    parts = candidates(task)
     # of all candidates of the model, one behind the other
     cost = torch.cat([part.cost() for part in parts])
     value = torch.cat([part.values() for part in parts])
