@@ -21,6 +21,7 @@ from torch import Tensor
 from lost import in_float64, top_svd
 from nanolost.covariance import Statistics
 
+# of --form lost; `lost` is the start of lost.py, which has no metric
 METHODS = ("fisher", "svdllm", "asvd", "plain", "lost")
 
 # what is added to a covariance before it is factorised: a share of its own diagonal (1 % and 10 % are within
@@ -37,6 +38,11 @@ ROUNDS = 10
 
 # --- metrics ---
 
+def identity(like: Tensor) -> Tensor:
+    """1 (n, n), float64, on the device of `like` (…, n)."""
+    n = like.shape[-1]
+    return torch.eye(n, dtype=torch.float64, device=like.device)
+
 def shrunk(C: Tensor, own: float = OWN, mean: float = MEAN) -> Tensor:
     """C + own·diag(C) + mean·E[diag(C)]·1, float64: positive definite however few tokens C was made of. A
     covariance of zeros becomes the identity: no direction is better than another."""
@@ -44,7 +50,7 @@ def shrunk(C: Tensor, own: float = OWN, mean: float = MEAN) -> Tensor:
     diagonal = C.diagonal()
     size = diagonal.mean()
     if size == 0:
-        return torch.eye(len(C), dtype=C.dtype, device=C.device)
+        return identity(C)
     added = own * diagonal + mean * size
     return C + torch.diag(added)
 
@@ -113,16 +119,17 @@ def curve(W: Tensor, metric: Metric) -> Tensor:
 
 def factors(W: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor]:
     """A (rank, in) and B (out, rank) of the best product, float64: the equations on top."""
+    K, L = metric
     M = metric.applied(in_float64(W))
     U, sigma, Vt = top_svd(M, rank)
     half = sigma.sqrt()
     A = half[:, None] * Vt
     B = U * half
     # V_rᵀ L⁻¹ and K⁻ᵀ U_r, by substitution: no inverse is formed
-    if metric.L is not None:
-        A = torch.linalg.solve_triangular(metric.L, A, upper=False, left=False)
-    if metric.K is not None:
-        B = torch.linalg.solve_triangular(metric.K.T, B, upper=True)
+    if L is not None:
+        A = torch.linalg.solve_triangular(L, A, upper=False, left=False)
+    if K is not None:
+        B = torch.linalg.solve_triangular(K.T, B, upper=True)
     return A, B
 
 def balanced(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,26 +162,27 @@ class Parts:
 
 def without(n: int, channels: Tensor) -> Tensor:
     """The others of n channels, ascending."""
-    rest = torch.ones(n, dtype=torch.bool, device=channels.device)
-    rest[channels] = False
-    return rest.nonzero()[:, 0]
+    every = torch.arange(n, device=channels.device)
+    taken = torch.isin(every, channels)
+    return every[~taken]
 
 def beside_channels(W: Tensor, metric: Metric, channels: Tensor) -> tuple[Tensor, Metric, Tensor]:
     """What is left for the product once some channels have values of their own, which answer for all that
     they know of the others: the other columns of W, their metric, and the regression T (k, rest) of the
     others on the channels. C given the channels is the Schur complement, as positive definite as C is."""
-    n = W.shape[1]
-    rest = without(n, channels)
+    W = in_float64(W)
+    rest = without(W.shape[1], channels)
     L = metric.L
     if L is None:
-        L = torch.eye(n, dtype=torch.float64, device=W.device)
+        L = identity(W)
     C = L @ L.T
-    C_ours = C[channels]
-    C_others = C[rest]
-    T = torch.linalg.solve(C_ours[:, channels], C_ours[:, rest])
-    given = C_others[:, rest] - C_others[:, channels] @ T
+    # rows of C, of the channels and of the others
+    ours = C[channels]
+    others = C[rest]
+    T = torch.linalg.solve(ours[:, channels], ours[:, rest])
+    given = others[:, rest] - others[:, channels] @ T
     inner = Metric(metric.K, root(given))
-    return in_float64(W)[:, rest], inner, T
+    return W[:, rest], inner, T
 
 def worst_channels(E: Tensor, metric: Metric, k: int) -> Tensor:
     """The k input channels, ascending, that a residual E loses most in: each by what its column costs even
@@ -182,8 +190,8 @@ def worst_channels(E: Tensor, metric: Metric, k: int) -> Tensor:
     loss = metric.left(E).square().sum(0)
     # the ½ is alike in all
     if metric.L is not None:
-        inverse = torch.cholesky_inverse(metric.L).diagonal()
-        loss = loss / inverse
+        inverse = torch.cholesky_inverse(metric.L)
+        loss = loss / inverse.diagonal()
     worst = loss.topk(k).indices
     return worst.sort().values
 
@@ -191,14 +199,17 @@ def best_channels(W: Tensor, metric: Metric, rank: int, k: int) -> Tensor:
     """The k input channels, (k,) ascending, that a product of the rank can carry least. Chosen again beside
     the product of the others, as long as that loses less: the first product serves the channels as well."""
     W = in_float64(W)
+    # at first beside the product of all columns
     A, B = factors(W, metric, rank)
-    channels = worst_channels(W - B @ A, metric, k)
+    E = W - B @ A
+    channels = worst_channels(E, metric, k)
     best = channels
     least = torch.inf
     for _ in range(ROUNDS):
         W_rest, inner, _ = beside_channels(W, metric, channels)
         A, B = factors(W_rest, inner, rank)
-        lost = inner.damage(W_rest - B @ A)
+        E = W_rest - B @ A
+        lost = inner.damage(E)
         # it need not fall: the round before is kept
         if lost >= least:
             break
@@ -222,6 +233,7 @@ def split(W: Tensor, metric: Metric, rank: int, k: int = 0) -> Parts:
     n = W.shape[1]
     if not k:
         A, B = factors(W, metric, rank)
+        # numbers of no channels, and so no columns
         none = torch.empty(0, dtype=torch.int64, device=W.device)
         return Parts(A, B, none, W[:, none])
     channels = best_channels(W, metric, rank, k)
