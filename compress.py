@@ -34,7 +34,7 @@ from nanolost.checkpoint import (
     write_model,
     write_whole,
 )
-from nanolost.compression import ALWAYS_FACTORED, FACTORED, Task, to_low_rank, to_sparse
+from nanolost.compression import Task
 from nanolost.covariance import (
     GROUP_OF,
     Batch,
@@ -50,14 +50,17 @@ from nanolost.covariance import (
 from nanolost.data import SampleOrder, TokenDataset
 from nanolost.errors import UserError
 from nanolost.estimate import duration, rates, seconds_of
+from nanolost.factored_layers import ALWAYS_FACTORED, FACTORED, to_factors
 from nanolost.failures import failures_with_their_repair
 from nanolost.files import read_json
 from nanolost.flags import command, flag, parse, say
 from nanolost.huggingface import travelling_files
 from nanolost.job import Job, pick_device, place
 from nanolost.loop import Validation, evaluate
+from nanolost.low_rank_layers import to_low_rank
 from nanolost.methods import merge_layers
 from nanolost.settings import DEVICES, autocast
+from nanolost.sparse_layers import to_sparse
 from nanolost.threads import use_threads
 from nanolost.tokenizer import Tokenizer
 
@@ -391,6 +394,15 @@ def summary(report: dict) -> str:
 
 # --- the command ---
 
+def replace_layers(task: Task) -> dict[str, dict]:
+    """Replace the model's layers by those of the form; what each became, as in allocation.json."""
+    if task.config.form == "lost":
+        return to_low_rank(task)
+    # a budget of 1 leaves every matrix dense
+    if task.config.factors and task.config.budget < 1:
+        return to_factors(task)
+    return to_sparse(task)
+
 def compress(config: Config, model: Llama, texts: Texts, key: dict, job: Job) -> tuple[dict, dict]:
     """Replace the model's layers. Returns entries of allocation.json and what the report has of them."""
     device = job.device
@@ -406,7 +418,7 @@ def compress(config: Config, model: Llama, texts: Texts, key: dict, job: Job) ->
         regularised = poor(statistics, model)
         task = Task(model, config, statistics, loop, spool, device, autocast(config))
         started = time.perf_counter()
-        entries = to_low_rank(task) if config.form == "lost" else to_sparse(task)
+        entries = replace_layers(task)
         seconds["compression"] = time.perf_counter() - started
     kept = sum(entry["values"] for entry in entries.values())
     total = sum(task.sizes.values())

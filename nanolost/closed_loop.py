@@ -29,6 +29,9 @@ from nanolost.covariance import (
 )
 from nanolost.lowrank import shrunk
 
+# replace(name, W̃, C̃) → the layer that takes the place of `name`
+Replace = Callable[[str, Tensor, Tensor], nn.Module]
+
 class Seen(Exception):
     """A block has computed what it was run for."""
 

@@ -32,6 +32,10 @@ DAMPING = 0.01
 # how near to the budget a walk must end, as a share of the values
 NEAR = 5e-4
 
+# (n, m): n of every m neighbours in a row stay
+Pattern = tuple[int, int]
+# by the layer's name
+Patterns = dict[str, Pattern]
 PATTERNS = ("unstructured", "2:4", "4:8", "mixed:8")
 
 def pattern_of(name: str) -> tuple[int, int] | None:
