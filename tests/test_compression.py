@@ -1,4 +1,4 @@
-"""compression.py: layers that compute with exactly the parts that were found, and cost what was counted."""
+"""The forms of compressed layers: they compute with the parts that were found, and cost what was counted."""
 import contextlib
 import types
 
@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from small_models import all_logits, small
 from test_covariance import Windows, texts_of
 
-from nanolost import compression
-from nanolost.compression import factored_layer, lost_layer, mean_loss, options_of, rank_cost, rank_steps
-from nanolost.lowrank import Parts
+from nanolost.factored_layers import factored_layer, mean_loss
+from nanolost.low_rank_layers import lost_layer, options_of, rank_cost, rank_steps
+from nanolost.lowrank import Parts, metric_of
+from nanolost.sparse_layers import again
 
 FULL = contextlib.nullcontext()
 NAME = "model.layers.0.mlp.gate_proj"
@@ -68,7 +69,9 @@ def test_ranks_are_in_steps_of_8_where_there_are_two_of_them():
 def task_of(**config):
     known = types.SimpleNamespace(tokens=(100, 100), inputs=lambda name: torch.eye(20) * 2,
                                   gradients=lambda name: torch.eye(12) * 3)
-    return types.SimpleNamespace(config=types.SimpleNamespace(**config), statistics=known, device="cpu")
+    return types.SimpleNamespace(
+        config=types.SimpleNamespace(**config), statistics=known, device="cpu", gradients=known.gradients,
+        metric=lambda method, name: metric_of(method, name, known, "cpu"))
 
 @pytest.mark.parametrize("pinned", [False, True], ids=["free", "pinned"])
 def test_a_matrix_may_become_each_rank_that_is_smaller_than_it_or_stay(pinned):
@@ -97,7 +100,7 @@ def test_zeros_that_are_chosen_again_are_as_many_as_before(count, tmp_path):
     C = torch.eye(20, dtype=torch.float64)
     D = torch.zeros(240)
     D[:count] = 1
-    found = compression.again(task, NAME, W, C, D.view(12, 20), None)
+    found = again(task, NAME, W, C, D.view(12, 20), None)
     assert int(found.count_nonzero()) == count
     assert list(tmp_path.iterdir()) == []
 
