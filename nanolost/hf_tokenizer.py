@@ -7,6 +7,7 @@ tiktoken merges by the order of the vocabulary and knows no list of merges. `rea
 gives the same ids; every other file needs the `tokenizers` library. Only JSON is read here."""
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 
@@ -231,11 +232,11 @@ def split_pattern(content: dict) -> str | None:
 def last_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
     """The two tokens that byte-pair encoding by ranks makes a token of; None where it never makes it."""
     parts = [token[i:i + 1] for i in range(len(token))]
-    none = len(ranks) + max(ranks.values())
     while len(parts) > 2:
-        made = [ranks.get(parts[i] + parts[i + 1], none) for i in range(len(parts) - 1)]
+        # no look at all ranks here: this is called for each token, and SmolLM2's 49,152 took 25 seconds
+        made = [ranks.get(parts[i] + parts[i + 1], math.inf) for i in range(len(parts) - 1)]
         lowest = min(made)
-        if lowest == none:
+        if lowest == math.inf:
             return None
         # of equals the leftmost, in both engines
         place = made.index(lowest)

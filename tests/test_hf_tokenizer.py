@@ -164,6 +164,21 @@ def test_whatever_tiktoken_takes_it_encodes_as_tokenizers_does(tokens, count, wh
             text = "".join(letters)
             assert engine.encode(text).tolist() == plain(oracle, text)
 
+def test_a_large_vocabulary_is_read_in_a_time_that_grows_with_its_size():
+    class Ranks(dict):
+        looks = 0
+
+        def values(self):
+            self.looks += 1
+            return super().values()
+
+    ranks = Ranks({token: i for i, token in enumerate(BYTES)})
+    merges = [(left, right) for left in BYTES[:20] for right in BYTES[:20]]
+    ranks |= {left + right: 256 + i for i, (left, right) in enumerate(merges)}
+    assert hf.follow_ranks(ranks, merges, whole=False)
+    # one a token made 25 seconds of SmolLM2's file
+    assert ranks.looks <= 1
+
 def test_merges_of_a_trained_vocabulary_are_taken_and_others_are_not():
     content = smol()
     assert hf.read_byte_level(content)
