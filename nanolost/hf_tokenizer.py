@@ -179,6 +179,9 @@ def template(first: str, number: int) -> dict:
 
 # a file that names a larger id would only fill the memory: Gemma's 262,144 are the most in use
 MOST_IDS = 1 << 24
+# sum of the squares of the tokens' lengths, which the time of the proof below grows with: GPT-2's and SmolLM2's
+# have a hundredth of it, and one token of a megabyte would take a day
+MOST_SQUARES = 1 << 28
 LISTS = ("pretokenizers", "normalizers", "processors", "decoders")
 # what a BPE of another kind sets
 OTHER_BPE = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
@@ -301,6 +304,8 @@ def read_ranks(model: dict, pattern: str, special: dict[str, int]) -> ByteLevel 
     ranks = {token: model["vocab"][text] for text, token in spelled.items()}
     numbers = [*ranks.values(), *special.values()]
     if b"" in ranks or len(set(numbers)) < len(numbers) or not all(map(is_id, numbers)):
+        return None
+    if sum(len(token) ** 2 for token in ranks) > MOST_SQUARES:
         return None
     merges = [(spelled[left], spelled[right]) for left, right in pairs(model["merges"])]
     return ByteLevel(ranks, pattern, special) if follow_ranks(ranks, merges, whole) else None

@@ -179,6 +179,12 @@ def test_a_large_vocabulary_is_read_in_a_time_that_grows_with_its_size():
     # one a token made 25 seconds of SmolLM2's file
     assert ranks.looks <= 1
 
+def test_a_token_of_absurd_length_is_one_for_the_library():
+    content = ours("trained")
+    # proving what merges make of it would take the square of its length
+    content["model"]["vocab"]["a" * 17_000] = 5000
+    assert hf.read_byte_level(content) is None
+
 def test_merges_of_a_trained_vocabulary_are_taken_and_others_are_not():
     content = smol()
     assert hf.read_byte_level(content)
