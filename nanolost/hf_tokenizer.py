@@ -179,8 +179,8 @@ def template(first: str, number: int) -> dict:
 
 # a file that names a larger id would only fill the memory: Gemma's 262,144 are the most in use
 MOST_IDS = 1 << 24
-# sum of the squares of the tokens' lengths, which the time of the proof below grows with: GPT-2's and SmolLM2's
-# have a hundredth of it, and one token of a megabyte would take a day
+# sum of the squares of the tokens' lengths, which the time of the proof below grows with: GPT-2's and
+# SmolLM2's have a hundredth of it, and one token of a megabyte would take a day
 MOST_SQUARES = 1 << 28
 LISTS = ("pretokenizers", "normalizers", "processors", "decoders")
 # what a BPE of another kind sets

@@ -470,6 +470,17 @@ def test_a_file_with_any_entry_changed_is_read_or_refused(tmp_path_factory, data
 
 SMALL = [smol(), llama()]
 
+def test_a_file_that_merges_at_random_is_refused(tmp_path):
+    for dropout in 0.0, 0.5:
+        content = ours("trained")
+        content["model"]["dropout"] = dropout
+        folder = put(tmp_path / str(dropout), content)
+        if dropout:
+            with pytest.raises(UserError, match="model.dropout 0.5 .* set it to null"):
+                Tokenizer.load(folder)
+        else:
+            assert Tokenizer.load(folder).encode("the cat") == tokenizer("trained").encode("the cat")
+
 # --- identity ---
 
 def test_identity_follows_what_decides_the_ids():
