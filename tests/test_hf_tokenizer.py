@@ -376,6 +376,7 @@ def test_a_conversation_has_the_ids_that_transformers_gives_it(tmp_path):
     assert Tokenizer.load(folder).chat(MESSAGES) == t.chat(MESSAGES)
 
 @pytest.mark.parametrize("template, cause", [
+    ("{{ ''|attr('__class__') }}", "makes an empty text"),
     (None, "no chat template"), ("{{ raise_exception('system first') }}", "system first"),
     ("{% if %}", "fails"), ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
     ("{{ 1 / 0 }}", "ZeroDivisionError")])
