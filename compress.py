@@ -12,7 +12,6 @@ import nanolost  # noqa: F401, I001  before torch: OpenMP reads its settings onc
 import contextlib
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -52,7 +51,7 @@ from nanolost.errors import UserError
 from nanolost.estimate import duration, rates, seconds_of
 from nanolost.factored_layers import ALWAYS_FACTORED, FACTORED, to_factors
 from nanolost.failures import failures_with_their_repair
-from nanolost.files import read_json
+from nanolost.files import ended_by_signals, read_json
 from nanolost.flags import command, flag, parse, say
 from nanolost.huggingface import travelling_files
 from nanolost.job import Job, pick_device, place
@@ -293,21 +292,6 @@ def temporary_folder(need: int):
                         "place by the variable TMPDIR")
     with tempfile.TemporaryDirectory(prefix="nanolost-", dir=home) as folder:
         yield folder
-
-@contextlib.contextmanager
-def ended_by_signals():
-    """SIGTERM and the like end as Ctrl-C does, so that what is half-made is removed."""
-    def end(number, frame):
-        raise KeyboardInterrupt
-    before = {}
-    with contextlib.suppress(ValueError):
-        # a notebook's own thread has no signals
-        before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 # --- statistics ---
 

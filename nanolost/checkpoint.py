@@ -27,6 +27,7 @@ from lost import LOSTError
 from model import ConfigError, Llama
 from nanolost.errors import UserError, as_user_error
 from nanolost.files import (
+    ended_by_signals,
     follow_umask,
     open_regular,
     parse_json,
@@ -440,18 +441,19 @@ def write_whole(out_dir: str, write):
     nothing behind."""
     final = os.path.abspath(out_dir)
     home = os.path.dirname(final)
-    # a kill leaves this name, which says what it is
+    # SIGKILL leaves this name, which says what it is
     temporary = unused(f"{final}.tmp")
-    try:
-        os.makedirs(home, exist_ok=True)
-        write(temporary)
-        sync_files(temporary)
-        # an empty folder may be in the place
-        os.rename(temporary, final)
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"cannot write {out_dir} ({e}): use another --out_dir, or make room") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with ended_by_signals():
+        try:
+            os.makedirs(home, exist_ok=True)
+            write(temporary)
+            sync_files(temporary)
+            # an empty folder may be in the place
+            os.rename(temporary, final)
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"cannot write {out_dir} ({e}): use another --out_dir, or make room") from None
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     # without this a power cut may undo the rename
     sync_folder(home)
 
@@ -672,6 +674,8 @@ def weights_dtype(folder: str) -> torch.dtype:
         file = read_index(folder).get(name, WEIGHTS)
     path = os.path.join(folder, file)
     try:
+        # the library would wait at a pipe
+        open_regular(path).close()
         with safe_open(path, "pt") as f:
             return f.get_slice(name)[:0].dtype
     except (OSError, SafetensorError) as e:

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import signal
 import socket
 import stat
 import sys
@@ -71,6 +72,24 @@ def follow_umask(path: str):
     # FAT and some network file systems have one mode for all files and refuse another
     with contextlib.suppress(PermissionError):
         os.chmod(path, mode)
+
+@contextlib.contextmanager
+def ended_by_signals():
+    """SIGTERM and the like end as Ctrl-C does, so that what is half-made is removed."""
+    def end(number, frame):
+        raise KeyboardInterrupt
+    before = {}
+    with contextlib.suppress(ValueError):
+        # a notebook's own thread has no signals
+        for number in signal.SIGTERM, signal.SIGHUP:
+            # nohup has it ignored, and wants it to stay so
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, end) or signal.SIG_DFL
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 # --- one writer of a folder ---
 

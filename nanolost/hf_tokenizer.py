@@ -7,6 +7,7 @@ tiktoken merges by the order of the vocabulary and knows no list of merges. `rea
 gives the same ids; every other file needs the `tokenizers` library. Only JSON is read here."""
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 
@@ -178,6 +179,9 @@ def template(first: str, number: int) -> dict:
 
 # a file that names a larger id would only fill the memory: Gemma's 262,144 are the most in use
 MOST_IDS = 1 << 24
+# sum of the squares of the tokens' lengths, which the time of the proof below grows with: GPT-2's and
+# SmolLM2's have a hundredth of it, and one token of a megabyte would take a day
+MOST_SQUARES = 1 << 28
 LISTS = ("pretokenizers", "normalizers", "processors", "decoders")
 # what a BPE of another kind sets
 OTHER_BPE = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
@@ -231,11 +235,11 @@ def split_pattern(content: dict) -> str | None:
 def last_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
     """The two tokens that byte-pair encoding by ranks makes a token of; None where it never makes it."""
     parts = [token[i:i + 1] for i in range(len(token))]
-    none = len(ranks) + max(ranks.values())
     while len(parts) > 2:
-        made = [ranks.get(parts[i] + parts[i + 1], none) for i in range(len(parts) - 1)]
+        # no look at all ranks here: this is called for each token, and SmolLM2's 49,152 took 25 seconds
+        made = [ranks.get(parts[i] + parts[i + 1], math.inf) for i in range(len(parts) - 1)]
         lowest = min(made)
-        if lowest == none:
+        if lowest == math.inf:
             return None
         # of equals the leftmost, in both engines
         place = made.index(lowest)
@@ -300,6 +304,8 @@ def read_ranks(model: dict, pattern: str, special: dict[str, int]) -> ByteLevel 
     ranks = {token: model["vocab"][text] for text, token in spelled.items()}
     numbers = [*ranks.values(), *special.values()]
     if b"" in ranks or len(set(numbers)) < len(numbers) or not all(map(is_id, numbers)):
+        return None
+    if sum(len(token) ** 2 for token in ranks) > MOST_SQUARES:
         return None
     merges = [(spelled[left], spelled[right]) for left, right in pairs(model["merges"])]
     return ByteLevel(ranks, pattern, special) if follow_ranks(ranks, merges, whole) else None

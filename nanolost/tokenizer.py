@@ -196,7 +196,11 @@ class Tokenizer:
         template = chat_template(self.files_beside)
         if template is None:
             raise UserError("the model has no chat template: it was not made to chat, use --chat false")
-        return self.encode_special(render(template, messages, self.roles))
+        ids = self.encode_special(render(template, messages, self.roles))
+        # whose every part is undefined, as what the sandbox refuses is
+        if not ids:
+            raise UserError("the model's chat template makes an empty text of the prompt: use --chat false")
+        return ids
 
     def document(self, text: str) -> np.ndarray:
         """A document of a stream, (n,) uint32: what begins one, then the text."""

@@ -171,7 +171,11 @@ class Library:
             self.tokenizer.no_truncation()
             self.tokenizer.no_padding()
             self.tokenizer.encode_special_tokens = True
+            dropout = getattr(self.tokenizer.model, "dropout", None)
             vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
+        # such a file draws the ids of a text anew each time: shards that no second run makes
+        if dropout:
+            raise UserError(f"its model.dropout {dropout:g} draws merges at random: set it to null there")
         size = hf.text_bytes(content)
         self.sizes = {number: size(token) for token, number in vocabulary.items()}
         special = hf.special_tokens(content)

@@ -1,6 +1,7 @@
 """export.py: a folder to hand on is whole or absent, computes what the checkpoint does, and holds no more."""
 import json
 import os
+import signal
 
 import pytest
 import torch
@@ -174,6 +175,44 @@ def test_whatever_ends_it_early_leaves_nothing(tmp_path, monkeypatch, error, whe
     monkeypatch.setattr(checkpoint, where, fail)
     with pytest.raises(UserError if isinstance(error, OSError) else type(error)):
         main(Config(ckpt=str(tmp_path / "run"), out_dir=str(tmp_path / "made")))
+    assert nothing_made(tmp_path)
+
+def test_a_signal_leaves_nothing_and_one_that_is_ignored_ends_nothing(tmp_path, monkeypatch):
+    saved(small(), tmp_path / "run")
+    config = Config(ckpt=str(tmp_path / "run"), out_dir=str(tmp_path / "made"))
+    write_json = checkpoint.write_json
+    def signalled(number, handler):
+        def send(*given):
+            os.kill(os.getpid(), number)
+            write_json(*given)
+        monkeypatch.setattr(checkpoint, "write_json", send)
+        # before, this process would have ended here and now
+        old = signal.signal(number, handler)
+        try:
+            main(config)
+        finally:
+            assert signal.signal(number, old) == handler
+    for number in signal.SIGTERM, signal.SIGHUP:
+        with pytest.raises(KeyboardInterrupt):
+            signalled(number, lambda *given: pytest.fail("nobody catches the signal"))
+        assert nothing_made(tmp_path)
+    # as nohup starts a command
+    signalled(signal.SIGHUP, signal.SIG_IGN)
+    assert os.listdir(tmp_path / "made")
+
+def test_a_pipe_in_the_place_of_weights_is_refused(tmp_path):
+    saved(small(), tmp_path / "run")
+    main(Config(ckpt=str(tmp_path / "run"), out_dir=str(tmp_path / "from")))
+    os.remove(tmp_path / "from" / "model.safetensors")
+    os.mkfifo(tmp_path / "from" / "model.safetensors")
+    # one who writes, that nobody waits for ever
+    writer = os.open(tmp_path / "from" / "model.safetensors", os.O_RDWR)
+    os.write(writer, bytes(100))
+    try:
+        with pytest.raises(UserError, match="model.safetensors: .*it is not a regular file"):
+            main(Config(ckpt=str(tmp_path / "from"), out_dir=str(tmp_path / "made")))
+    finally:
+        os.close(writer)
     assert nothing_made(tmp_path)
 
 @pytest.mark.parametrize("argv, message", [

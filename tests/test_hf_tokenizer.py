@@ -164,6 +164,27 @@ def test_whatever_tiktoken_takes_it_encodes_as_tokenizers_does(tokens, count, wh
             text = "".join(letters)
             assert engine.encode(text).tolist() == plain(oracle, text)
 
+def test_a_large_vocabulary_is_read_in_a_time_that_grows_with_its_size():
+    class Ranks(dict):
+        looks = 0
+
+        def values(self):
+            self.looks += 1
+            return super().values()
+
+    ranks = Ranks({token: i for i, token in enumerate(BYTES)})
+    merges = [(left, right) for left in BYTES[:20] for right in BYTES[:20]]
+    ranks |= {left + right: 256 + i for i, (left, right) in enumerate(merges)}
+    assert hf.follow_ranks(ranks, merges, whole=False)
+    # one a token made 25 seconds of SmolLM2's file
+    assert ranks.looks <= 1
+
+def test_a_token_of_absurd_length_is_one_for_the_library():
+    content = ours("trained")
+    # proving what merges make of it would take the square of its length
+    content["model"]["vocab"]["a" * 17_000] = 5000
+    assert hf.read_byte_level(content) is None
+
 def test_merges_of_a_trained_vocabulary_are_taken_and_others_are_not():
     content = smol()
     assert hf.read_byte_level(content)
@@ -355,6 +376,7 @@ def test_a_conversation_has_the_ids_that_transformers_gives_it(tmp_path):
     assert Tokenizer.load(folder).chat(MESSAGES) == t.chat(MESSAGES)
 
 @pytest.mark.parametrize("template, cause", [
+    ("{{ ''|attr('__class__') }}", "makes an empty text"),
     (None, "no chat template"), ("{{ raise_exception('system first') }}", "system first"),
     ("{% if %}", "fails"), ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
     ("{{ 1 / 0 }}", "ZeroDivisionError")])
@@ -448,6 +470,17 @@ def test_a_file_with_any_entry_changed_is_read_or_refused(tmp_path_factory, data
     assert t.encode("the cat 1") == plain(oracle, "the cat 1")
 
 SMALL = [smol(), llama()]
+
+def test_a_file_that_merges_at_random_is_refused(tmp_path):
+    for dropout in 0.0, 0.5:
+        content = ours("trained")
+        content["model"]["dropout"] = dropout
+        folder = put(tmp_path / str(dropout), content)
+        if dropout:
+            with pytest.raises(UserError, match="model.dropout 0.5 .* set it to null"):
+                Tokenizer.load(folder)
+        else:
+            assert Tokenizer.load(folder).encode("the cat") == tokenizer("trained").encode("the cat")
 
 # --- identity ---
 
