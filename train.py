@@ -16,8 +16,9 @@ import sys
 
 import numpy as np
 
-from model import Llama, LlamaConfig
+from model import Llama, LlamaConfig, shown
 from nanolost import checkpoint, out_dir
+from nanolost.allocation import settle_allocation
 from nanolost.budget import checkpoint_bytes, describe, describe_dense, describe_text
 from nanolost.data import SampleOrder, TokenDataset
 from nanolost.errors import UserError
@@ -25,7 +26,7 @@ from nanolost.failures import failures_with_their_repair
 from nanolost.flags import command, parse, say
 from nanolost.job import Job, place
 from nanolost.loop import Report, State, Validation, evaluate, identity, measure, update
-from nanolost.methods import build_model, owners
+from nanolost.methods import build_model, model_config, owners
 from nanolost.optim import freeze
 from nanolost.settings import (
     FIXED,
@@ -106,6 +107,9 @@ def first_model(config: Config, source: Source | None, device, part: tuple[int, 
         return build_model(config, device, part)
     return source.build(config, device, part)
 
+def sizes_of(config: Config, source: Source | None) -> LlamaConfig:
+    return model_config(config) if source is None else source.shapes.config
+
 def prepare_out_dir(config: Config, texts: Texts, source: Source | None) -> str | None:
     """Rank 0's look at out_dir and at the data before anything is written: the folder of the checkpoint to
     continue from, None for a new run."""
@@ -128,6 +132,15 @@ def fresh(config: Config, job: Job, source: Source | None = None) -> State:
         job.broadcast(tensor, owner.get(layer, 0))
     return State.of(model, config)
 
+def unlike(name: str, before, value) -> tuple:
+    """Name and values of a changed setting, for one line: of two by layer those of the first that differs."""
+    if isinstance(before, dict) and isinstance(value, dict):
+        for layer in {**before, **value}:
+            if before.get(layer) != value.get(layer):
+                return f"{name} of {layer}", before.get(layer), value.get(layer)
+    # one alone may have hundreds
+    return name, *(shown(x) if isinstance(x, dict) else x for x in (before, value))
+
 def check_same_run(saved: dict, now: dict, say):
     """Refuse a changed architecture or data set, print any other change."""
     for name, value in now.items():
@@ -138,6 +151,7 @@ def check_same_run(saved: dict, now: dict, say):
         if before == value:
             continue
         if name in FIXED:
+            name, before, value = unlike(name, before, value)
             raise UserError(f"{name} was {before} when this run began and is {value} now: give the old "
                             "value, or use another --out_dir")
         # the steps done had the rates of the old cosine
@@ -177,6 +191,7 @@ def dry_run(config: Config):
     rank, world = place()
     source = Source.of(config)
     tokenizer = vocabulary(config)
+    settle_allocation(config, sizes_of(config, source))
     config.micro_batch, accumulation = split_batch(config, world)
     # shapes only: 7b needs no memory either
     model = first_model(config, source, "meta")
@@ -237,6 +252,7 @@ def main(config: Config):
         config.micro_batch, accumulation = split_batch(config, job.world)
         # everything that can be refused is looked at before anything is written
         texts = Texts(config, vocabulary(config))
+        settle_allocation(config, sizes_of(config, source))
         job.claim(config.out_dir)
         folder = job.first(lambda: prepare_out_dir(config, texts, source))
 
