@@ -26,7 +26,7 @@ from nanolost.failures import failures_with_their_repair
 from nanolost.flags import command, parse, say
 from nanolost.job import Job, place
 from nanolost.loop import Report, State, Validation, evaluate, identity, measure, update
-from nanolost.methods import build_model, model_config, owners
+from nanolost.methods import build_model, owners
 from nanolost.optim import freeze
 from nanolost.settings import (
     FIXED,
@@ -107,9 +107,6 @@ def first_model(config: Config, source: Source | None, device, part: tuple[int, 
         return build_model(config, device, part)
     return source.build(config, device, part)
 
-def sizes_of(config: Config, source: Source | None) -> LlamaConfig:
-    return model_config(config) if source is None else source.shapes.config
-
 def prepare_out_dir(config: Config, texts: Texts, source: Source | None) -> str | None:
     """Rank 0's look at out_dir and at the data before anything is written: the folder of the checkpoint to
     continue from, None for a new run."""
@@ -132,14 +129,20 @@ def fresh(config: Config, job: Job, source: Source | None = None) -> State:
         job.broadcast(tensor, owner.get(layer, 0))
     return State.of(model, config)
 
-def unlike(name: str, before, value) -> tuple:
+def unlike(name: str, before, now) -> tuple:
     """Name and values of a changed setting, for one line: of two by layer those of the first that differs."""
-    if isinstance(before, dict) and isinstance(value, dict):
-        for layer in {**before, **value}:
-            if before.get(layer) != value.get(layer):
-                return f"{name} of {layer}", before.get(layer), value.get(layer)
-    # one alone may have hundreds
-    return name, *(shown(x) if isinstance(x, dict) else x for x in (before, value))
+    if isinstance(before, dict) and isinstance(now, dict):
+        for layer in {**before, **now}:
+            old = before.get(layer)
+            new = now.get(layer)
+            if old != new:
+                return f"{name} of {layer}", old, new
+    # one alone may have hundreds of layers
+    if isinstance(before, dict):
+        before = shown(before)
+    if isinstance(now, dict):
+        now = shown(now)
+    return name, before, now
 
 def check_same_run(saved: dict, now: dict, say):
     """Refuse a changed architecture or data set, print any other change."""
@@ -191,7 +194,7 @@ def dry_run(config: Config):
     rank, world = place()
     source = Source.of(config)
     tokenizer = vocabulary(config)
-    settle_allocation(config, sizes_of(config, source))
+    settle_allocation(config, source)
     config.micro_batch, accumulation = split_batch(config, world)
     # shapes only: 7b needs no memory either
     model = first_model(config, source, "meta")
@@ -252,7 +255,7 @@ def main(config: Config):
         config.micro_batch, accumulation = split_batch(config, job.world)
         # everything that can be refused is looked at before anything is written
         texts = Texts(config, vocabulary(config))
-        settle_allocation(config, sizes_of(config, source))
+        settle_allocation(config, source)
         job.claim(config.out_dir)
         folder = job.first(lambda: prepare_out_dir(config, texts, source))
 

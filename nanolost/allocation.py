@@ -7,12 +7,13 @@ import os
 import torch
 
 from lost import check_sizes
-from model import Llama, LlamaConfig, shown
+from model import Llama, shown
 from nanolost.covariance import linears
 from nanolost.errors import UserError, as_user_error
 from nanolost.files import read_json
+from nanolost.methods import model_config
 from nanolost.settings import Config, check_gamma
-from nanolost.source import own_checkpoint
+from nanolost.source import Source, own_checkpoint
 
 def layers_in(content: dict) -> dict:
     """Entries by the layer's name, whatever they are."""
@@ -24,9 +25,10 @@ def layers_in(content: dict) -> dict:
 def find(config: Config) -> tuple[dict, str]:
     """The entries by name that a run is to have, and where they stand."""
     given = config.allocation
-    # of a run that goes on and was not asked anything
+    # a run that goes on without the flag: source.py has found them
     if isinstance(given, dict):
         return given, "the checkpoint's state.json"
+    # a run that goes on needs it no more
     if not os.path.exists(given):
         folder, saved = own_checkpoint(config.out_dir, config.resume, "allocation", dict)
         if folder:
@@ -51,6 +53,7 @@ def check_entry(entry, weight: torch.Tensor, select: str) -> dict:
     kind = entry.get("kind")
     if kind not in ("dense", "lost", "sparse"):
         raise UserError(f"kind {shown(kind)} must be dense or lost")
+    # a decomposition brings no pivots, and beside SiLU there are none
     if entry.get("pinned"):
         raise UserError("it is pinned, and a run begins with whole factors: compress with --pinned false")
     # those of a dense layer are all that it has
@@ -66,26 +69,33 @@ def check_entry(entry, weight: torch.Tensor, select: str) -> dict:
         # True is an int as well
         if type(value) is not int:
             raise UserError(f"{name} {shown(value)} must be a whole number")
+    # which channels: at full rank there is no residual to choose by
     check_sizes(weight.shape, sizes["rank"], sizes["channels"], select)
     return {"kind": kind, **sizes}
 
-def settle_allocation(config: Config, sizes: LlamaConfig):
-    """Put the layers of --allocation in the place of its file's name, for a model of these sizes, and leave
-    rank and sparsity to them. UserError for a file that does not fit, before anything is written."""
+def settle_allocation(config: Config, source: Source | None):
+    """Put the layers of --allocation in the place of its file's name, for the model of `config` or of
+    `source`, and leave rank and sparsity to them. UserError for a file that does not fit."""
     if config.allocation is None:
         return
     entries, where = find(config)
+    sizes = source.shapes.config if source else model_config(config)
+    # a new one: that of a run which goes on has LOST layers already
     with torch.device("meta"):
         known = linears(Llama(sizes))
     with as_user_error(UserError, prefix=f"{where}: "):
         check_names(entries, known)
     layers = {}
     for name, linear in known.items():
+        # LOSTError is a ValueError too
         with as_user_error(ValueError, prefix=f"{where}: {name}: "):
             layers[name] = check_entry(entries[name], linear.weight, config.select)
     # nothing of LOST would be left but its name
     if all(layer["kind"] == "dense" for layer in layers.values()):
         raise UserError(f"{where} keeps every layer dense: leave --allocation out, with --linear dense")
     config.allocation = layers
-    config.rank = config.sparsity = None
-    check_gamma(config.gamma, any(layer.get("channels") for layer in layers.values()))
+    # a second answer, which nobody has typed
+    config.rank = None
+    config.sparsity = None
+    channels = any(layer.get("channels") for layer in layers.values())
+    check_gamma(config.gamma, channels)

@@ -225,7 +225,7 @@ def check_gamma(gamma: float, sparse: bool):
     """UserError for a γ that leaves out a path; sparse: whether any layer has channels."""
     if gamma == 0 or (gamma == 1 and sparse):
         raise UserError(f"--gamma {gamma}: one of the two paths would never learn; use one "
-                        "between 0 and 1, or 1 with --sparsity 0")
+                        "between 0 and 1, or 1 with --sparsity 0 or an --allocation without channels")
 
 def check_method(config: Config, given: dict):
     """UserError for switches that mean nothing, or that leave a path which never learns."""

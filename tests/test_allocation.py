@@ -22,7 +22,8 @@ from nanolost.compression import rank_cost
 from nanolost.covariance import linears
 from nanolost.decode import generate
 from nanolost.errors import UserError
-from nanolost.methods import build_model, owners, settings_of
+from nanolost.methods import allotted as allotted_to
+from nanolost.methods import build_model, keep_function, owners, settings_of
 from nanolost.settings import resolve
 
 UP = "model.layers.0.mlp.up_proj"
@@ -148,6 +149,23 @@ def test_gamma_scales_a_layer_without_channels_too(allotted, layers):
         x = torch.randn(5, 32)
         expected = 0.7 * x @ layer.A.T @ layer.B.T
         assert layer.k == 0 and torch.allclose(layer(x), expected, atol=1e-6)
+
+def test_gamma_is_folded_where_the_layers_then_have_the_function_of_the_weights(allotted, layers):
+    """With columns of the weight, which count twice beside the product, only without channels."""
+    for channels, scale in [(2, 1), (0, 0.7)]:
+        for entry in layers.values():
+            entry["channels"] = channels
+        with started(allotted(activation="none")) as (config, state, _, _):
+            layer = state.model.get_submodule(UP)
+            before = layer.B.detach().clone()
+            keep_function(state.model, config)
+            assert torch.allclose(layer.B * scale, before)
+
+def test_a_number_of_channels_stays_that_number_as_a_share():
+    model = nn.Sequential(nn.Linear(5461, 2, device="meta"))
+    for k in [*range(1, 200), *range(200, 5461, 13), 5461]:
+        found = allotted_to(model, {"0": {"kind": "lost", "rank": 1, "channels": k}})
+        assert LOSTLinear.from_linear(model[0], 1, found["sparsity"]["0"]).k == k
 
 def test_processes_that_fill_every_third_layer_make_the_model_of_one(allotted, tmp_path):
     with started(allotted()) as (config, state, _, _):
