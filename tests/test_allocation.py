@@ -287,6 +287,7 @@ def all_dense(layers):
 @pytest.mark.parametrize("change, message", [
     (entry_with(pinned=True), f"{UP}: it is pinned.*compress with --pinned false$"),
     (entry_with(kind="sparse", nonzeros=7), f"{UP}: it is sparse, with nonzeros 7 .*with --form lost$"),
+    (entry_with(kind="sparse", rank=4), f"{UP}: it is sparse, with nonzeros 0 .*with --form lost$"),
     (entry_with(nonzeros=7), f"{UP}: it is sparse, with nonzeros 7 .*--form lost$"),
     (entry_with(kind="dense", nonzeros=7), f"{UP}: it is sparse, with nonzeros 7 .*--form lost$"),
     (entry_with(kind="other"), f"{UP}: kind 'other' must be dense or lost$"),
