@@ -16,8 +16,9 @@ import sys
 
 import numpy as np
 
-from model import Llama, LlamaConfig
+from model import Llama, LlamaConfig, shown
 from nanolost import checkpoint, out_dir
+from nanolost.allocation import settle_allocation
 from nanolost.budget import checkpoint_bytes, describe, describe_dense, describe_text
 from nanolost.data import SampleOrder, TokenDataset
 from nanolost.errors import UserError
@@ -128,6 +129,21 @@ def fresh(config: Config, job: Job, source: Source | None = None) -> State:
         job.broadcast(tensor, owner.get(layer, 0))
     return State.of(model, config)
 
+def unlike(name: str, before, now) -> tuple:
+    """Name and values of a changed setting, for one line: of two by layer those of the first that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for layer in {**before, **now}:
+            old = before.get(layer)
+            new = now.get(layer)
+            if old != new:
+                return f"{name} of {layer}", old, new
+    # one alone may have hundreds of layers
+    if isinstance(before, dict):
+        before = shown(before)
+    if isinstance(now, dict):
+        now = shown(now)
+    return name, before, now
+
 def check_same_run(saved: dict, now: dict, say):
     """Refuse a changed architecture or data set, print any other change."""
     for name, value in now.items():
@@ -138,6 +154,7 @@ def check_same_run(saved: dict, now: dict, say):
         if before == value:
             continue
         if name in FIXED:
+            name, before, value = unlike(name, before, value)
             raise UserError(f"{name} was {before} when this run began and is {value} now: give the old "
                             "value, or use another --out_dir")
         # the steps done had the rates of the old cosine
@@ -177,6 +194,7 @@ def dry_run(config: Config):
     rank, world = place()
     source = Source.of(config)
     tokenizer = vocabulary(config)
+    settle_allocation(config, source)
     config.micro_batch, accumulation = split_batch(config, world)
     # shapes only: 7b needs no memory either
     model = first_model(config, source, "meta")
@@ -237,6 +255,7 @@ def main(config: Config):
         config.micro_batch, accumulation = split_batch(config, job.world)
         # everything that can be refused is looked at before anything is written
         texts = Texts(config, vocabulary(config))
+        settle_allocation(config, source)
         job.claim(config.out_dir)
         folder = job.first(lambda: prepare_out_dir(config, texts, source))
 

@@ -105,6 +105,8 @@ KINDS = {                                      # annotation → (how it is shown
     str: ("TEXT", str),
     bool: ("true|false", boolean),
     list[str]: ("TEXT …", str),
+    # a file that becomes what it holds
+    str | dict: ("FILE", str),
     int | dict: ("INT|NAME=INT,…", number_or_by_module(integer)),
     float | dict: ("NUMBER|NAME=NUMBER,…", number_or_by_module(float)),
     tuple[float, float]: ("X,Y", pair),

@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 
 import lost
-from lost import LOSTError, LOSTLinear, SparseLowRankLinear, apply_lost
+from lost import HEAD, LOSTError, LOSTLinear, SparseLowRankLinear, apply_lost
 from model import ConfigError, Llama, LlamaConfig, generator_of
 from nanolost.errors import UserError, as_user_error
 
@@ -155,10 +155,12 @@ def keep_function(model: nn.Module, config):
     """Fold γ into layers that were decomposed from trained weights, so that they start as these weights'
     low-rank part and the rest of the chosen channels: without it 0.7 and 0.3 of the two. A SiLU changes the
     function anyway, and columns that are no rest would be counted twice."""
-    rest = config.sparse_init == "residual" or not config.sparsity
-    if config.activation != "none" or config.init != "svd" or not rest:
+    if config.activation != "none" or config.init != "svd":
         return
-    for layer in special_layers(model).values():
+    layers = special_layers(model).values()
+    if config.sparse_init != "residual" and any(layer.k for layer in layers):
+        return
+    for layer in layers:
         layer.B /= config.gamma
         if layer.k:
             layer.W_s /= 1 - config.gamma
@@ -193,8 +195,22 @@ LOST_FLAGS = (
     "init", "select", "sparse_init", "activation",
 )
 
+def allotted(model: nn.Module, layers: dict[str, dict]) -> dict:
+    """What `apply_lost` is to be given for layers of unlike sizes (allocation.py), by whole names."""
+    found = {"rank": {}, "sparsity": {}, "skip": list(HEAD)}
+    for name, layer in layers.items():
+        if layer["kind"] == "dense":
+            found["skip"].append(name)
+            continue
+        found["rank"][name] = layer["rank"]
+        # the share that is rounded to this number again
+        found["sparsity"][name] = layer["channels"] / model.get_submodule(name).in_features
+    return found
+
 def convert_to_lost(model: nn.Module, config, part: tuple[int, int]):
     switches = {name: getattr(config, name) for name in LOST_FLAGS}
+    if config.allocation is not None:
+        switches |= allotted(model, config.allocation)
     # each layer has its own draws, whichever process makes it
     switches["generator"] = functools.partial(generator_of, config.seed)
     with as_user_error(LOSTError):
@@ -203,7 +219,9 @@ def convert_to_lost(model: nn.Module, config, part: tuple[int, int]):
 # no sparse path and a random start; CoLA (arXiv 2502.10940) differs from plain low rank by its SiLU alone
 PLAIN = {"sparsity": 0.0, "gamma": 1.0, "init": "random"}
 
-register("lost", LOSTLinear, convert_to_lost, uses=LOST_FLAGS, low_rank=("A", "B"), sparse=("W_s",))
+# the relatives have one rank and no channels
+LOST_USES = ("allocation", *LOST_FLAGS)
+register("lost", LOSTLinear, convert_to_lost, uses=LOST_USES, low_rank=("A", "B"), sparse=("W_s",))
 # of trained weights alone: a fresh matrix has no elements that are better than others
 register("sparse", SparseLowRankLinear, low_rank=("A", "B"), sparse=("weight",))
 METHODS["lowrank"] = Method(convert_to_lost, {**PLAIN, "activation": "none"}, LOST_FLAGS)

@@ -80,10 +80,13 @@ class ModelFlags:
 class MethodFlags:
     linear: str = flag("lost", "kind of linear layer; lowrank is plain low rank",
                        METHODS, section="linear layers")
+    allocation: str | dict | None = flag(None, "compress.py's allocation.json: kind, rank and channels of "
+                                               "each layer, in place of --rank and --sparsity; γ also "
+                                               "scales a layer without channels", path=True)
     rank: int | dict | None = flag(None, "r, one for all layers or by module: q_proj=64,default=128 "
                                          "(by --model)")
-    sparsity: float | dict = flag(0.01, "ρ, share of input channels kept in the sparse path; one for all "
-                                          "layers or by module: down_proj=0.02,default=0.01")
+    sparsity: float | dict | None = flag(0.01, "ρ, share of input channels kept in the sparse path; one for "
+                                               "all layers or by module: down_proj=0.02,default=0.01")
     gamma: float = flag(0.7, "γ, weight of the low-rank path; the sparse path has 1 - γ")
     learn_gamma: bool = flag(False, "train γ, one for each layer, in [0, 1]")
     init: str = flag("svd", "first factors: from the weight's SVD, or random as CoLA's", SWITCHES["init"])
@@ -218,20 +221,27 @@ def saved_value(saved: dict, name: str, default=None):
                         "the checkpoint, or use another one")
     return value
 
+def check_gamma(gamma: float, sparse: bool):
+    """UserError for a γ that leaves out a path; sparse: whether any layer has channels."""
+    if gamma == 0 or (gamma == 1 and sparse):
+        raise UserError(f"--gamma {gamma}: one of the two paths would never learn; use one "
+                        "between 0 and 1, or 1 with --sparsity 0 or an --allocation without channels")
+
 def check_method(config: Config, given: dict):
     """UserError for switches that mean nothing, or that leave a path which never learns."""
     method = METHODS[config.linear]
     for field in dataclasses.fields(MethodFlags):
         if field.name in given and field.name not in (*method.uses, "linear"):
             raise UserError(f"--{field.name} means nothing with --linear {config.linear}: drop one of them")
-    if "gamma" not in method.uses:
-        return
-    sparse = config.sparsity
-    if isinstance(sparse, dict):
-        sparse = any(sparse.values())
-    if config.gamma == 0 or (config.gamma == 1 and sparse):
-        raise UserError(f"--gamma {config.gamma}: one of the two paths would never learn; use one "
-                        "between 0 and 1, or 1 with --sparsity 0")
+    # a file says both for each layer
+    if config.allocation is not None:
+        for name in ("rank", "sparsity"):
+            if name in given:
+                raise UserError(f"--{name} stands in the file of --allocation: drop one of them")
+    # whether that has channels is known once it is read
+    elif "gamma" in method.uses:
+        sparse = config.sparsity
+        check_gamma(config.gamma, any(sparse.values()) if isinstance(sparse, dict) else bool(sparse))
 
 # --- from what was typed to what is meant ---
 

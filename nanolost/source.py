@@ -23,9 +23,9 @@ SIZES = tuple(f.name for f in dataclasses.fields(ModelFlags) if f.name not in ("
 
 # --- a run that has begun so ---
 
-def own_checkpoint(out_dir: str, resume: str) -> tuple[str | None, dict]:
-    """The newest checkpoint of a run that began with --init_from, and its settings; (None, {}) without one.
-    Whether all of it is good is for the resume to say."""
+def own_checkpoint(out_dir: str, resume: str, name="init_from", kind=str) -> tuple[str | None, dict]:
+    """The newest checkpoint of a run that began with the flag `name`, and its settings, in which that is of
+    type `kind`; (None, {}) without one. Whether all of it is good is for the resume to say."""
     if resume == "never":
         return None, {}
     home = out_dir if resume == "auto" else resume
@@ -34,7 +34,7 @@ def own_checkpoint(out_dir: str, resume: str) -> tuple[str | None, dict]:
         # a damaged one is no reason to ask for the folder that the run once began with
         with contextlib.suppress(UserError):
             saved = read_json(os.path.join(folder, STATE)).get("config")
-            if isinstance(saved, dict) and isinstance(saved.get("init_from"), str):
+            if isinstance(saved, dict) and isinstance(saved.get(name), kind):
                 return folder, saved
     return None, {}
 

@@ -195,6 +195,7 @@ def started(config):
     with Job.start(config) as job:
         config.micro_batch, _ = split_batch(config, job.world)
         texts = train.Texts(config, train.vocabulary(config))
+        train.settle_allocation(config, None)
         settle_schedule(config, {})
         use_threads(config.threads)
         yield config, train.fresh(config, job), texts, job

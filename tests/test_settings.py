@@ -63,7 +63,8 @@ def test_the_names_of_kinds_and_optimizers_are_those_that_are_registered():
             parse(Config, [f"--{name}", "other"])
 
 def test_a_resume_must_agree_in_the_architecture_and_may_differ_in_how_it_trains():
-    assert {"n_embd", "rank", "linear", "gamma", "vocab_size", "seq_len", "optimizer", "seed"} <= FIXED
+    fixed = {"n_embd", "allocation", "rank", "linear", "gamma", "vocab_size", "seq_len", "optimizer", "seed"}
+    assert fixed <= FIXED
     assert not FIXED & {"model", "steps", "lr", "batch_tokens", "micro_batch", "device", "threads", "out_dir"}
 
 # --- what is chosen once ---
@@ -91,14 +92,16 @@ def test_a_number_of_threads_that_nobody_could_have_typed_is_refused_in_a_checkp
 
 @pytest.mark.parametrize("name, value", [
     ("optimizer", "other"), ("optimizer", 3), ("linear", "other"), ("seq_len", "512"), ("seq_len", 0),
-    ("freeze", "model.*"), ("seed", 1.5), ("tie_embeddings", 1), ("gamma", "0.7"), ("gamma", True)])
+    ("freeze", "model.*"), ("seed", 1.5), ("tie_embeddings", 1), ("gamma", "0.7"), ("gamma", True),
+    ("allocation", 8)])
 def test_a_saved_setting_is_one_that_could_be_typed(name, value):
     with pytest.raises(UserError, match=f"{name} is .* in the checkpoint's state.json"):
         saved_value({name: value}, name)
 
 @pytest.mark.parametrize("name, value", [
     ("optimizer", "muon"), ("linear", "dense"), ("seq_len", 512), ("freeze", ["model.*"]), ("gamma", 1),
-    ("rank", 8), ("rank", {"q_proj": 8}), ("tie_embeddings", True), ("threads", 1024), ("init_from", "a")])
+    ("rank", 8), ("rank", {"q_proj": 8}), ("tie_embeddings", True), ("threads", 1024), ("init_from", "a"),
+    ("allocation", {"q_proj": {"kind": "dense"}})])
 def test_a_setting_that_could_be_typed_is_taken_as_it_was_saved(name, value):
     assert saved_value({name: value}, name) == value and saved_value({}, name, 7) == 7
 
