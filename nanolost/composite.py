@@ -28,7 +28,7 @@ SAMPLED = 4
 ROUNDS = 2
 # of the budget, that directions get first. Entries that stand in for a direction hide it in the residual, and
 # a direction that came first hides what entries would do: so both orders are tried
-SHARES = (0.02, 0.1)
+SHARES = (0.02,)
 
 # --- what a value buys ---
 
