@@ -18,10 +18,10 @@ import train
 from lost import LOSTLinear, decompose
 from nanolost import checkpoint
 from nanolost.checkpoint import load_model
-from nanolost.compression import rank_cost
 from nanolost.covariance import linears
 from nanolost.decode import generate
 from nanolost.errors import UserError
+from nanolost.low_rank_layers import rank_cost
 from nanolost.methods import allotted as allotted_to
 from nanolost.methods import build_model, keep_function, owners, settings_of
 from nanolost.settings import resolve
