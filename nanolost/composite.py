@@ -18,6 +18,7 @@ from lost import in_float64
 from nanolost import lowrank, splitting
 from nanolost.allocate import Option, allocate
 from nanolost.lowrank import Metric
+from nanolost.pruning import Patterns
 from nanolost.splitting import Scaled
 
 # the price is what the least valuable of so many entries are worth on average
@@ -30,73 +31,104 @@ ROUNDS = 2
 # a direction that came first hides what entries would do: so both orders are tried
 SHARES = (0.02,)
 
+# by the layer's name: what each rank loses (ranks,), values of a direction, and ranks, None for dense
+Curves = dict[str, Tensor]
+Sizes = dict[str, int]
+Ranks = dict[str, int | None]
+
 # --- what a value buys ---
 
 def entry_worths(D: Tensor, metric: Metric) -> Tensor:
-    """What single entries that stay are worth, of some rows of D (out, in): nats a value."""
+    """What single entries that stay are worth, of some rows of D (out, in): nats a value, float64."""
     C = metric.L @ metric.L.T
     # G's diagonal: what a row weighs by itself
-    rows = metric.K.square().sum(1)
+    weights = metric.K.square().sum(1)
+    rows = torch.linspace(0, len(D) - 1, SAMPLED).long()
     found = []
-    for row in torch.linspace(0, len(D) - 1, SAMPLED).long().tolist():
+    for row in rows.tolist():
         support = D[row].nonzero()[:, 0]
-        if len(support):
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(C[support][:, support]))
-            values = in_float64(D[row, support])
-            found.append(rows[row] * values.square() / inverse.diagonal() / 2)
-    return torch.cat(found) if found else D.new_empty(0, dtype=torch.float64)
+        # a row of zeros has no entry to sell
+        if not len(support):
+            continue
+        root = torch.linalg.cholesky(C[support][:, support])
+        inverse = torch.cholesky_inverse(root)
+        values = in_float64(D[row, support])
+        # the formula on top
+        worth = weights[row] * values.square() / inverse.diagonal() / 2
+        found.append(worth)
+    if not found:
+        return D.new_empty(0, dtype=torch.float64)
+    return torch.cat(found)
 
 def price_of(worths: list[Tensor]) -> float:
     """Nats that the last value of a model buys; the rows were sampled alike in all matrices."""
     every = torch.cat([part.cpu() for part in worths])
+    # nothing can be sold: nothing is bought
     if not len(every):
         return torch.inf
     count = max(1, int(MARGIN * len(every)))
-    return every.sort().values[:count].mean().item()
+    least = every.sort().values[:count]
+    return least.mean().item()
 
 def rank_at(curve: Tensor, size: int, price: float) -> int:
     """The rank up to which each direction is worth more than its `size` values. curve: of `lowrank`."""
+    # σ² / 2 of each direction, falling
     gains = curve[:-1] - curve[1:]
-    return int((gains > price * size).sum())
+    paying = gains > price * size
+    return int(paying.sum())
 
 # --- which directions ---
 
-def ranks_at_price(curves: dict[str, Tensor], sizes: dict[str, int], price: float) -> dict[str, int]:
+def ranks_at_price(curves: Curves, sizes: Sizes, price: float) -> Ranks:
     """Under one threshold the entries make room: ranks for what a value buys at the margin."""
-    return {name: rank_at(curve, sizes[name], price) for name, curve in curves.items()}
+    ranks = {}
+    for name, curve in curves.items():
+        ranks[name] = rank_at(curve, sizes[name], price)
+    return ranks
+
+def rank_options(curve: Tensor, size: int, kept: int = 0) -> list[Option]:
+    """Every rank of a matrix, beside so many entries that stay."""
+    found = []
+    for rank, damage in enumerate(curve.tolist()):
+        cost = kept + rank * size
+        found.append(Option(cost, damage, "sparse", rank))
+    return found
 
 def ranks_in_budget(
-    curves: dict[str, Tensor],
-    sizes: dict[str, int],
+    curves: Curves,
+    sizes: Sizes,
     zeros: dict[str, tuple[int, int]],
     budget: float,
-) -> dict[str, int | None]:
+) -> Ranks:
     """Under a pattern the entries are as many as they are: ranks for what the budget has beyond them, and
     None for a matrix that stays dense. zeros: entries of each matrix, and those that stay."""
     options = {}
     for name, curve in curves.items():
         values, kept = zeros[name]
-        options[name] = [Option(values, 0.0)]
-        for rank, damage in enumerate(curve.tolist()):
-            cost = kept + rank * sizes[name]
-            if cost < values:
-                options[name].append(Option(cost, damage, "sparse", rank))
-    chosen = allocate(options, budget)
-    return {name: option.rank if option.kind == "sparse" else None for name, option in chosen.items()}
+        # from the values of the dense matrix on, dense loses nothing
+        dense = Option(values, 0.0)
+        ranks = rank_options(curve, sizes[name], kept)
+        options[name] = [dense, *(option for option in ranks if option.cost < values)]
+    found = {}
+    for name, option in allocate(options, budget).items():
+        found[name] = None if option.kind == "dense" else option.rank
+    return found
 
-def ranks_of_share(curves: dict[str, Tensor], sizes: dict[str, int], budget: float) -> dict[str, int]:
+def ranks_of_share(curves: Curves, sizes: Sizes, budget: float) -> Ranks:
     """The directions of all matrices that are worth most a value, for so many values."""
     options = {}
     for name, curve in curves.items():
-        options[name] = [Option(rank * sizes[name], damage, "sparse", rank)
-                         for rank, damage in enumerate(curve.tolist())]
-    return {name: option.rank for name, option in allocate(options, budget).items()}
+        # the entries play no part, and the full rank is offered too
+        options[name] = rank_options(curve, sizes[name])
+    chosen = allocate(options, budget)
+    return {name: option.rank for name, option in chosen.items()}
 
 def directions(E: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor]:
     """The directions of a residual that are worth most: A (rank, in), B (out, rank), balanced, float64."""
     if not rank:
         return E.new_empty(0, E.shape[1]), E.new_empty(len(E), 0)
-    return lowrank.balanced(*lowrank.factors(E, metric, rank))
+    A, B = lowrank.factors(E, metric, rank)
+    return lowrank.balanced(A, B)
 
 # --- the whole ---
 
@@ -109,9 +141,10 @@ class Composite:
         layers: list[Scaled],
         weights: dict[str, Tensor],
         metric: Callable[[str], Metric],
-        patterns: dict[str, tuple[int, int]] | None,
-        device,
+        patterns: Patterns | None,
+        device: torch.device,
     ):
+        # those that do not stay dense
         self.layers = layers
         self.weights = weights
         self.metric = metric
@@ -119,12 +152,23 @@ class Composite:
         self.device = device
         # A, B of the layers that have directions
         self.low = {}
+        # layers and directions of the least damage so far
         self.best = None
+        # a direction of B A: a row of A and a column of B
         self.sizes = {name: sum(W.shape) for name, W in weights.items()}
+
+    def weight(self, layer: Scaled) -> Tensor:
+        """W (out, in), float64."""
+        return in_float64(self.weights[layer.name])
+
+    def entries(self, layer: Scaled) -> Tensor:
+        """D (out, in), in the weight's units."""
+        D = splitting.result(layer)
+        return D.to(self.device)
 
     def residual(self, layer: Scaled) -> Tensor:
         """W − D (out, in), float64."""
-        return in_float64(self.weights[layer.name]) - in_float64(splitting.result(layer).to(self.device))
+        return self.weight(layer) - in_float64(self.entries(layer))
 
     def damage(self) -> float:
         """Nats that the model is predicted to lose."""
@@ -134,28 +178,32 @@ class Composite:
             if layer.name in self.low:
                 A, B = self.low[layer.name]
                 E = E - B @ A
-            lost += self.metric(layer.name).damage(E)
+            metric = self.metric(layer.name)
+            lost += metric.damage(E)
         return lost
 
-    def look(self) -> tuple[dict[str, Tensor], float, dict[str, tuple[int, int]]]:
-        """Curves of the residuals W − D, the price of a value, and the entries of each D."""
-        curves, worths, zeros = {}, [], {}
+    def look(self) -> tuple[Curves, float, dict[str, tuple[int, int]]]:
+        """Curves of the residuals W − D, the price of a value, and of each D the entries and those that
+        stay."""
+        curves = {}
+        worths = []
+        zeros = {}
         for layer in tqdm(self.layers, "directions", disable=None):
             metric = self.metric(layer.name)
-            E = self.residual(layer)
-            D = splitting.result(layer).to(self.device)
-            curves[layer.name] = lowrank.curve(E, metric)
+            D = self.entries(layer)
+            curves[layer.name] = lowrank.curve(self.residual(layer), metric)
             worths.append(entry_worths(D, metric))
             zeros[layer.name] = D.numel(), int(D.count_nonzero())
         return curves, price_of(worths), zeros
 
-    def choose(self, budget: float, share: float | None) -> dict[str, int | None]:
+    def choose(self, budget: float, share: float | None) -> Ranks:
         """Ranks. share: of the budget, for directions of the W themselves, as if there were no entries; None:
         those of the residuals that pay."""
         if share is not None:
             curves = {}
             for name, W in self.weights.items():
-                curves[name] = lowrank.curve(in_float64(W), self.metric(name))
+                metric = self.metric(name)
+                curves[name] = lowrank.curve(W, metric)
             return ranks_of_share(curves, self.sizes, share * budget)
         curves, price, zeros = self.look()
         if self.patterns:
@@ -164,52 +212,66 @@ class Composite:
 
     def take_out(self, layer: Scaled, E: Tensor, rank: int):
         """Take the best directions of E out of W, for the entries of what is left."""
-        left = in_float64(self.weights[layer.name])
-        D = splitting.result(layer).to(self.device)
+        left = self.weight(layer)
         self.low.pop(layer.name, None)
         if rank:
             A, B = directions(E, self.metric(layer.name), rank)
             self.low[layer.name] = A, B
             left = left - B @ A
-        layer.begin(left, D, self.device)
+        # splitting goes on from the entries as they stand
+        layer.begin(left, self.entries(layer), self.device)
 
-    def alternate(self, ranks: dict[str, int | None], budget: float, whole: bool):
+    def alternate(self, ranks: Ranks, budget: float, whole: bool):
         """Directions and entries in turn. whole: the first directions are of W, not of W − D."""
         self.layers = [layer for layer in self.layers if ranks[layer.name] is not None]
-        cost = sum(self.sizes[name] * (rank or 0) for name, rank in ranks.items())
+        cost = 0
+        for name, rank in ranks.items():
+            # None for what stays dense, under a pattern alone, where `keep` plays no part
+            cost += self.sizes[name] * (rank or 0)
+        # what the directions leave; under patterns the entries are as many as they are
+        keep = int(budget) - cost
         for number in range(ROUNDS):
+            first = whole and number == 0
             for layer in self.layers:
-                first = whole and number == 0
-                E = in_float64(self.weights[layer.name]) if first else self.residual(layer)
+                E = self.weight(layer) if first else self.residual(layer)
                 self.take_out(layer, E, ranks[layer.name])
-            splitting.split(self.layers, int(budget) - cost, self.patterns, self.device)
+            splitting.split(self.layers, keep, self.patterns, self.device)
 
-    def keep(self):
+    def keep(self) -> tuple[list[Scaled], dict[str, tuple[Tensor, Tensor]]]:
         """Put D of every layer aside, with the directions beside it."""
         for layer in self.layers:
-            layer.shelf[f"best.{layer.name}"] = splitting.result(layer)
+            layer.keep("best", splitting.result(layer))
         return self.layers, dict(self.low)
 
     def compose(self, budget: float):
         """Try what the residuals ask for, then shares for directions first; the least damage stays. Where no
         direction pays, that is D as it was."""
         self.best = self.keep()
-        least = self.damage() if not self.patterns else torch.inf
-        for share in (None, *(() if self.patterns else SHARES)):
+        if self.patterns:
+            # the pattern leaves a rest of the budget, and what that buys takes the place of D as it was
+            least = torch.inf
+            tried = (None,)
+        else:
+            least = self.damage()
+            tried = (None, *SHARES)
+        for share in tried:
             ranks = self.choose(budget, share)
-            if not any(ranks.values()) and None not in ranks.values():
+            # every matrix as it is: neither directions nor dense
+            if all(rank == 0 for rank in ranks.values()):
                 continue
-            self.alternate(ranks, budget, share is not None)
+            self.alternate(ranks, budget, whole=share is not None)
             lost = self.damage()
             if lost < least:
-                self.best, least = self.keep(), lost
+                self.best = self.keep()
+                least = lost
 
     def parts(self) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """A, B and D of every layer that does not stay dense."""
         layers, low = self.best
         found = {}
         for layer in layers:
-            D = layer.shelf[f"best.{layer.name}"]
+            D = layer.kept("best")
             none = D.new_empty(0, D.shape[1]), D.new_empty(len(D), 0)
-            found[layer.name] = *low.get(layer.name, none), D
+            A, B = low.get(layer.name, none)
+            found[layer.name] = A, B, D
         return found

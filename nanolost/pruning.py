@@ -23,6 +23,7 @@ from nanolost.covariance import GROUP_OF, Statistics, place_of
 from nanolost.lowrank import shrunk
 from nanolost.shelf import Shelf
 
+# of --form sparse
 METHODS = ("fisher", "walk", "magnitude", "wanda", "sparsegpt", "oats", "cap")
 
 # columns that are walked before the errors are spread to all later ones: SparseGPT's
@@ -31,6 +32,14 @@ BLOCK = 128
 DAMPING = 0.01
 # how near to the budget a walk must end, as a share of the values
 NEAR = 5e-4
+# walks for that at the most
+TRIES = 12
+# one entry of so many tells where a threshold lies; a width that it divides would show the same columns alone
+EVERY = 61
+# half of a model's entries lie within a factor of e³ of each other: log τ that a share of one is worth
+SLOPE = 6
+# what rounding may take of a count that is whole, such as 0.6 · 5
+ROUNDING = 1e-9
 
 # (n, m): n of every m neighbours in a row stay
 Pattern = tuple[int, int]
@@ -38,16 +47,21 @@ Pattern = tuple[int, int]
 Patterns = dict[str, Pattern]
 PATTERNS = ("unstructured", "2:4", "4:8", "mixed:8")
 
-def pattern_of(name: str) -> tuple[int, int] | None:
+def pattern_of(name: str) -> Pattern | None:
     """(n, m) of "n:m"; None for no pattern, and for one that is chosen matrix by matrix."""
     n, _, m = name.partition(":")
-    return (int(n), int(m)) if n.isdigit() else None
+    if not n.isdigit():
+        return None
+    return int(n), int(m)
 
-def offered_patterns(name: str) -> list[tuple[int, int]]:
-    """Those that a matrix may have."""
-    m = int(name.partition(":")[2])
+def offered_patterns(name: str) -> list[Pattern]:
+    """Those that a matrix may have, beside none: of "mixed:8" 1:8 to 7:8."""
     known = pattern_of(name)
-    return [known] if known else [(n, m) for n in range(1, m)]
+    if known:
+        return [known]
+    _, _, width = name.partition(":")
+    m = int(width)
+    return [(n, m) for n in range(1, m)]
 
 # --- which entries stay ---
 
@@ -55,33 +69,44 @@ def largest(score: Tensor, count: int) -> Tensor:
     """A mask of exactly `count` entries with the largest scores; of equal ones the first. bfloat16 weights
     have few distinct values, so that a threshold alone would miss the count."""
     flat = score.flatten()
+    size = flat.numel()
     if count <= 0:
         return torch.zeros_like(score, dtype=torch.bool)
-    if count >= flat.numel():
+    if count >= size:
         return torch.ones_like(score, dtype=torch.bool)
-    value = flat.kthvalue(flat.numel() - count + 1).values
+    # kthvalue counts from the smallest, from 1 on
+    value = flat.kthvalue(size - count + 1).values
     mask = flat > value
-    ties = (flat == value).nonzero()[:count - int(mask.sum()), 0]
-    mask[ties] = True
+    missing = count - int(mask.sum())
+    ties = (flat == value).nonzero()[:, 0]
+    mask[ties[:missing]] = True
     return mask.view(score.shape)
 
 def largest_of_rows(score: Tensor, share: float) -> Tensor:
     """`largest` of each row, whose counts differ by one at most, so that they are right together."""
     rows, width = score.shape
-    # up to each row's end
-    ends = [math.floor(share * width * (row + 1) + 1e-9) for row in range(rows)]
-    counts = torch.tensor(ends).diff(prepend=torch.tensor([0])).to(score.device)
+    # entries that stay up to each row's end
+    ends = [0]
+    for row in range(rows):
+        whole = math.floor(share * width * (row + 1) + ROUNDING)
+        ends.append(whole)
+    counts = torch.tensor(ends).diff().to(score.device)
+    # each entry's place in its row: the inverse of the order, of equal ones the first before
     order = score.argsort(dim=1, descending=True, stable=True)
     places = torch.arange(width, device=score.device).expand(rows, -1)
-    rank = torch.empty_like(order).scatter_(1, order, places)
-    return rank < counts[:, None]
+    place = torch.empty_like(order).scatter_(1, order, places)
+    return place < counts[:, None]
 
 def largest_of_groups(score: Tensor, n: int, m: int) -> Tensor:
     """The n largest of every m neighbours in a row: an N:M pattern. A last group of fewer has n as well."""
     rows, width = score.shape
-    padded = F.pad(score, (0, -width % m), value=-math.inf).view(rows, -1, m)
-    keep = padded.topk(n, dim=-1).indices
-    mask = torch.zeros_like(padded, dtype=torch.bool).scatter_(-1, keep, True)
+    # what fills the last group is chosen last
+    missing = -width % m
+    padded = F.pad(score, (0, missing), value=-math.inf)
+    groups = padded.view(rows, -1, m)
+    keep = groups.topk(n, dim=-1).indices
+    mask = torch.zeros_like(groups, dtype=torch.bool)
+    mask.scatter_(-1, keep, True)
     return mask.view(rows, -1)[:, :width]
 
 # --- the walk over the columns ---
@@ -91,143 +116,200 @@ def inverse_root(C: Tensor) -> Tensor:
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(C))
     return torch.linalg.cholesky(inverse, upper=True)
 
-def walk(W: Tensor, R: Tensor, choose: Callable[[Tensor], Tensor], group: int = 1) -> Tensor:
-    """W with zeros, in which later columns make up for what earlier ones lose. choose(saliency (g, out)) says
-    which entries of the next g = `group` columns stay, by their W_ij² / R_jj²."""
+# of the saliency W_ij² / R_jj² of some columns (columns, out): which entries stay
+Choose = Callable[[Tensor], Tensor]
+
+def walk(W: Tensor, R: Tensor, choose: Choose, group: int = 1) -> Tensor:
+    """W (out, in) with zeros, in which later columns make up for what earlier ones lose. group: columns that
+    `choose` looks at together."""
     # a column of W is a row here: what is read together lies together
     columns = W.T.clone(memory_format=torch.contiguous_format)
-    diagonal = R.diagonal()
     for start in range(0, len(columns), BLOCK):
-        stop = min(start + BLOCK, len(columns))
+        stop = start + BLOCK
         part = columns[start:stop]
         inner = R[start:stop, start:stop]
-        errors = torch.empty_like(part)
-        for j in range(stop - start):
-            if j % group == 0:
-                ahead = slice(j, j + group)
-                saliency = (part[ahead] / diagonal[start:stop][ahead, None]).square()
-                keep = choose(saliency)
-            column = part[j]
-            kept = column * keep[j % group]
-            errors[j] = (column - kept) / inner[j, j]
-            part[j] = kept
-            part[j + 1:] -= inner[j, j + 1:, None] * errors[j]
+        errors = walk_block(part, inner, choose, group)
+        # all later columns at once: a product of matrices, not of vectors
         columns[stop:] -= R[start:stop, stop:].T @ errors
     return columns.T.contiguous()
+
+def walk_block(part: Tensor, R: Tensor, choose: Choose, group: int) -> Tensor:
+    """Walk the columns of W that are the rows of `part` (b, out), in place. Returns what each lost, over its
+    R_jj, (b, out): SparseGPT's E."""
+    diagonal = R.diagonal()
+    errors = torch.empty_like(part)
+    for j in range(len(part)):
+        if j % group == 0:
+            # as these columns are now, with what they make up for
+            ahead = slice(j, j + group)
+            scaled = part[ahead] / diagonal[ahead, None]
+            keep = choose(scaled.square())
+        column = part[j]
+        kept = column * keep[j % group]
+        errors[j] = (column - kept) / R[j, j]
+        part[j] = kept
+        later = slice(j + 1, None)
+        part[later] -= R[j, later, None] * errors[j]
+    return errors
+
+# C (in, in) as it is and as it can be factorised
+Shrink = Callable[[Tensor], Tensor]
 
 class Roots:
     """R of every layer's inputs, made once for the layers that share them, on a shelf."""
 
-    def __init__(self, statistics: Statistics, shelf: Shelf, shrink: Callable[[Tensor], Tensor]):
+    def __init__(self, statistics: Statistics, shelf: Shelf, shrink: Shrink):
         self.statistics = statistics
         self.shelf = shelf
         self.shrink = shrink
 
     def of(self, name: str, device) -> Tensor:
+        """R (in, in) of the layer `name`, float32."""
         layer, inner = place_of(name)
         key = f"R.{layer}.{GROUP_OF[inner]}"
         if key not in self.shelf:
-            C = self.shrink(self.statistics.inputs(name).to(device))
-            self.shelf[key] = inverse_root(C).float()
+            C = self.statistics.inputs(name).to(device)
+            R = inverse_root(self.shrink(C))
+            self.shelf[key] = R.float()
         return self.shelf[key].to(device)
 
 def damped(C: Tensor) -> Tensor:
     """SparseGPT's: C + 0.01 E[diag(C)]·1, float64."""
     return shrunk(C, 0.0, DAMPING)
 
-def sparsegpt(W: Tensor, R: Tensor, share: float, pattern: tuple[int, int] | None) -> Tensor:
+def sparsegpt(W: Tensor, R: Tensor, share: float, pattern: Pattern | None) -> Tensor:
+    """W (out, in) with zeros, the same share of every block of 128 columns, or in a pattern."""
     if pattern:
         return walk_in_groups(W, R, *pattern)
-    # entries that all blocks so far should have kept, and have
-    seen = [0, 0]
-    def choose(saliency):
-        seen[0] += saliency.numel()
-        count = math.floor(share * seen[0] + 1e-9) - seen[1]
-        seen[1] += count
+    seen = 0
+    kept = 0
+    def choose(saliency: Tensor) -> Tensor:
+        nonlocal seen, kept
+        # what all blocks so far should keep, less what they have: the whole matrix is right
+        seen += saliency.numel()
+        count = math.floor(share * seen + ROUNDING) - kept
+        kept += count
         return largest(saliency, count)
     return walk(W, R, choose, BLOCK)
 
 def walk_in_groups(W: Tensor, R: Tensor, n: int, m: int) -> Tensor:
     """The walk under an N:M pattern. What a row's gradient weighs is alike in a group, so G plays no part."""
     assert BLOCK % m == 0, m
-    return walk(W, R, lambda saliency: largest_of_groups(saliency.T, n, m).T, m)
+    def choose(saliency: Tensor) -> Tensor:
+        # (m, out): a group is a column here
+        mask = largest_of_groups(saliency.T, n, m)
+        return mask.T
+    return walk(W, R, choose, m)
 
 # --- one threshold for many matrices ---
+
+# take(name, W) gets a matrix with its zeros
+Take = Callable[[str, Tensor], None]
 
 class Walker:
     """Walks over matrices under one threshold τ: an entry stays where W_ij² / R_jj² · G_ii > τ."""
 
-    def __init__(self, weights: dict[str, Tensor], statistics: Statistics, roots: Roots, device):
+    def __init__(
+        self,
+        weights: dict[str, Tensor],
+        statistics: Statistics,
+        roots: Roots,
+        device: torch.device,
+    ):
         self.weights = weights
         self.roots = roots
         self.device = device
         self.size = sum(W.numel() for W in weights.values())
-        self.rows = {name: statistics.gradients(name).diagonal().clone() for name in weights}
+        # the diagonal of each G
+        self.rows = {}
+        for name in weights:
+            G = statistics.gradients(name)
+            self.rows[name] = G.diagonal().clone()
+
+    def look(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """W (out, in), R (in, in) and the diagonal of G (out,) of one matrix, on the device."""
+        W = self.weights[name].to(self.device)
+        R = self.roots.of(name, self.device)
+        rows = self.rows[name].to(self.device)
+        return W, R, rows
 
     def first(self, share: float) -> float:
         """log τ that would keep the share, if nothing made up for anything: of every 64th entry."""
         sampled = []
-        for name, W in self.weights.items():
-            saliency = (W.to(self.device) / self.roots.of(name, self.device).diagonal()).square()
-            saliency *= self.rows[name].to(self.device)[:, None]
-            sampled.append(saliency.flatten()[::64].cpu())
+        for name in self.weights:
+            W, R, rows = self.look(name)
+            saliency = (W / R.diagonal()).square()
+            saliency *= rows[:, None]
+            some = saliency.flatten()[::EVERY]
+            sampled.append(some.cpu())
         sampled = torch.cat(sampled)
         # zeros that were there before say nothing of the others
         known = sampled[sampled > 0]
         if not len(known):
             return 0.0
-        place = max(1, len(known) - round(share * len(sampled)))
+        kept = round(share * len(sampled))
+        place = max(1, len(known) - kept)
         return math.log(known.kthvalue(place).values.item())
 
-    def walk(self, log_threshold: float, take: Callable[[str, Tensor], None]) -> float:
-        """Walk all matrices; take(name, W) gets each result. Returns the share that stays."""
+    def walk(self, log_threshold: float, take: Take) -> float:
+        """Walk all matrices under one threshold. Returns the share of their entries that stays."""
         kept = 0
         threshold = math.exp(log_threshold)
-        for name, W in self.weights.items():
-            R = self.roots.of(name, self.device)
-            rows = self.rows[name].to(self.device)
+        for name in self.weights:
+            W, R, rows = self.look(name)
+            def choose(saliency: Tensor, rows: Tensor = rows) -> Tensor:
+                return saliency * rows > threshold
             # a column at a time, as what a column shows depends on those before it
-            done = walk(W.to(self.device), R, lambda saliency, rows=rows: saliency * rows > threshold)
+            done = walk(W, R, choose)
             kept += int(done.count_nonzero())
             take(name, done)
         return kept / self.size
 
-    def to_share(self, share: float, take: Callable[[str, Tensor], None], near: float = NEAR, tries=12):
+    def to_share(self, share: float, take: Take, near: float = NEAR):
         """Walk until at most the share stays, and not less than `near` below it; where no try ends there, as
         of small matrices, the nearest from below. The last walk's results are the ones that count."""
         known = []
         log_threshold = self.first(share)
-        with tqdm(total=tries, desc="walks", disable=None) as bar:
-            for _ in range(tries):
+        with tqdm(total=TRIES, desc="walks", disable=None) as bar:
+            for _ in range(TRIES):
                 found = self.walk(log_threshold, take)
                 bar.update()
                 if share - near <= found <= share:
                     return
-                known.append((log_threshold, found))
+                look = log_threshold, found
+                known.append(look)
                 # a little below, since above it is not allowed
-                log_threshold = next_guess(known, share - near / 3)
-        below = [look for look in known if look[1] <= share]
+                wanted = share - near / 3
+                log_threshold = next_guess(known, wanted)
+        below = [(found, log_threshold) for log_threshold, found in known if found <= share]
         # above everything nothing stays
-        self.walk(max(below, key=lambda look: look[1], default=(math.inf, 0.0))[0], take)
+        _, log_threshold = max(below, default=(0.0, math.inf))
+        self.walk(log_threshold, take)
+
+def ends_of(nearest: list[tuple[float, float]], wanted: float) -> tuple[float, float, float]:
+    """The log τ between which the one for the share `wanted` lies, and one that is safe to try."""
+    above = [x for x, y in nearest if y > wanted]
+    below = [x for x, y in nearest if y <= wanted]
+    if above and below:
+        return above[0], below[0], (above[0] + below[0]) / 2
+    x, y = nearest[0]
+    # looks on one side only: further with each
+    far = 2 ** (len(nearest) - 1)
+    # a line that is almost level would lead too far
+    return x, x + 10 * SLOPE * (y - wanted), x + far * SLOPE * (y - wanted)
 
 def next_guess(known: list[tuple[float, float]], wanted: float) -> float:
-    """The log τ at which a falling line through the two nearest looks would have the share `wanted`. What
-    stays jumps where one entry changes all later ones, so that a line may rise: the guess lies between the
-    nearest looks on both sides, or, of looks on one side, on the other."""
+    """The log τ at which a falling line through the two nearest looks would have the share `wanted`. known:
+    log τ and the share that stayed, of every walk. What stays jumps where one entry changes all later ones,
+    so that a line may rise: the guess never leaves the nearest looks on both sides."""
     nearest = sorted(known, key=lambda look: abs(look[1] - wanted))
+    start, stop, safe = ends_of(nearest, wanted)
     x, y = nearest[0]
-    more = [x for x, y in nearest if y > wanted]
-    less = [x for x, y in nearest if y <= wanted]
-    if more and less:
-        ends = more[0], less[0]
-        other = sum(ends) / 2
-    else:
-        # half of a model's entries lie within a factor of e³ of each other: a first slope; then further
-        other = x + (y - wanted) * 6 * 2 ** (len(nearest) - 1)
-        # a line that is almost level leads too far
-        ends = x, x + (y - wanted) * 60
     if len(nearest) == 1 or nearest[1][1] == y:
-        return other
+        return safe
     other_x, other_y = nearest[1]
-    guess = x + (wanted - y) * (other_x - x) / (other_y - y)
-    return guess if min(ends) < guess < max(ends) else other
+    run = other_x - x
+    rise = other_y - y
+    guess = x + (wanted - y) * run / rise
+    between = min(start, stop) < guess < max(start, stop)
+    return guess if between else safe

@@ -13,6 +13,7 @@ that give C̃ and G̃ a diagonal of ones, where y² / 2 is what an entry y costs
 
 so that U alone is kept between the turns: D and V are U inside and outside the mask."""
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from nanolost.covariance import GROUP_OF, Statistics, place_of
 from nanolost.lowrank import shrunk
-from nanolost.pruning import largest_of_groups
+from nanolost.pruning import EVERY, Patterns, largest_of_groups
 from nanolost.shelf import Shelf
 
 # ρ at first, and its growth a turn
@@ -28,36 +29,67 @@ PENALTY = 0.1
 GROWTH = 1.1
 # the share of the entries that change sides in the last turn
 STILL = 5e-4
+# at the most: ρ is 28 by then
 TURNS = 60
-# entries of which the threshold is taken between the turns: one of so many
-EVERY = 61
+# an exact threshold is found by half of the bits of a float32 at a time
+HALF = 16
+LOWER = (1 << HALF) - 1
+
+# --- a layer in units of its own ---
 
 class Scaled:
-    """A layer in units of its own: y = e · w · d. The eigenvectors of its scaled C and G are on the shelf."""
+    """A layer as y = e · w · d. On the shelf: the eigenvectors of its scaled C and G, and between the turns
+
+        pull   (out, in)   G̃ W C̃ in the eigenvectors
+        U      (out, in)
+        mask   (out, in)   where D is U; elsewhere it is zero"""
 
     def __init__(self, name: str, C: Tensor, G: Tensor, shelf: Shelf):
         self.name = name
         self.shelf = shelf
+        d = C.diagonal().sqrt()
+        e = G.diagonal().sqrt()
         layer, inner = place_of(name)
-        self.d = C.diagonal().sqrt()
-        self.e = G.diagonal().sqrt()
         # layers that share their inputs share these
         self.inputs = f"C.{layer}.{GROUP_OF[inner]}"
         self.outputs = f"G.{name}"
         if f"{self.inputs}.vectors" not in shelf:
-            self._decompose(self.inputs, C / (self.d[:, None] * self.d))
-        self._decompose(self.outputs, G / (self.e[:, None] * self.e))
-        self.d = self.d.float()
-        self.e = self.e.float()
+            self._decompose(self.inputs, C, d)
+        self._decompose(self.outputs, G, e)
+        self.d = d.float()
+        self.e = e.float()
 
-    def _decompose(self, key: str, matrix: Tensor):
-        values, vectors = torch.linalg.eigh(matrix)
+    def _decompose(self, key: str, C: Tensor, d: Tensor):
+        # a diagonal of ones: an entry y costs y² / 2 by itself
+        ones = C / (d[:, None] * d)
+        values, vectors = torch.linalg.eigh(ones)
         # rounding may leave one below zero
-        self.shelf[f"{key}.values"] = values.clamp(min=0).float()
+        values = values.clamp(min=0)
+        self.shelf[f"{key}.values"] = values.float()
         self.shelf[f"{key}.vectors"] = vectors.float()
 
-    def part(self, side: str, what: str, device) -> Tensor:
-        return self.shelf[f"{side}.{what}"].to(device)
+    def kept(self, what: str) -> Tensor:
+        """pull, U or mask, to be changed in place."""
+        return self.shelf[f"{what}.{self.name}"]
+
+    def keep(self, what: str, tensor: Tensor):
+        self.shelf[f"{what}.{self.name}"] = tensor
+
+    def sizes(self) -> Tensor:
+        """|U| (out, in)."""
+        return self.kept("U").abs()
+
+    def vectors(self, device) -> tuple[Tensor, Tensor]:
+        """P (out, out) of G̃ and Q (in, in) of C̃: an eigenvector a column."""
+        P = self.shelf[f"{self.outputs}.vectors"]
+        Q = self.shelf[f"{self.inputs}.vectors"]
+        return P.to(device), Q.to(device)
+
+    def eigenvalues(self, device) -> Tensor:
+        """Of G̃ ⊗ C̃, (out, in)."""
+        outputs = self.shelf[f"{self.outputs}.values"].to(device)
+        inputs = self.shelf[f"{self.inputs}.values"].to(device)
+        return outputs[:, None] * inputs
 
     def scaled(self, W: Tensor) -> Tensor:
         return self.e[:, None] * W.float() * self.d
@@ -65,111 +97,150 @@ class Scaled:
     def unscaled(self, Y: Tensor) -> Tensor:
         return Y / self.e[:, None] / self.d
 
-    def eigenvalues(self, device) -> Tensor:
-        """Of G̃ ⊗ C̃, (out, in)."""
-        return self.part(self.outputs, "values", device)[:, None] * self.part(self.inputs, "values", device)
-
     def begin(self, W: Tensor, D: Tensor, device):
-        """Keep G̃ W C̃ in the eigenvectors, and D as U, all in scaled units."""
-        P = self.part(self.outputs, "vectors", device)
-        Q = self.part(self.inputs, "vectors", device)
-        pull = self.eigenvalues(device) * (P.T @ self.scaled(W) @ Q)
-        self.shelf[f"pull.{self.name}"] = pull
-        self.shelf[f"U.{self.name}"] = self.scaled(D)
-        self.shelf[f"mask.{self.name}"] = D != 0
+        """From the weight W (out, in) and a first D (out, in), which is U as well: V is 0."""
+        # what is alike in all turns is computed once
+        P, Q = self.vectors(device)
+        turned = P.T @ self.scaled(W) @ Q
+        self.keep("pull", self.eigenvalues(device) * turned)
+        self.keep("U", self.scaled(D))
+        self.keep("mask", D != 0)
 
     def turn(self, before: float, now: float, device):
         """X and U, for a ρ that was `before` and is `now`."""
-        U = self.shelf[f"U.{self.name}"]
-        mask = self.shelf[f"mask.{self.name}"].to(device)
+        U = self.kept("U")
+        mask = self.kept("mask").to(device)
+        # inside the mask U is D, outside V / ρ
         old = U.to(device)
         D = old * mask
+        # of the turn before, and so with its ρ
         V = before * (old - D)
-        P = self.part(self.outputs, "vectors", device)
-        Q = self.part(self.inputs, "vectors", device)
+        P, Q = self.vectors(device)
         push = P.T @ (now * D - V) @ Q
-        right = self.shelf[f"pull.{self.name}"].to(device) + push
-        X = P @ (right / (self.eigenvalues(device) + now)) @ Q.T
+        right = self.kept("pull").to(device) + push
+        # in the eigenvectors the inverse is a division
+        divisor = self.eigenvalues(device) + now
+        X = P @ (right / divisor) @ Q.T
         U.copy_(X + V / now)
+
+Layers = list[Scaled]
 
 # --- one threshold ---
 
-def sampled_threshold(layers: list[Scaled], keep: int, size: int) -> float:
+def sampled_threshold(layers: Layers, keep: int, size: int) -> float:
     """About the value that `keep` of `size` entries of all |U| lie above."""
-    sampled = [layer.shelf[f"U.{layer.name}"].flatten()[::EVERY].abs() for layer in layers]
+    # about is enough between the turns: `split` ends by the exact one
+    sampled = []
+    for layer in layers:
+        some = layer.kept("U").flatten()[::EVERY]
+        sampled.append(some.abs())
     sampled = torch.cat(sampled)
-    place = min(max(1, round((1 - keep / size) * len(sampled))), len(sampled))
+    count = len(sampled)
+    place = round((1 - keep / size) * count)
+    # kthvalue counts from 1
+    place = min(max(1, place), count)
     return sampled.kthvalue(place).values.item()
 
 def bits(values: Tensor) -> Tensor:
     """Non-negative float32 as whole numbers in the same order."""
     return values.contiguous().view(torch.int32)
 
-def exact_threshold(layers: list[Scaled], keep: int) -> tuple[float, int]:
+def counts(layers: Layers, upper: int | None = None) -> Tensor:
+    """How many |U| have each upper half of bits, (65536,); or of those with this upper half, each lower one.
+    A matrix after the other, so that the memory is one's."""
+    total = torch.zeros(LOWER + 1, dtype=torch.int64)
+    for layer in layers:
+        number = bits(layer.sizes().flatten())
+        half = number >> HALF
+        if upper is not None:
+            half = number[half == upper] & LOWER
+        total += torch.bincount(half, minlength=LOWER + 1)
+    return total
+
+def place(total: Tensor, wanted: int) -> tuple[int, int]:
+    """The number whose count holds the `wanted`-th from above, and which of that count it is."""
+    # of this number and all larger ones
+    above = total.flip(0).cumsum(0).flip(0)
+    number = int((above >= wanted).nonzero()[-1])
+    larger = int(above[number] - total[number])
+    return number, wanted - larger
+
+def exact_threshold(layers: Layers, keep: int) -> tuple[float, int]:
     """The value of the `keep`-th largest |U| of all, and how many that equal it are needed: two looks at one
     matrix after the other, by the upper and the lower half of the bits."""
     if keep == 0:
         return math.inf, 0
-    def counts(of, where=None) -> Tensor:
-        total = torch.zeros(1 << 16, dtype=torch.int64)
-        for layer in layers:
-            number = bits(layer.shelf[f"U.{layer.name}"].abs().flatten())
-            if where is not None:
-                number = number[number >> 16 == where]
-            total += torch.bincount(of(number), minlength=1 << 16)
-        return total
-    def place(total: Tensor, wanted: int) -> tuple[int, int]:
-        above = total.flip(0).cumsum(0).flip(0)
-        bin = int((above >= wanted).nonzero()[-1])
-        return bin, wanted - int(above[bin] - total[bin])
-    upper, wanted = place(counts(lambda number: number >> 16), keep)
-    lower, wanted = place(counts(lambda number: number & 0xFFFF, upper), wanted)
-    value = torch.tensor([upper << 16 | lower], dtype=torch.int32).view(torch.float32).item()
-    return value, wanted
+    # a sort of all would need their memory together
+    upper, wanted = place(counts(layers), keep)
+    lower, wanted = place(counts(layers, upper), wanted)
+    number = torch.tensor([upper << HALF | lower], dtype=torch.int32)
+    value = number.view(torch.float32)
+    return value.item(), wanted
 
-def threshold_masks(layers: list[Scaled], threshold: float, ties: int | None = None) -> int:
+# --- masks ---
+
+def change(layer: Scaled, mask: Tensor) -> int:
+    """Give a layer another mask; how many entries changed sides."""
+    before = layer.kept("mask")
+    changed = before != mask
+    before.copy_(mask)
+    return int(changed.sum())
+
+def threshold_masks(layers: Layers, threshold: float, ties: int | None = None) -> int:
     """Set every mask by |U| > threshold, and by the first `ties` entries that equal it (None: all). Returns
     how many entries changed sides."""
     changed = 0
     for layer in layers:
-        size = layer.shelf[f"U.{layer.name}"].abs()
-        mask = size > threshold if ties is not None else size >= threshold
+        size = layer.sizes()
+        # at a sample's threshold nothing hangs on which of equal ones stay
+        if ties is None:
+            mask = size >= threshold
+        else:
+            mask = size > threshold
         if ties:
-            equal = (size == threshold).flatten().nonzero()[:ties, 0]
-            mask.view(-1)[equal] = True
-            ties -= len(equal)
+            equal = (size == threshold).flatten().nonzero()[:, 0]
+            taken = equal[:ties]
+            mask.view(-1)[taken] = True
+            ties -= len(taken)
         changed += change(layer, mask)
     return changed
 
-def change(layer: Scaled, mask: Tensor) -> int:
-    before = layer.shelf[f"mask.{layer.name}"]
-    changed = int((before != mask).sum())
-    before.copy_(mask)
-    return changed
-
-def pattern_masks(layers: list[Scaled], patterns: dict[str, tuple[int, int]]) -> int:
+def pattern_masks(layers: Layers, patterns: Patterns) -> int:
+    """Set every mask by its N:M pattern. Returns how many entries changed sides."""
     changed = 0
     for layer in layers:
-        size = layer.shelf[f"U.{layer.name}"].abs()
-        changed += change(layer, largest_of_groups(size, *patterns[layer.name]))
+        n, m = patterns[layer.name]
+        mask = largest_of_groups(layer.sizes(), n, m)
+        changed += change(layer, mask)
     return changed
 
 # --- the whole ---
 
-def scaled_layers(names, statistics: Statistics, own: tuple, shelf: Shelf, device) -> list[Scaled]:
-    """own: shares of their diagonals that are added to C and G."""
+def scaled_layers(
+    names: Iterable[str],
+    statistics: Statistics,
+    own: tuple[float, float],
+    shelf: Shelf,
+    device: torch.device,
+) -> Layers:
+    """The layers of these names. own: shares of their diagonals that are added to C and G."""
+    inputs, outputs = own
     layers = []
     for name in tqdm(names, "eigenvectors", disable=None):
-        C = shrunk(statistics.inputs(name).to(device), own[0])
-        G = shrunk(statistics.gradients(name).to(device), own[1])
+        C = statistics.inputs(name).to(device)
+        C = shrunk(C, inputs)
+        G = statistics.gradients(name).to(device)
+        G = shrunk(G, outputs)
         layers.append(Scaled(name, C, G, shelf))
     return layers
 
-def split(layers: list[Scaled], keep: int, patterns: dict[str, tuple[int, int]] | None, device):
+def split(layers: Layers, keep: int, patterns: Patterns | None, device):
     """Turn until the zeros stand still. keep: entries of all layers together; patterns: (n, m) of each layer
     by its name, in place of a count."""
-    size = sum(layer.shelf[f"U.{layer.name}"].numel() for layer in layers)
-    before = now = PENALTY
+    size = sum(layer.kept("U").numel() for layer in layers)
+    # V is 0 in the first turn, whatever ρ
+    before = PENALTY
+    now = PENALTY
     with tqdm(total=TURNS, desc="splitting", disable=None) as bar:
         for _ in range(TURNS):
             for layer in layers:
@@ -177,16 +248,21 @@ def split(layers: list[Scaled], keep: int, patterns: dict[str, tuple[int, int]] 
             if patterns:
                 changed = pattern_masks(layers, patterns)
             else:
-                changed = threshold_masks(layers, sampled_threshold(layers, keep, size))
+                threshold = sampled_threshold(layers, keep, size)
+                changed = threshold_masks(layers, threshold)
             bar.update()
             bar.set_postfix(changed=f"{changed / size:.2%}")
-            before, now = now, now * GROWTH
+            # the next V was made with this ρ
+            before = now
+            now *= GROWTH
             if changed < STILL * size:
                 break
+    # that of a sample is near the budget, not within it
     if not patterns:
-        threshold_masks(layers, *exact_threshold(layers, keep))
+        threshold, ties = exact_threshold(layers, keep)
+        threshold_masks(layers, threshold, ties)
 
 def result(layer: Scaled) -> Tensor:
     """D (out, in) in the weight's own units, with exact zeros."""
-    U = layer.shelf[f"U.{layer.name}"]
-    return layer.unscaled(U * layer.shelf[f"mask.{layer.name}"])
+    D = layer.kept("U") * layer.kept("mask")
+    return layer.unscaled(D)

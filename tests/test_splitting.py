@@ -191,7 +191,11 @@ def standing(tmp_path, *values) -> list[Scaled]:
         (tmp_path / name).mkdir()
         shelf[f"U.{name}"] = U.float()
         shelf[f"mask.{name}"] = torch.zeros(U.shape, dtype=torch.bool)
-        layers.append(types.SimpleNamespace(name=name, shelf=shelf))
+        # without the covariances that a constructor wants
+        layer = Scaled.__new__(Scaled)
+        layer.name = name
+        layer.shelf = shelf
+        layers.append(layer)
     return layers
 
 VALUES = {"distinct": [noise(9, 11), noise(8, 13, seed=1) * 1e-3, noise(5, 4, seed=2) * 1e6],
