@@ -209,6 +209,9 @@ def main(config: Config) -> dict:
         if found is None:
             # half of a text would be another number
             raise KeyboardInterrupt
+        if not math.isfinite(found["val_loss"]):
+            raise UserError(f"{folder}: the loss is {found['val_loss']}: its weights, or what they compute "
+                            f"in {config.dtype}, are no finite numbers; use another checkpoint or --dtype")
         windows = sum(job.gather(windows), [])
     paper = {name: found[name] for name in ("paper_ppl",) if name in found}
     result = {

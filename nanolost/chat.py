@@ -1,8 +1,31 @@
 """Chat templates: how a model was taught to tell what a user says from what it says itself."""
+import contextlib
 import json
+import signal
 import time
 
 from nanolost.errors import UserError
+
+# a conversation is rendered in milliseconds; a stranger's template may loop for ever
+SECONDS = 10
+
+@contextlib.contextmanager
+def limited(seconds: float):
+    """TimeoutError in what runs longer than that, in the main thread of a system that has alarms."""
+    def end(number, frame):
+        raise TimeoutError(f"it runs longer than {seconds} seconds")
+    try:
+        before = signal.signal(signal.SIGALRM, end)
+    except (AttributeError, ValueError):
+        # Windows, or a notebook's own thread
+        yield
+        return
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 def render(template: str, messages: list[dict[str, str]], special: dict[str, str]) -> str:
     """The text of a conversation up to where the model answers. messages: {"role", "content"}; special: texts
@@ -33,8 +56,9 @@ def render(template: str, messages: list[dict[str, str]], special: dict[str, str
     # an undefined name is empty in some templates' tests and an error in others
     values = {"bos_token": "", "eos_token": "", **special}
     try:
-        compiled = environment.from_string(template)
-        return compiled.render(messages=messages, add_generation_prompt=True, **values)
+        with limited(SECONDS):
+            compiled = environment.from_string(template)
+            return compiled.render(messages=messages, add_generation_prompt=True, **values)
     # whatever a stranger's program does wrong
     except Exception as e:
         cause = f"{type(e).__name__}: {e}"

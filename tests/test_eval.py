@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import eval as evaluation
 import prepare_c4
 import train
-from nanolost.checkpoint import load_model
+from nanolost.checkpoint import load_model, write_model
 from nanolost.data import TokenDataset, read_shard
 from nanolost.errors import UserError
 from nanolost.tokenizer import Tokenizer
@@ -55,6 +55,16 @@ def test_the_last_evaluation_of_a_training_run_is_what_eval_says_to_the_last_bit
     assert found["bits_per_byte"] == last["val_bpb"] and found["tokens"] == last["val_tokens"]
     assert found["window"] == found["stride"] == config.seq_len
     assert found["dtype"] == {"bfloat16": "bfloat16"}.get(switches.get("dtype"), "float32")
+
+def test_a_model_that_computes_no_numbers_is_refused(trained, tmp_path):
+    config, path = trained
+    model, _ = load_model(config.out_dir)
+    with torch.no_grad():
+        model.model["norm"].weight[0] = math.nan
+    tokenizer = Tokenizer.load(os.path.join(config.data_dir, "tokenizer.json"))
+    write_model(str(tmp_path / "nan"), model, tokenizer, {})
+    with pytest.raises(UserError, match="the loss is nan"):
+        run(ckpt=str(tmp_path / "nan"), text=[path])
 
 def test_the_standard_error_is_that_of_the_means_of_windows(trained):
     config, _ = trained

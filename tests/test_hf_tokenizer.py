@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import sys
 
 import numpy as np
@@ -20,8 +21,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import prepare_c4
 import train
+from nanolost import chat, tokenizer_engines
 from nanolost import hf_tokenizer as hf
-from nanolost import tokenizer_engines
 from nanolost.data import read_shard
 from nanolost.errors import UserError
 from nanolost.files import sha256_file
@@ -384,6 +385,17 @@ def test_a_template_that_fails_or_reaches_out_is_one_error(tmp_path, template, c
     config = {"eos_token": "<|im_end|>", "chat_template": template}
     with pytest.raises(UserError, match=cause):
         Tokenizer.load(put(tmp_path, smol(), tokenizer_config=config)).chat(MESSAGES)
+
+def test_a_template_that_loops_for_ever_is_one_error_after_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr(chat, "SECONDS", 0.5)
+    loops = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+    t = Tokenizer.load(put(tmp_path, smol(), tokenizer_config={"chat_template": loops}))
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(UserError, match="longer than 0.5 seconds"):
+        t.chat(MESSAGES)
+    # what was there before is back, and nothing rings later
+    assert signal.getsignal(signal.SIGALRM) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 @pytest.mark.parametrize("make", [smol, llama])
 def test_a_foreign_folder_without_a_chat_template_keeps_special_strings_ordinary(tmp_path, make):
