@@ -104,7 +104,8 @@ class Config:
     gradient_tokens: int | None = flag(None, "text for that of output gradients (as many)")
     loop_tokens: int = flag(16_384, "further text, for the closed loop and for cap's losses")
     eval_tokens: int = flag(16_384, "validation text for the loss before and after")
-    seq_len: int | None = flag(None, f"tokens of a window, of all of these (the model's limit, at most {WINDOW})")
+    seq_len: int | None = flag(None, f"tokens of a window, of all of these ({WINDOW}, or the model's limit "
+                                     "where that is less)")
     statistics: str | None = flag(None, "keep the statistics in this folder, and use those that are there",
                                   path=True)
     seed: int = flag(0, "which windows, and which labels the model draws")
