@@ -66,6 +66,8 @@ from nanolost.tokenizer import Tokenizer
 FORMS = {"lost": lowrank.METHODS, "sparse": pruning.METHODS}
 # tokens of statistics
 TOKENS = {"lost": 16_384, "sparse": 65_536}
+# tokens of a window, of a model that takes so many
+WINDOW = 512
 # of linear layers
 KINDS = {name.rpartition(".")[2] for name in GROUP_OF}
 # those that need no statistics
@@ -102,7 +104,8 @@ class Config:
     gradient_tokens: int | None = flag(None, "text for that of output gradients (as many)")
     loop_tokens: int = flag(16_384, "further text, for the closed loop and for cap's losses")
     eval_tokens: int = flag(16_384, "validation text for the loss before and after")
-    seq_len: int = flag(512, "tokens of a window, of all of these; at most the model's limit")
+    seq_len: int | None = flag(None, f"tokens of a window, of all of these ({WINDOW}, or the model's limit "
+                                     "where that is less)")
     statistics: str | None = flag(None, "keep the statistics in this folder, and use those that are there",
                                   path=True)
     seed: int = flag(0, "which windows, and which labels the model draws")
@@ -134,7 +137,7 @@ def check(config: Config):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: must be positive")
-    if config.seq_len < 2:
+    if config.seq_len is not None and config.seq_len < 2:
         raise UserError(f"--seq_len {config.seq_len}: a window needs 2 tokens")
     unknown = set((config.one_sided or "").split(",")) - {*KINDS, ""}
     if unknown:
@@ -217,6 +220,8 @@ class Texts:
 
     def __init__(self, config: Config, model: Llama, tokenizer: Tokenizer, device):
         limit = model.config.max_seq_len
+        if config.seq_len is None:
+            config.seq_len = min(WINDOW, limit)
         if config.seq_len > limit:
             raise UserError(f"--seq_len {config.seq_len} is above the {limit} tokens that the model was made "
                             f"for: use {limit} or less")

@@ -239,6 +239,9 @@ def pull(s: Tensor, cost: Tensor, tau: float, out: Tensor) -> Tensor:
 
 def initial(value: Tensor, cost: Tensor, budget: float) -> Tensor:
     """The first s, from the values of all candidates: the toolkit's rule, since the paper has none."""
+    # a model of zeros has no candidates
+    if not len(value):
+        return value
     share = value / value.max()
     share.clamp_(*BOUNDS)
     return project(share, cost, budget)

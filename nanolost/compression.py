@@ -75,12 +75,13 @@ class Task:
 def require(task: Task, options: Options, words: str):
     """UserError where even the smallest options are above the budget. words: what they keep so much of."""
     least = smallest(options)
-    if least <= task.values():
-        return
-    share = least / sum(task.sizes.values())
+    if least > task.values():
+        raise too_small(task, least / sum(task.sizes.values()), words)
+
+def too_small(task: Task, share: float, words: str) -> UserError:
     # four digits, rounded up: the budget that is named must be enough
     enough = share + 5e-5
-    raise UserError(
+    return UserError(
         f"--budget {task.config.budget}: {words} {share:.4f} of the values: use {enough:.4f} or more"
     )
 

@@ -9,7 +9,7 @@ from lost import SparseLowRankLinear
 from nanolost import cap, pruning
 from nanolost.allocate import Option
 from nanolost.composite import Composite
-from nanolost.compression import Task, damage_of, entry_of
+from nanolost.compression import Task, damage_of, entry_of, too_small
 from nanolost.covariance import linears
 from nanolost.lowrank import Metric, root, shrunk
 from nanolost.pruning import NEAR
@@ -46,7 +46,12 @@ def factored_layer(linear: nn.Linear, A: Tensor, B: Tensor, S: Tensor) -> Sparse
 # --- OATS ---
 
 def oats_parts(task: Task) -> Parts:
-    """Every matrix with the same share, a part of which goes to the product."""
+    """Every matrix with the same share, a part of which goes to the product. UserError for a share that does
+    not pay for one direction."""
+    shapes = [linear.weight.shape for linear in linears(task.model).values()]
+    if any(sum(shape) > task.values_of(shape.numel()) for shape in shapes):
+        share = max(sum(shape) / shape.numel() for shape in shapes)
+        raise too_small(task, share, "one direction of a matrix keeps up to")
     found = {}
     for name, linear in task.layers("oats"):
         W = linear.weight

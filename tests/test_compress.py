@@ -201,6 +201,10 @@ def test_weights_keep_their_dtype_and_what_travels_travels(compressed, tmp_path)
     zeros = sum(int((t == 0).sum()) for name, t in tensors.items() if "_proj" in name)
     assert zeros >= 0.499 * report["matrix_values"]
 
+def test_windows_are_no_longer_than_the_model_takes(compressed):
+    report = compressed(method="plain", seq_len=None)
+    assert report["config"]["seq_len"] == 64
+
 # --- what is refused ---
 
 REFUSED = [
@@ -209,6 +213,7 @@ REFUSED = [
     ({"budget": float("nan")}, "must be above 0"),
     ({"budget": 1.5}, "at most 1"),
     ({"budget": 0.001}, "smallest ranks keep"),
+    ({"form": "sparse", "method": "oats", "budget": 0.03}, "one direction of a matrix keeps up to 0.0625"),
     ({"method": "wanda"}, "not of --form lost"),
     ({"form": "sparse", "method": "svdllm"}, "not of --form sparse"),
     ({"form": "sparse", "pinned": True}, "--pinned is of --form lost"),
