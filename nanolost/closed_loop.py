@@ -38,18 +38,23 @@ class Seen(Exception):
 def dense_inputs(block: nn.Module, batch: Batch, x: Tensor, rope: Tensor) -> tuple[dict, Tensor]:
     """The inputs (tokens of text, width) of each group, and the block's output."""
     found = {}
-    def see(group, value):
-        found[group] = value.flatten(0, 1)[batch.real]
+    def see(group: str, value: Tensor):
+        tokens = value.flatten(0, 1)
+        found[group] = tokens[batch.real]
     with looking(watch_inputs(block, see)):
-        return found, block(x, rope)
+        y = block(x, rope)
+    return found, y
 
 def input_of(block: nn.Module, group: str, x: Tensor, rope: Tensor) -> Tensor:
     """The input (B, T, width) of one group, and no more of the block than that takes."""
     found = []
     def see(module, args):
         found.append(args[0])
+        # what comes behind this group is not compressed yet, and of no use
         raise Seen
-    hook = block.get_submodule(GROUPS[group][0]).register_forward_pre_hook(see)
+    # all layers of a group share their input
+    first = block.get_submodule(GROUPS[group][0])
+    hook = first.register_forward_pre_hook(see)
     try:
         block(x, rope)
     except Seen:
@@ -64,17 +69,21 @@ class Streams:
     def __init__(self, model: Llama, texts: list[Batch]):
         self.texts = texts
         embed = model.model["embed_tokens"]
+        # the two begin alike: the embedding stays as it is
         self.dense = [embed(batch.ids) for batch in texts]
         self.small = list(self.dense)
+        # windows of the loop are of one length
         self.rope = rope_of(model, texts[0].ids.shape[1], texts[0].ids.device)
         self.tokens = sum(int(batch.real.sum()) for batch in texts)
+        # of each micro-batch, by group, of the dense block that is being replaced
         self.inputs = []
 
     def enter(self, block: nn.Module):
         """Run the dense block: its inputs are kept until `leave`."""
         self.inputs = []
         for number, batch in enumerate(self.texts):
-            found, self.dense[number] = dense_inputs(block, batch, self.dense[number], self.rope)
+            x = self.dense[number]
+            found, self.dense[number] = dense_inputs(block, batch, x, self.rope)
             self.inputs.append(found)
 
     def sums(self, block: nn.Module, group: str) -> tuple[Tensor, Tensor]:
@@ -83,9 +92,11 @@ class Streams:
         cross = 0
         for number, batch in enumerate(self.texts):
             small = input_of(block, group, self.small[number], self.rope)
+            # as `dense_inputs` has them: the tokens of text alone, in the same order
             small = small.flatten(0, 1)[batch.real].float()
+            dense = self.inputs[number][group].float()
             both = both + product_of(small, small)
-            cross = cross + product_of(self.inputs[number][group].float(), small)
+            cross = cross + product_of(dense, small)
         return in_float64(both) / self.tokens, in_float64(cross) / self.tokens
 
     def leave(self, block: nn.Module):
@@ -97,6 +108,7 @@ def corrected(W: Tensor, both: Tensor, C_small: Tensor, cross: Tensor) -> Tensor
     """W̃ (out, in), float64; both: C̃ (in, in), shrunk."""
     W = in_float64(W)
     gap = W @ cross - W @ C_small
+    # half of the way: all of it fits the calibration text at the cost of others
     return W + torch.linalg.solve(both, gap, left=False) / 2
 
 @torch.no_grad()
@@ -104,20 +116,25 @@ def run(
     model: Llama,
     statistics: Statistics,
     texts: list[Batch],
-    replace: Callable[[str, Tensor, Tensor], nn.Module],
+    replace: Replace,
     context,
 ):
     """replace(name, W̃, C̃) → the layer that takes its place, for every linear layer of the blocks."""
     with context:
         streams = Streams(model, texts)
         for layer, block in enumerate(tqdm(model.model["layers"], "closed loop", disable=None)):
+            place = block_name(layer)
+            # the dense block first, while it is whole
             streams.enter(block)
             for group, names in GROUPS.items():
+                # with the groups before this one compressed already
                 C_small, cross = streams.sums(block, group)
-                # one for the layers that share their inputs
-                C = statistics.inputs(f"{block_name(layer)}.{names[0]}").to(C_small.device)
+                # one C̃ for the layers that share their inputs
+                C = statistics.inputs(f"{place}.{names[0]}").to(C_small.device)
                 both = shrunk((C_small + in_float64(C)) / 2)
                 for name in names:
-                    W = corrected(block.get_submodule(name).weight, both, C_small, cross)
-                    block.set_submodule(name, replace(f"{block_name(layer)}.{name}", W, both))
+                    dense = block.get_submodule(name).weight
+                    W = corrected(dense, both, C_small, cross)
+                    small = replace(f"{place}.{name}", W, both)
+                    block.set_submodule(name, small)
             streams.leave(block)

@@ -11,6 +11,7 @@ Blocks are taken one after the other, from the last to the first, so that the me
 block's whatever the depth; what lies between them is kept in files."""
 import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,7 +63,8 @@ class Statistics:
         self.tokens = tokens
 
     def _read(self, layer: int, name: str) -> Tensor:
-        with safe_open(block_file(self.folder, layer), "pt") as file:
+        path = block_file(self.folder, layer)
+        with safe_open(path, "pt") as file:
             return file.get_tensor(name)
 
     def inputs(self, name: str) -> Tensor:
@@ -86,18 +88,24 @@ def block_file(folder: str, layer: int) -> str:
 def covariance_bytes(model: Llama) -> int:
     """Of the covariances of one block."""
     block = model.model["layers"][0]
-    total = 0
+    values = 0
     for names in GROUPS.values():
+        # C and E|x| once for the group, G for each of its layers
         width = block.get_submodule(names[0]).in_features
-        total += width * width + width
-        total += sum(block.get_submodule(name).out_features ** 2 for name in names)
-    return 4 * total
+        values += width * width + width
+        for name in names:
+            outputs = block.get_submodule(name).out_features
+            values += outputs * outputs
+    # float32
+    return 4 * values
 
 def spool_bytes(model: Llama, tokens: int) -> int:
     """What `collect` writes at the most: covariances of all blocks, or the inputs of all blocks, which give
     way to them."""
     config = model.config
-    states = 4 * tokens * config.n_embd * (config.n_layer + 2)
+    # the input of every block, and gradients by the output of one and by its input, float32
+    spooled = config.n_layer + 2
+    states = 4 * tokens * config.n_embd * spooled
     return covariance_bytes(model) * config.n_layer + states
 
 def product_of(x: Tensor, y: Tensor) -> Tensor:
@@ -107,24 +115,32 @@ def product_of(x: Tensor, y: Tensor) -> Tensor:
 
 # --- looking at layers ---
 
+# see(group, x) or see(name, g), with what passes a layer, (B, T, width)
+See = Callable[[str, Tensor], None]
+
 @contextlib.contextmanager
 def looking(hooks: list):
+    """With these hooks, which go in the end."""
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
 
-def watch_inputs(block: nn.Module, see) -> list:
+def watch_inputs(block: nn.Module, see: See) -> list:
     """see(group, x) with the input (B, T, in) of each group of layers, when the block runs."""
     hooks = []
     for group, names in GROUPS.items():
+        # a function a group: a loop's variable would be the last one's when it is called
         def look(module, args, group=group):
-            see(group, args[0].detach())
-        hooks.append(block.get_submodule(names[0]).register_forward_pre_hook(look))
+            x = args[0]
+            see(group, x.detach())
+        # they share it: the first one's is all of theirs
+        first = block.get_submodule(names[0])
+        hooks.append(first.register_forward_pre_hook(look))
     return hooks
 
-def watch_gradients(block: nn.Module, see) -> list:
+def watch_gradients(block: nn.Module, see: See) -> list:
     """see(name, g) with the gradient (B, T, out) of each layer's output, in a backward pass."""
     hooks = []
     for name in GROUP_OF:
@@ -132,7 +148,8 @@ def watch_gradients(block: nn.Module, see) -> list:
             # of windows without gradients there is no backward pass
             if out.requires_grad:
                 out.register_hook(lambda g: see(name, g.detach()))
-        hooks.append(block.get_submodule(name).register_forward_hook(look))
+        layer = block.get_submodule(name)
+        hooks.append(layer.register_forward_hook(look))
     return hooks
 
 class Sums:
@@ -144,6 +161,7 @@ class Sums:
         self.real = None
 
     def add(self, name: str, value: Tensor):
+        # the first micro-batch's product is the sum itself
         if name in self.sums:
             self.sums[name] += value
         else:
@@ -151,12 +169,15 @@ class Sums:
 
     def rows(self, x: Tensor) -> Tensor:
         """(B, T, width) → (tokens of text, width), float32."""
-        return x.flatten(0, 1)[self.real].float()
+        # padding would count as an input
+        tokens = x.flatten(0, 1)
+        return tokens[self.real].float()
 
     def see_input(self, group: str, x: Tensor):
         x = self.rows(x)
+        size = x.abs().sum(0)
         self.add(f"C.{group}", product_of(x, x))
-        self.add(f"abs.{group}", x.abs().sum(0))
+        self.add(f"abs.{group}", size)
 
     def see_gradient(self, name: str, g: Tensor):
         g = self.rows(g)
@@ -164,48 +185,64 @@ class Sums:
 
     def means(self, tokens: tuple[int, int]) -> dict[str, Tensor]:
         """tokens: of the inputs, of the gradients. The sums become them: there is room for one."""
-        counts = {"C": tokens[0], "abs": tokens[0], "G": tokens[1]}
+        inputs, gradients = tokens
+        counts = {"C": inputs, "abs": inputs, "G": gradients}
+        means = {}
         for name, total in self.sums.items():
-            total /= counts[name.partition(".")[0]]
-        return {name: total.cpu() for name, total in self.sums.items()}
+            sort, _, _ = name.partition(".")
+            # in place
+            total /= counts[sort]
+            means[name] = total.cpu()
+        return means
 
 # --- the text ---
 
 @dataclass
 class Batch:
-    """Windows of the text: ids and targets (B, T), real (B·T,) whether a position holds text, and whether a
-    gradient is wanted."""
+    """Windows of the text, a micro-batch."""
 
-    ids: Tensor
-    targets: Tensor
-    real: Tensor
-    learn: bool
+    ids: Tensor                          # (B, T)
+    targets: Tensor                      # (B, T), negative where there is none
+    real: Tensor                         # (B·T,), whether a position holds text
+    learn: bool                          # whether a gradient is wanted
 
 def is_text(targets: Tensor) -> Tensor:
     """Which positions of rows (B, T) hold text: those up to the last target. Padding comes behind it."""
     known = (targets >= 0).int()
-    return known.flip(1).cummax(1).values.flip(1) > 0
+    # from the end: 1 as soon as there was a target
+    backwards = known.flip(1).cummax(1).values
+    return backwards.flip(1) > 0
 
 def batches(data: TokenDataset, samples: np.ndarray, micro: int, gradients: int, device) -> list[Batch]:
     """The windows `samples`, `micro` at a time; gradients are wanted of the first so many."""
     found = []
     # no batch holds windows of both sorts
-    for learn, part in ((True, samples[:gradients]), (False, samples[gradients:])):
+    sorts = (True, samples[:gradients]), (False, samples[gradients:])
+    for learn, part in sorts:
         for start in range(0, len(part), micro):
-            ids, targets = data.batch(part[start:start + micro], device)
-            found.append(Batch(ids, targets, is_text(targets).flatten(), learn))
+            windows = part[start:start + micro]
+            ids, targets = data.batch(windows, device)
+            real = is_text(targets).flatten()
+            found.append(Batch(ids, targets, real, learn))
     return found
 
 def count_tokens(found: list[Batch]) -> tuple[int, int]:
     """Positions that hold text: of all batches, and of those with gradients."""
-    every = sum(int(batch.real.sum()) for batch in found)
-    learned = sum(int(batch.real.sum()) for batch in found if batch.learn)
+    every = 0
+    learned = 0
+    for batch in found:
+        count = int(batch.real.sum())
+        every += count
+        if batch.learn:
+            learned += count
     return every, learned
 
 # --- the model, a block at a time ---
 
 def rope_of(model: Llama, length: int, device) -> Tensor:
+    """Angles of the positions of a window."""
     config = model.config
+    # every window begins at position 0
     positions = torch.arange(length, device=device)
     return rope_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
 
@@ -214,28 +251,34 @@ class Spool:
 
     def __init__(self, folder: str):
         self.folder = folder
+        # plain bytes have none
         self.shapes = {}
 
     def path(self, name: str, number: int) -> str:
         return os.path.join(self.folder, f"{name}_{number:06d}.bin")
 
     def put(self, name: str, number: int, tensor: Tensor):
+        """Keep a tensor of the micro-batch `number`, in float32."""
         self.shapes[name, number] = tensor.shape
-        tensor.float().cpu().numpy().tofile(self.path(name, number))
+        values = tensor.float().cpu().numpy()
+        values.tofile(self.path(name, number))
 
     def take(self, name: str, number: int, device) -> Tensor:
         """What was put there, once."""
         path = self.path(name, number)
+        shape = self.shapes.pop((name, number))
         # read, not mapped: a file that is deleted meanwhile would keep its room
-        values = np.fromfile(path, np.float32).reshape(self.shapes.pop((name, number)))
+        values = np.fromfile(path, np.float32)
         os.remove(path)
-        return torch.from_numpy(values).to(device)
+        tensor = torch.from_numpy(values).view(shape)
+        return tensor.to(device)
 
 def drawn_labels(p: Tensor, generator: torch.Generator) -> Tensor:
     """One word (N, 1) of each row of the distributions p (N, V)."""
     # drawn on the CPU: the same on every device, up to rounding
-    draw = torch.rand(len(p), 1, generator=generator).to(p.device)
-    words = torch.searchsorted(p.cumsum(-1), draw)
+    draw = torch.rand(len(p), 1, generator=generator)
+    below = p.cumsum(-1)
+    words = torch.searchsorted(below, draw.to(p.device))
     # rounding may leave a sum below 1
     return words.clamp(max=p.shape[1] - 1)
 
@@ -246,54 +289,82 @@ def head_gradient(model: Llama, x: Tensor, wanted: Tensor, generator: torch.Gene
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         hidden = model.model["norm"](x)
-    rows = hidden.detach().flatten(0, 1)
+    rows = hidden.detach().flatten(0, 1)                        # (B·T, C)
     grad = torch.zeros_like(rows)
+    # first by the head's input
     for start in range(0, len(rows), ROWS):
         part = slice(start, start + ROWS)
-        p = model.lm_head(rows[part]).float().softmax(-1)                                  # (ROWS, V)
+        logits = model.lm_head(rows[part])                      # (ROWS, V)
+        p = logits.float().softmax(-1)
         labels = drawn_labels(p, generator)
         # by the logits: softmax − one-hot
-        p.scatter_add_(1, labels, p.new_full(labels.shape, -1.0))
+        ones = p.new_full(labels.shape, -1.0)
+        p.scatter_add_(1, labels, ones)
         p *= wanted[part, None]
-        grad[part] = p.to(grad.dtype) @ model.lm_head.weight.to(grad.dtype)
-    return torch.autograd.grad(hidden, x, grad.view_as(hidden))[0]
+        weight = model.lm_head.weight.to(grad.dtype)
+        grad[part] = p.to(grad.dtype) @ weight
+    # and through the last norm
+    found, = torch.autograd.grad(hidden, x, grad.view_as(hidden))
+    return found
 
-def forward_pass(model: Llama, texts: list[Batch], spool: Spool, generator: torch.Generator, tick):
+# called after each block of each micro-batch, for a progress bar
+Tick = Callable[[], object]
+
+def forward_pass(
+    model: Llama,
+    texts: list[Batch],
+    spool: Spool,
+    generator: torch.Generator,
+    tick: Tick,
+):
     """Keep the input of every block, "x003" of the fourth, and the gradient by the last one's output, "g"."""
     for number, batch in enumerate(texts):
         rope = rope_of(model, batch.ids.shape[1], batch.ids.device)
         x = model.model["embed_tokens"](batch.ids)
+        # inputs alone are kept: a block runs again when it is looked at
         for layer, block in enumerate(model.model["layers"]):
             spool.put(f"x{layer:03d}", number, x)
             x = block(x, rope)
             tick()
         if batch.learn:
             wanted = (batch.targets >= 0).flatten()
-            spool.put("g", number, head_gradient(model, x, wanted, generator))
+            grad = head_gradient(model, x, wanted, generator)
+            spool.put("g", number, grad)
 
-def look_at_block(model: Llama, layer: int, texts: list[Batch], spool: Spool, tick) -> Sums:
+def look_at_block(model: Llama, layer: int, texts: list[Batch], spool: Spool, tick: Tick) -> Sums:
     """Run one block again, and back; the gradient by its input takes the place of that by its output."""
     block = model.model["layers"][layer]
     sums = Sums()
-    hooks = watch_inputs(block, sums.see_input) + watch_gradients(block, sums.see_gradient)
-    with looking(hooks):
+    inputs = watch_inputs(block, sums.see_input)
+    gradients = watch_gradients(block, sums.see_gradient)
+    with looking(inputs + gradients):
         for number, batch in enumerate(texts):
             sums.real = batch.real
             device = batch.ids.device
             rope = rope_of(model, batch.ids.shape[1], device)
+            # read once: its room on the disk goes to this block's covariances
             x = spool.take(f"x{layer:03d}", number, device)
-            if not batch.learn:
-                block(x, rope)
-            else:
+            if batch.learn:
                 x.requires_grad_()
                 with torch.enable_grad():
                     y = block(x, rope)
+                # the hooks see the gradients of the layers' outputs on the way
                 grad = spool.take("g", number, device)
-                spool.put("g", number, torch.autograd.grad(y, x, grad.to(y.dtype))[0])
+                back, = torch.autograd.grad(y, x, grad.to(y.dtype))
+                spool.put("g", number, back)
+            else:
+                block(x, rope)
             tick()
     return sums
 
-def write_block(model: Llama, layer: int, texts: list[Batch], spool: Spool, tokens: tuple, tick):
+def write_block(
+    model: Llama,
+    layer: int,
+    texts: list[Batch],
+    spool: Spool,
+    tokens: tuple[int, int],
+    tick: Tick,
+):
     """A function of its own, which forgets a block's sums before the next one's are made."""
     sums = look_at_block(model, layer, texts, spool, tick)
     save_file(sums.means(tokens), block_file(spool.folder, layer))
@@ -304,15 +375,19 @@ def collect(model: Llama, texts: list[Batch], folder: str, seed: int, context) -
     context: the autocast of the passes; sums are float32 whatever it is. The model is left as it was, its
     parameters frozen."""
     model.requires_grad_(False)
+    # of the labels, on the CPU
     generator = torch.Generator().manual_seed(seed)
     spool = Spool(folder)
     tokens = count_tokens(texts)
     layers = model.config.n_layer
     # a backward pass costs about as much again as what is summed up: three in all
-    with tqdm(total=3 * layers * len(texts), desc="statistics", unit="block", disable=None) as bar, context:
+    units = 3 * layers * len(texts)
+    with tqdm(total=units, desc="statistics", unit="block", disable=None) as bar, context:
         forward_pass(model, texts, spool, generator, bar.update)
+        # the gradient by a block's output is known once all behind it were looked at
         for layer in reversed(range(layers)):
             write_block(model, layer, texts, spool, tokens, lambda: bar.update(2))
+    # gradients by the first block's input: nobody asks for them
     for number, batch in enumerate(texts):
         if batch.learn:
             os.remove(spool.path("g", number))
