@@ -51,48 +51,78 @@ ZEROS = {
     "OATS": {"method": "oats"},
     "CAP": {"method": "cap"},
 }
-# the shares that are tried of each
-KEPT = {"plain SVD": (0.8, 0.5), "LOST's own start": (0.8, 0.5), "ASVD": (0.8, 0.5), "OATS": (0.5,),
-        "CAP": (0.8, 0.5), "magnitude": (0.6, 0.5), "splitting, closed loop": (0.5,),
-        "splitting and directions": (0.5,)}
+# the shares that are tried of each form
 LOW_RANK_KEPT = (0.8, 0.6, 0.5)
 ZEROS_KEPT = (0.6, 0.5, 0.4)
-PATTERNS = {
-    "Wanda": {"method": "wanda"}, "SparseGPT": {"method": "sparsegpt"}, "splitting": {},
+# and of the methods of which fewer tell enough
+KEPT = {
+    "plain SVD": (0.8, 0.5),
+    "LOST's own start": (0.8, 0.5),
+    "ASVD": (0.8, 0.5),
+    "OATS": (0.5,),
+    "CAP": (0.8, 0.5),
+    "magnitude": (0.6, 0.5),
+    "splitting, closed loop": (0.5,),
+    "splitting and directions": (0.5,),
+}
+# with 2:4 and 4:8
+IN_PATTERNS = ("Wanda", "SparseGPT", "splitting")
+# a few values more than 2:4 has: what they are worth as matrices that stay dense, or as directions
+BESIDE = 0.516
+BESIDE_PATTERN = {
+    "dense matrices": {},
+    "directions": {"factors": "true"},
 }
 
 def rows() -> dict[str, dict]:
     """Flags of compress.py by the name of the row."""
     found = {}
-    for form, methods, kept in (("lost", LOW_RANK, LOW_RANK_KEPT), ("sparse", ZEROS, ZEROS_KEPT)):
+    forms = ("lost", LOW_RANK, LOW_RANK_KEPT), ("sparse", ZEROS, ZEROS_KEPT)
+    for form, methods, kept in forms:
         for name, flags in methods.items():
             for share in KEPT.get(name, kept):
-                found[f"{name} {share:.0%}"] = {"form": form, "budget": share, **flags}
+                row = f"{name} {share:.0%}"
+                found[row] = {"form": form, "budget": share, **flags}
+    # the pattern says the budget
     for pattern in ("2:4", "4:8"):
-        for name, flags in PATTERNS.items():
-            found[f"{name} {pattern}"] = {"form": "sparse", "pattern": pattern, **flags}
-    # beside 2:4 what a few values more are worth: matrices that stay dense, or directions
-    for name, flags in (("dense matrices", {}), ("directions", {"factors": "true"})):
-        found[f"2:4 and {name} 52%"] = {"form": "sparse", "pattern": "2:4", "budget": 0.516, **flags}
+        for name in IN_PATTERNS:
+            row = f"{name} {pattern}"
+            found[row] = {"form": "sparse", "pattern": pattern, **ZEROS[name]}
+    for name, flags in BESIDE_PATTERN.items():
+        row = f"2:4 and {name} {BESIDE:.0%}"
+        found[row] = {"form": "sparse", "pattern": "2:4", "budget": BESIDE, **flags}
     return found
 
 ROWS = rows()
-# what is trained after it: flags of train.py
+
+# what is trained after it: flags of train.py. The fewer values are left, the more there is to repair
+LITTLE = {"steps": 50, "lr": 1e-4}
+MUCH = {"steps": 100, "lr": 3e-4}
 HEALED = {
+    # what training alone does, without anything to repair
     "dense": {"steps": 100, "lr": 5e-5},
-    "closed loop 80%": {"steps": 50, "lr": 1e-4},
-    "two-sided, global 80%": {"steps": 50, "lr": 1e-4},
-    "pinned, closed loop 80%": {"steps": 50, "lr": 1e-4},
-    "SVD-LLM 80%": {"steps": 50, "lr": 1e-4},
-    "two-sided, global 50%": {"steps": 100, "lr": 3e-4},
-    "closed loop 50%": {"steps": 100, "lr": 3e-4},
-    "pinned, closed loop 50%": {"steps": 100, "lr": 3e-4},
-    "SVD-LLM 50%": {"steps": 100, "lr": 3e-4},
+    "closed loop 80%": LITTLE,
+    "two-sided, global 80%": LITTLE,
+    "pinned, closed loop 80%": LITTLE,
+    "SVD-LLM 80%": LITTLE,
+    "two-sided, global 50%": MUCH,
+    "closed loop 50%": MUCH,
+    "pinned, closed loop 50%": MUCH,
+    "SVD-LLM 50%": MUCH,
 }
+# of all: a window a step, neither evaluated nor saved before the end
 HEALING = {
-    "batch_tokens": 512, "seq_len": 512, "micro_batch": 1, "weight_decay": 0, "grad_clip": 1,
-    "eval_every": 1000, "save_every": 1000, "keep": 1,
+    "batch_tokens": 512,
+    "seq_len": 512,
+    "micro_batch": 1,
+    "weight_decay": 0,
+    "grad_clip": 1,
+    "eval_every": 1000,
+    "save_every": 1000,
+    "keep": 1,
 }
+# windows of eval.py, as compress.py has them
+SEQ_LEN = 512
 
 @dataclass(frozen=True)
 class Config:
@@ -121,9 +151,13 @@ def command(program: str, **flags) -> str:
         argv += [f"--{name}", *map(str, values)]
     done = subprocess.run(argv, capture_output=True, text=True)
     if done.returncode:
-        last = done.stderr.strip().rpartition("\n")[2]
-        raise UserError(f"{' '.join(argv[1:])} ended with {done.returncode}: {last}")
+        typed = " ".join(argv[1:])
+        raise UserError(f"{typed} ended with {done.returncode}: {last_line(done.stderr)}")
     return done.stdout
+
+def last_line(text: str) -> str:
+    _, _, last = text.strip().rpartition("\n")
+    return last
 
 def threads(config: Config) -> dict:
     return {} if config.threads is None else {"threads": config.threads}
@@ -136,14 +170,26 @@ def compressed(config: Config, row: str, folder: str) -> dict:
         return read_json(report)
     statistics = os.path.join(config.out_dir, f"statistics-{config.tokens}-{config.seed}")
     command(
-        "compress.py", ckpt=config.ckpt, data_dir=config.data_dir, out_dir=folder,
-        calibration_tokens=config.tokens, gradient_tokens=config.tokens, eval_tokens=config.eval_tokens,
-        seed=config.seed, statistics=statistics, **threads(config), **ROWS[row])
+        "compress.py",
+        ckpt=config.ckpt,
+        data_dir=config.data_dir,
+        out_dir=folder,
+        calibration_tokens=config.tokens,
+        gradient_tokens=config.tokens,
+        eval_tokens=config.eval_tokens,
+        seed=config.seed,
+        # collected once for all rows of the seed
+        statistics=statistics,
+        **threads(config),
+        **ROWS[row],
+    )
     return read_json(report)
 
 def loss_of(config: Config, folder: str, data_dir: str) -> float:
-    said = command("eval.py", ckpt=folder, data_dir=data_dir, seq_len=512, tokens=config.eval_tokens)
-    return json.loads(said.strip().rpartition("\n")[2])["loss"]
+    """That eval.py measures on the validation text."""
+    said = command("eval.py", ckpt=folder, data_dir=data_dir, seq_len=SEQ_LEN, tokens=config.eval_tokens)
+    figures = json.loads(last_line(said))
+    return figures["loss"]
 
 def heal(config: Config, row: str, model: str, folder: str) -> float:
     """Train a model by the row's recipe; the seconds that took."""
@@ -151,37 +197,75 @@ def heal(config: Config, row: str, model: str, folder: str) -> float:
     recipe = {**HEALING, **HEALED[row]}
     started = time.perf_counter()
     command(
-        "train.py", init_from=model, data_dir=config.data_dir, out_dir=folder, warmup=recipe["steps"] // 10,
-        eval_tokens=4096, freeze=["model.embed_tokens.weight", "lm_head.weight"], **recipe)
+        "train.py",
+        init_from=model,
+        data_dir=config.data_dir,
+        out_dir=folder,
+        warmup=recipe["steps"] // 10,
+        # the figure that counts is eval.py's
+        eval_tokens=4096,
+        # what was not compressed needs no repair
+        freeze=["model.embed_tokens.weight", "lm_head.weight"],
+        **recipe,
+    )
     return time.perf_counter() - started
+
+# of report.json, as it stands there
+REPORTED = ("kept", "method", "form", "stages", "seconds", "peak_memory_bytes")
+
+def folder_of(config: Config, row: str) -> str:
+    """Where the model of a row is made."""
+    name = f"{row}-{config.tokens}-{config.seed}"
+    plain = str.maketrans(" :", "__", "%,")
+    return os.path.join(config.out_dir, name.translate(plain))
+
+def compression_of(config: Config, row: str, folder: str) -> dict:
+    """What a row's line has of making the model: figures of the report, and what each layer became."""
+    report = compressed(config, row, folder)
+    allocation = read_json(os.path.join(folder, "allocation.json"))
+    line = {name: report[name] for name in REPORTED}
+    line["layers"] = {}
+    for name, entry in allocation["layers"].items():
+        line["layers"][name] = [entry["values"], entry["damage"]]
+    # by the function that eval.py calls
+    line["loss"] = report["after"]["loss"]
+    line["dense"] = report["before"]["loss"]
+    return line
+
+def other_dense(config: Config) -> float:
+    """The dense model's loss on the other domain: measured once, one number for all rows."""
+    for line in results(config):
+        if "other_dense" in line:
+            return line["other_dense"]
+    return loss_of(config, config.ckpt, config.other_dir)
 
 def measure(config: Config, row: str) -> dict:
     """Make, heal and measure one row: its line of results."""
-    line = {"row": row, "seed": config.seed, "tokens": config.tokens, "healed": config.healed}
+    line = {
+        "row": row,
+        "seed": config.seed,
+        "tokens": config.tokens,
+        "healed": config.healed,
+    }
+    folder = folder_of(config, row)
+    trained = f"{folder}-healed"
+    # the one that is measured
     model = config.ckpt
-    name = f"{row}-{config.tokens}-{config.seed}".translate(str.maketrans(" :", "__", "%,"))
-    folder = os.path.join(config.out_dir, name)
     if row != "dense":
         model = folder
-        report = compressed(config, row, folder)
-        line |= {name: report[name] for name in ("kept", "method", "form", "stages", "seconds",
-                                                 "peak_memory_bytes")}
-        layers = read_json(os.path.join(model, "allocation.json"))["layers"]
-        line["layers"] = {name: [entry["values"], entry["damage"]] for name, entry in layers.items()}
-        # by the function that eval.py calls
-        line |= {"loss": report["after"]["loss"], "dense": report["before"]["loss"]}
+        line |= compression_of(config, row, folder)
     if config.healed:
-        line["healing_seconds"] = heal(config, row, model, f"{folder}-healed")
-        model = f"{folder}-healed"
+        line["healing_seconds"] = heal(config, row, model, trained)
+        model = trained
         line["loss"] = loss_of(config, model, config.data_dir)
-        line.setdefault("dense", loss_of(config, config.ckpt, config.data_dir))
+        # of a compressed row the report has told it
+        if "dense" not in line:
+            line["dense"] = loss_of(config, config.ckpt, config.data_dir)
     if config.other_dir:
         line["other"] = loss_of(config, model, config.other_dir)
-        # one number for all rows
-        known = [done["other_dense"] for done in results(config) if "other_dense" in done]
-        line["other_dense"] = known[0] if known else loss_of(config, config.ckpt, config.other_dir)
+        line["other_dense"] = other_dense(config)
     if not config.keep:
-        for place in (folder, f"{folder}-healed"):
+        for place in (folder, trained):
             shutil.rmtree(place, ignore_errors=True)
     return line
 
