@@ -147,6 +147,7 @@ def command(program: str, **flags) -> str:
     """Run one of our commands; what it prints. UserError with its last line where it fails."""
     argv = [sys.executable, os.path.join(ROOT, program)]
     for name, value in flags.items():
+        # a list is a flag with several words
         values = value if isinstance(value, list) else [value]
         argv += [f"--{name}", *map(str, values)]
     done = subprocess.run(argv, capture_output=True, text=True)
@@ -193,6 +194,7 @@ def loss_of(config: Config, folder: str, data_dir: str) -> float:
 
 def heal(config: Config, row: str, model: str, folder: str) -> float:
     """Train a model by the row's recipe; the seconds that took."""
+    # what an interrupted run left is begun again
     shutil.rmtree(folder, ignore_errors=True)
     recipe = {**HEALING, **HEALED[row]}
     started = time.perf_counter()
@@ -273,19 +275,27 @@ def results(config: Config) -> list[dict]:
     path = os.path.join(config.out_dir, "results.jsonl")
     return read_lines(path) if os.path.exists(path) else []
 
-def same(line: dict, config: Config, row: str) -> bool:
-    key = (row, config.seed, config.tokens, config.healed)
-    return (line["row"], line["seed"], line["tokens"], line["healed"]) == key
+# what makes two lines the same one, whatever they measured
+KEY = ("row", "seed", "tokens", "healed")
+
+def is_done(config: Config, row: str) -> bool:
+    wanted = (row, config.seed, config.tokens, config.healed)
+    return any(tuple(line[name] for name in KEY) == wanted for line in results(config))
 
 def run(config: Config):
+    """Measure what has no line yet."""
     os.makedirs(config.out_dir, exist_ok=True)
-    for row in chosen(config, HEALED if config.healed else ROWS):
-        if any(same(line, config, row) for line in results(config)):
+    path = os.path.join(config.out_dir, "results.jsonl")
+    known = HEALED if config.healed else ROWS
+    for row in chosen(config, known):
+        if is_done(config, row):
             continue
         line = measure(config, row)
-        with open(os.path.join(config.out_dir, "results.jsonl"), "a", encoding="utf-8") as file:
+        # a line at a time: what was measured stays, whatever ends the next row
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        say(f"{row}: {line['loss'] - line['dense']:+.3f} nats")
+        gap = line["loss"] - line["dense"]
+        say(f"{row}: {gap:+.3f} nats")
 
 # --- tables ---
 
@@ -294,43 +304,66 @@ COLUMNS = ("80%", "60%", "52%", "50%", "40%", "2:4", "4:8")
 def parts(row: str) -> tuple[str, str]:
     """The method and the share of a row's name."""
     name, _, share = row.rpartition(" ")
-    return (name, share) if share in COLUMNS else (row, "")
+    if share in COLUMNS:
+        return name, share
+    # the dense model has none
+    return row, ""
+
+def spaced(text: str) -> str:
+    return text.replace("%", " %")
 
 def gaps(lines: list[dict], name: str, base: str) -> str:
     """Nats above dense over the seeds, "" for none."""
+    # lines without another domain lack its two
     values = [line[name] - line[base] for line in lines if name in line]
     return spread(values, "+.3f") if values else ""
 
-def unhealed(lines: list[dict]) -> str:
+def by_method(lines: list[dict]) -> dict[str, dict[str, list[dict]]]:
+    """Lines over the seeds by method and share, in the order of the file."""
     found = {}
     for line in lines:
-        if not line["healed"]:
-            method, share = parts(line["row"])
-            found.setdefault(method, {}).setdefault(share, []).append(line)
+        method, share = parts(line["row"])
+        shares = found.setdefault(method, {})
+        shares.setdefault(share, []).append(line)
+    return found
+
+def unhealed(lines: list[dict]) -> str:
+    """A method a line, a share a column."""
+    plain = [line for line in lines if not line["healed"]]
     table = []
-    for method, shares in found.items():
+    for method, shares in by_method(plain).items():
         cells = [gaps(shares.get(share, []), "loss", "dense") for share in COLUMNS]
         other = gaps(shares.get("50%", []), "other", "other_dense")
+        # one share's time and memory for the row: half of the values, where that was tried
         half = shares.get("50%") or next(iter(shares.values()))
-        seconds = f"{half[0]['stages']['compression']:.0f}"
-        memory = f"{max(line['peak_memory_bytes'] for line in half) / 1e9:.1f}"
-        table.append([method, *cells, other, seconds, memory])
-    head = ["", *(share.replace("%", " %") for share in COLUMNS), "50 %, other text", "seconds", "GB"]
+        seconds = half[0]["stages"]["compression"]
+        memory = max(line["peak_memory_bytes"] for line in half) / 1e9
+        table.append([method, *cells, other, f"{seconds:.0f}", f"{memory:.1f}"])
+    head = ["", *map(spaced, COLUMNS), "50 %, other text", "seconds", "GB"]
     return markdown(head, table)
 
 def healed(lines: list[dict]) -> str:
+    """A healed row a line, beside what it was before over the seeds."""
     table = []
     for line in lines:
-        if line["healed"]:
-            before = [other for other in lines if not other["healed"] and other["row"] == line["row"]]
-            table.append([
-                line["row"].replace("%", " %"), gaps(before, "loss", "dense"), HEALED[line["row"]]["steps"],
-                gaps([line], "loss", "dense"), gaps([line], "other", "other_dense"),
-                f"{line['healing_seconds']:.0f}",
-            ])
-    return markdown(["", "before", "steps", "after", "other text", "seconds"], table)
+        if not line["healed"]:
+            continue
+        row = line["row"]
+        before = [other for other in lines if not other["healed"] and other["row"] == row]
+        seconds = line["healing_seconds"]
+        table.append([
+            spaced(row),
+            gaps(before, "loss", "dense"),
+            HEALED[row]["steps"],
+            gaps([line], "loss", "dense"),
+            gaps([line], "other", "other_dense"),
+            f"{seconds:.0f}",
+        ])
+    head = ["", "before", "steps", "after", "other text", "seconds"]
+    return markdown(head, table)
 
 def table(config: Config):
+    """Print both tables, or put them into --fill."""
     lines = results(config)
     texts = {"compression": unhealed(lines), "healing": healed(lines)}
     for name, text in texts.items():
@@ -341,36 +374,59 @@ def table(config: Config):
 
 # --- figures ---
 
+def points_of(lines: list[dict], method: str) -> list[tuple[float, float]]:
+    """The share that is kept and nats above dense, of a method's rows without a pattern."""
+    found = []
+    for line in lines:
+        name, share = parts(line["row"])
+        # a pattern is one point, and no curve
+        if name == method and ":" not in share:
+            found.append((line["kept"], line["loss"] - line["dense"]))
+    return sorted(found)
+
 def figure(config: Config):
     """Loss against the share that is kept, and what each matrix keeps by depth."""
     plt = pyplot()
     lines = [line for line in results(config) if not line["healed"]]
     drawn, axes = plt.subplots(figsize=(7, 4.5))
-    for method in dict.fromkeys(parts(line["row"])[0] for line in lines):
-        points = sorted((line["kept"], line["loss"] - line["dense"]) for line in lines
-                        if parts(line["row"])[0] == method and ":" not in parts(line["row"])[1])
+    for method in by_method(lines):
+        points = points_of(lines, method)
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=method)
+            shares, losses = zip(*points, strict=True)
+            axes.plot(shares, losses, marker="o", label=method)
     axes.set(xlabel="share of the values kept", ylabel="nats above dense", yscale="log")
     axes.legend(fontsize=7)
     save_figure(drawn, config.out_dir, "methods.png")
     by_depth(config, plt)
 
+def by_kind(line: dict) -> dict[str, list[list]]:
+    """Values and damage of each block, by the kind of layer."""
+    found = {}
+    for layer, entry in line["layers"].items():
+        _, _, kind = layer.rpartition(".")
+        found.setdefault(kind, []).append(entry)
+    return found
+
 def by_depth(config: Config, plt):
-    names = [name for name in config.drawn.split("/") if any(line["row"] == name for line in results(config))]
-    drawn, axes = plt.subplots(2, max(1, len(names)), figsize=(5.5 * max(1, len(names)), 6), squeeze=False)
+    """What each matrix keeps and loses over the blocks: a row of --drawn a column."""
+    lines = results(config)
+    measured = {line["row"] for line in lines}
+    names = [name for name in config.drawn.split("/") if name in measured]
+    # a figure without rows is empty, not an error
+    width = max(1, len(names))
+    drawn, axes = plt.subplots(2, width, figsize=(5.5 * width, 6), squeeze=False)
     for column, name in enumerate(names):
-        line = next(line for line in results(config) if line["row"] == name and "layers" in line)
-        kinds = {}
-        for layer, (values, damage) in line["layers"].items():
-            kinds.setdefault(layer.rpartition(".")[2], []).append((values, damage))
-        for kind, entries in kinds.items():
+        line = next(line for line in lines if line["row"] == name and "layers" in line)
+        upper, lower = axes[:, column]
+        for kind, entries in by_kind(line).items():
+            # kinds differ in size: of the largest of its own
             most = max(values for values, _ in entries)
-            axes[0, column].plot([values / most for values, _ in entries], label=kind)
-            axes[1, column].plot([damage or 0 for _, damage in entries])
-        axes[0, column].set(title=name, ylabel="values, of the most that its kind has")
-        axes[1, column].set(xlabel="block", ylabel="predicted damage in nats")
-        axes[0, column].legend(fontsize=7)
+            upper.plot([values / most for values, _ in entries], label=kind)
+            # what stays dense has none
+            lower.plot([damage or 0 for _, damage in entries])
+        upper.set(title=name, ylabel="values, of the most that its kind has")
+        lower.set(xlabel="block", ylabel="predicted damage in nats")
+        upper.legend(fontsize=7)
     save_figure(drawn, config.out_dir, "depth.png")
 
 if __name__ == "__main__":
