@@ -53,49 +53,79 @@ ZEROS = {
     "OATS": {"method": "oats"},
     "CAP": {"method": "cap"},
 }
-# the shares that are tried of each
-KEPT = {"plain SVD": (0.8, 0.5), "LOST's own start": (0.8, 0.5), "ASVD": (0.8, 0.5), "OATS": (0.5,),
-        "CAP": (0.8, 0.5), "magnitude": (0.6, 0.5), "splitting, closed loop": (0.5,),
-        "two-sided but for q and k": (0.8, 0.5),
-        "splitting and directions": (0.5,)}
+# the shares that are tried of each form
 LOW_RANK_KEPT = (0.8, 0.6, 0.5)
 ZEROS_KEPT = (0.6, 0.5, 0.4)
-PATTERNS = {
-    "Wanda": {"method": "wanda"}, "SparseGPT": {"method": "sparsegpt"}, "splitting": {},
+# and of the methods of which fewer tell enough
+KEPT = {
+    "plain SVD": (0.8, 0.5),
+    "LOST's own start": (0.8, 0.5),
+    "ASVD": (0.8, 0.5),
+    "two-sided but for q and k": (0.8, 0.5),
+    "OATS": (0.5,),
+    "CAP": (0.8, 0.5),
+    "magnitude": (0.6, 0.5),
+    "splitting, closed loop": (0.5,),
+    "splitting and directions": (0.5,),
+}
+# with 2:4 and 4:8
+IN_PATTERNS = ("Wanda", "SparseGPT", "splitting")
+# a few values more than 2:4 has: what they are worth as matrices that stay dense, or as directions
+BESIDE = 0.516
+BESIDE_PATTERN = {
+    "dense matrices": {},
+    "directions": {"factors": "true"},
 }
 
 def rows() -> dict[str, dict]:
     """Flags of compress.py by the name of the row."""
     found = {}
-    for form, methods, kept in (("lost", LOW_RANK, LOW_RANK_KEPT), ("sparse", ZEROS, ZEROS_KEPT)):
+    forms = ("lost", LOW_RANK, LOW_RANK_KEPT), ("sparse", ZEROS, ZEROS_KEPT)
+    for form, methods, kept in forms:
         for name, flags in methods.items():
             for share in KEPT.get(name, kept):
-                found[f"{name} {share:.0%}"] = {"form": form, "budget": share, **flags}
+                row = f"{name} {share:.0%}"
+                found[row] = {"form": form, "budget": share, **flags}
+    # the pattern says the budget
     for pattern in ("2:4", "4:8"):
-        for name, flags in PATTERNS.items():
-            found[f"{name} {pattern}"] = {"form": "sparse", "pattern": pattern, **flags}
-    # beside 2:4 what a few values more are worth: matrices that stay dense, or directions
-    for name, flags in (("dense matrices", {}), ("directions", {"factors": "true"})):
-        found[f"2:4 and {name} 52%"] = {"form": "sparse", "pattern": "2:4", "budget": 0.516, **flags}
+        for name in IN_PATTERNS:
+            row = f"{name} {pattern}"
+            found[row] = {"form": "sparse", "pattern": pattern, **ZEROS[name]}
+    for name, flags in BESIDE_PATTERN.items():
+        row = f"2:4 and {name} {BESIDE:.0%}"
+        found[row] = {"form": "sparse", "pattern": "2:4", "budget": BESIDE, **flags}
     return found
 
 ROWS = rows()
-# what is trained after it: flags of train.py
+
+# what is trained after it: flags of train.py. The fewer values are left, the more there is to repair
+LITTLE = {"steps": 50, "lr": 1e-4}
+MUCH = {"steps": 100, "lr": 3e-4}
 HEALED = {
+    # what training alone does, without anything to repair
     "dense": {"steps": 100, "lr": 5e-5},
-    "closed loop 80%": {"steps": 50, "lr": 1e-4},
-    "two-sided, global 80%": {"steps": 50, "lr": 1e-4},
-    "pinned, closed loop 80%": {"steps": 50, "lr": 1e-4},
-    "SVD-LLM 80%": {"steps": 50, "lr": 1e-4},
-    "two-sided, global 50%": {"steps": 100, "lr": 3e-4},
-    "closed loop 50%": {"steps": 100, "lr": 3e-4},
-    "pinned, closed loop 50%": {"steps": 100, "lr": 3e-4},
-    "SVD-LLM 50%": {"steps": 100, "lr": 3e-4},
+    "closed loop 80%": LITTLE,
+    "two-sided, global 80%": LITTLE,
+    "pinned, closed loop 80%": LITTLE,
+    "SVD-LLM 80%": LITTLE,
+    "two-sided, global 50%": MUCH,
+    "closed loop 50%": MUCH,
+    "pinned, closed loop 50%": MUCH,
+    "SVD-LLM 50%": MUCH,
 }
+# of all: a window a step, neither evaluated nor saved before the end
 HEALING = {
-    "batch_tokens": 512, "seq_len": 512, "micro_batch": 1, "weight_decay": 0, "grad_clip": 1,
-    "eval_every": 1000, "save_every": 1000, "keep": 1,
+    "batch_tokens": 512,
+    "seq_len": 512,
+    "micro_batch": 1,
+    "weight_decay": 0,
+    "grad_clip": 1,
+    "eval_every": 1000,
+    "save_every": 1000,
+    "keep": 1,
 }
+# windows of eval.py, as compress.py has them
+SEQ_LEN = 512
 
 @dataclass(frozen=True)
 class Config:
@@ -120,13 +150,18 @@ def command(program: str, **flags) -> str:
     """Run one of our commands; what it prints. UserError with its last line where it fails."""
     argv = [sys.executable, os.path.join(ROOT, program)]
     for name, value in flags.items():
+        # a list is a flag with several words
         values = value if isinstance(value, list) else [value]
         argv += [f"--{name}", *map(str, values)]
     done = subprocess.run(argv, capture_output=True, text=True)
     if done.returncode:
-        last = done.stderr.strip().rpartition("\n")[2]
-        raise UserError(f"{' '.join(argv[1:])} ended with {done.returncode}: {last}")
+        typed = " ".join(argv[1:])
+        raise UserError(f"{typed} ended with {done.returncode}: {last_line(done.stderr)}")
     return done.stdout
+
+def last_line(text: str) -> str:
+    _, _, last = text.strip().rpartition("\n")
+    return last
 
 def threads(config: Config) -> dict:
     return {} if config.threads is None else {"threads": config.threads}
@@ -139,52 +174,103 @@ def compressed(config: Config, row: str, folder: str) -> dict:
         return read_json(report)
     statistics = os.path.join(config.out_dir, f"statistics-{config.tokens}-{config.seed}")
     command(
-        "compress.py", ckpt=config.ckpt, data_dir=config.data_dir, out_dir=folder,
-        calibration_tokens=config.tokens, gradient_tokens=config.tokens, eval_tokens=config.eval_tokens,
-        seed=config.seed, statistics=statistics, **threads(config), **ROWS[row])
+        "compress.py",
+        ckpt=config.ckpt,
+        data_dir=config.data_dir,
+        out_dir=folder,
+        calibration_tokens=config.tokens,
+        gradient_tokens=config.tokens,
+        eval_tokens=config.eval_tokens,
+        seed=config.seed,
+        # collected once for all rows of the seed
+        statistics=statistics,
+        **threads(config),
+        **ROWS[row],
+    )
     return read_json(report)
 
 def loss_of(config: Config, folder: str, data_dir: str) -> float:
-    said = command("eval.py", ckpt=folder, data_dir=data_dir, seq_len=512, tokens=config.eval_tokens)
-    return json.loads(said.strip().rpartition("\n")[2])["loss"]
+    """That eval.py measures on the validation text."""
+    said = command("eval.py", ckpt=folder, data_dir=data_dir, seq_len=SEQ_LEN, tokens=config.eval_tokens)
+    figures = json.loads(last_line(said))
+    return figures["loss"]
 
 def heal(config: Config, row: str, model: str, folder: str) -> float:
     """Train a model by the row's recipe; the seconds that took."""
+    # what an interrupted run left is begun again
     shutil.rmtree(folder, ignore_errors=True)
     recipe = {**HEALING, **HEALED[row]}
     started = time.perf_counter()
     command(
-        "train.py", init_from=model, data_dir=config.data_dir, out_dir=folder, warmup=recipe["steps"] // 10,
-        eval_tokens=4096, freeze=["model.embed_tokens.weight", "lm_head.weight"], **recipe)
+        "train.py",
+        init_from=model,
+        data_dir=config.data_dir,
+        out_dir=folder,
+        warmup=recipe["steps"] // 10,
+        # the figure that counts is eval.py's
+        eval_tokens=4096,
+        # what was not compressed needs no repair
+        freeze=["model.embed_tokens.weight", "lm_head.weight"],
+        **recipe,
+    )
     return time.perf_counter() - started
+
+# of report.json, as it stands there
+REPORTED = ("kept", "method", "form", "stages", "seconds", "peak_memory_bytes")
+
+def folder_of(config: Config, row: str) -> str:
+    """Where the model of a row is made."""
+    name = f"{row}-{config.tokens}-{config.seed}"
+    plain = str.maketrans(" :", "__", "%,")
+    return os.path.join(config.out_dir, name.translate(plain))
+
+def compression_of(config: Config, row: str, folder: str) -> dict:
+    """What a row's line has of making the model: figures of the report, and what each layer became."""
+    report = compressed(config, row, folder)
+    allocation = read_json(os.path.join(folder, "allocation.json"))
+    line = {name: report[name] for name in REPORTED}
+    line["layers"] = {}
+    for name, entry in allocation["layers"].items():
+        line["layers"][name] = [entry["values"], entry["damage"]]
+    # by the function that eval.py calls
+    line["loss"] = report["after"]["loss"]
+    line["dense"] = report["before"]["loss"]
+    return line
+
+def other_dense(config: Config) -> float:
+    """The dense model's loss on the other domain: measured once, one number for all rows."""
+    for line in results(config):
+        if "other_dense" in line:
+            return line["other_dense"]
+    return loss_of(config, config.ckpt, config.other_dir)
 
 def measure(config: Config, row: str) -> dict:
     """Make, heal and measure one row: its line of results."""
-    line = {"row": row, "seed": config.seed, "tokens": config.tokens, "healed": config.healed}
+    line = {
+        "row": row,
+        "seed": config.seed,
+        "tokens": config.tokens,
+        "healed": config.healed,
+    }
+    folder = folder_of(config, row)
+    trained = f"{folder}-healed"
+    # the one that is measured
     model = config.ckpt
-    name = f"{row}-{config.tokens}-{config.seed}".translate(str.maketrans(" :", "__", "%,"))
-    folder = os.path.join(config.out_dir, name)
     if row != "dense":
         model = folder
-        report = compressed(config, row, folder)
-        line |= {name: report[name] for name in ("kept", "method", "form", "stages", "seconds",
-                                                 "peak_memory_bytes")}
-        layers = read_json(os.path.join(model, "allocation.json"))["layers"]
-        line["layers"] = {name: [entry["values"], entry["damage"]] for name, entry in layers.items()}
-        # by the function that eval.py calls
-        line |= {"loss": report["after"]["loss"], "dense": report["before"]["loss"]}
+        line |= compression_of(config, row, folder)
     if config.healed:
-        line["healing_seconds"] = heal(config, row, model, f"{folder}-healed")
-        model = f"{folder}-healed"
+        line["healing_seconds"] = heal(config, row, model, trained)
+        model = trained
         line["loss"] = loss_of(config, model, config.data_dir)
-        line.setdefault("dense", loss_of(config, config.ckpt, config.data_dir))
+        # of a compressed row the report has told it
+        if "dense" not in line:
+            line["dense"] = loss_of(config, config.ckpt, config.data_dir)
     if config.other_dir:
         line["other"] = loss_of(config, model, config.other_dir)
-        # one number for all rows
-        known = [done["other_dense"] for done in results(config) if "other_dense" in done]
-        line["other_dense"] = known[0] if known else loss_of(config, config.ckpt, config.other_dir)
+        line["other_dense"] = other_dense(config)
     if not config.keep:
-        for place in (folder, f"{folder}-healed"):
+        for place in (folder, trained):
             shutil.rmtree(place, ignore_errors=True)
     return line
 
@@ -192,19 +278,27 @@ def results(config: Config) -> list[dict]:
     path = os.path.join(config.out_dir, "results.jsonl")
     return read_lines(path) if os.path.exists(path) else []
 
-def same(line: dict, config: Config, row: str) -> bool:
-    key = (row, config.seed, config.tokens, config.healed)
-    return (line["row"], line["seed"], line["tokens"], line["healed"]) == key
+# what makes two lines the same one, whatever they measured
+KEY = ("row", "seed", "tokens", "healed")
+
+def is_done(config: Config, row: str) -> bool:
+    wanted = (row, config.seed, config.tokens, config.healed)
+    return any(tuple(line[name] for name in KEY) == wanted for line in results(config))
 
 def run(config: Config):
+    """Measure what has no line yet."""
     os.makedirs(config.out_dir, exist_ok=True)
-    for row in chosen(config, HEALED if config.healed else ROWS):
-        if any(same(line, config, row) for line in results(config)):
+    path = os.path.join(config.out_dir, "results.jsonl")
+    known = HEALED if config.healed else ROWS
+    for row in chosen(config, known):
+        if is_done(config, row):
             continue
         line = measure(config, row)
-        with open(os.path.join(config.out_dir, "results.jsonl"), "a", encoding="utf-8") as file:
+        # a line at a time: what was measured stays, whatever ends the next row
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        say(f"{row}: {line['loss'] - line['dense']:+.3f} nats")
+        gap = line["loss"] - line["dense"]
+        say(f"{row}: {gap:+.3f} nats")
 
 # --- tables ---
 
@@ -213,43 +307,66 @@ COLUMNS = ("80%", "60%", "52%", "50%", "40%", "2:4", "4:8")
 def parts(row: str) -> tuple[str, str]:
     """The method and the share of a row's name."""
     name, _, share = row.rpartition(" ")
-    return (name, share) if share in COLUMNS else (row, "")
+    if share in COLUMNS:
+        return name, share
+    # the dense model has none
+    return row, ""
+
+def spaced(text: str) -> str:
+    return text.replace("%", " %")
 
 def gaps(lines: list[dict], name: str, base: str) -> str:
     """Nats above dense over the seeds, "" for none."""
+    # lines without another domain lack its two
     values = [line[name] - line[base] for line in lines if name in line]
     return spread(values, "+.3f") if values else ""
 
-def unhealed(lines: list[dict]) -> str:
+def by_method(lines: list[dict]) -> dict[str, dict[str, list[dict]]]:
+    """Lines over the seeds by method and share, in the order of the file."""
     found = {}
     for line in lines:
-        if not line["healed"]:
-            method, share = parts(line["row"])
-            found.setdefault(method, {}).setdefault(share, []).append(line)
+        method, share = parts(line["row"])
+        shares = found.setdefault(method, {})
+        shares.setdefault(share, []).append(line)
+    return found
+
+def unhealed(lines: list[dict]) -> str:
+    """A method a line, a share a column."""
+    plain = [line for line in lines if not line["healed"]]
     table = []
-    for method, shares in found.items():
+    for method, shares in by_method(plain).items():
         cells = [gaps(shares.get(share, []), "loss", "dense") for share in COLUMNS]
         other = gaps(shares.get("50%", []), "other", "other_dense")
+        # one share's time and memory for the row: half of the values, where that was tried
         half = shares.get("50%") or next(iter(shares.values()))
-        seconds = f"{half[0]['stages']['compression']:.0f}"
-        memory = f"{max(line['peak_memory_bytes'] for line in half) / 1e9:.1f}"
-        table.append([method, *cells, other, seconds, memory])
-    head = ["", *(share.replace("%", " %") for share in COLUMNS), "50 %, other text", "seconds", "GB"]
+        seconds = half[0]["stages"]["compression"]
+        memory = max(line["peak_memory_bytes"] for line in half) / 1e9
+        table.append([method, *cells, other, f"{seconds:.0f}", f"{memory:.1f}"])
+    head = ["", *map(spaced, COLUMNS), "50 %, other text", "seconds", "GB"]
     return markdown(head, table)
 
 def healed(lines: list[dict]) -> str:
+    """A healed row a line, beside what it was before over the seeds."""
     table = []
     for line in lines:
-        if line["healed"]:
-            before = [other for other in lines if not other["healed"] and other["row"] == line["row"]]
-            table.append([
-                line["row"].replace("%", " %"), gaps(before, "loss", "dense"), HEALED[line["row"]]["steps"],
-                gaps([line], "loss", "dense"), gaps([line], "other", "other_dense"),
-                f"{line['healing_seconds']:.0f}",
-            ])
-    return markdown(["", "before", "steps", "after", "other text", "seconds"], table)
+        if not line["healed"]:
+            continue
+        row = line["row"]
+        before = [other for other in lines if not other["healed"] and other["row"] == row]
+        seconds = line["healing_seconds"]
+        table.append([
+            spaced(row),
+            gaps(before, "loss", "dense"),
+            HEALED[row]["steps"],
+            gaps([line], "loss", "dense"),
+            gaps([line], "other", "other_dense"),
+            f"{seconds:.0f}",
+        ])
+    head = ["", "before", "steps", "after", "other text", "seconds"]
+    return markdown(head, table)
 
 def table(config: Config):
+    """Print both tables, or put them into --fill."""
     lines = results(config)
     texts = {"compression": unhealed(lines), "healing": healed(lines)}
     for name, text in texts.items():
@@ -260,37 +377,68 @@ def table(config: Config):
 
 # --- figures ---
 
+def points_of(lines: list[dict], method: str) -> list[tuple[float, float]]:
+    """The share that is kept and nats above dense, of a method's rows without a pattern."""
+    found = []
+    for line in lines:
+        name, share = parts(line["row"])
+        # a pattern is one point, and no curve
+        if name == method and ":" not in share:
+            found.append((line["kept"], line["loss"] - line["dense"]))
+    return sorted(found)
+
 def figure(config: Config):
     """Loss against the share that is kept, and what each matrix keeps by depth."""
     plt = pyplot()
     lines = [line for line in results(config) if not line["healed"]]
-    drawn, axes = plt.subplots(figsize=(7, 4.5))
-    for method in dict.fromkeys(parts(line["row"])[0] for line in lines):
-        points = sorted((line["kept"], line["loss"] - line["dense"]) for line in lines
-                        if parts(line["row"])[0] == method and ":" not in parts(line["row"])[1])
+    drawn, axes = plt.subplots(figsize=(8, 4.5))
+    # as many colours as there are methods
+    colours = iter(plt.colormaps["tab20"].colors)
+    for method in by_method(lines):
+        points = points_of(lines, method)
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=method)
+            shares, losses = zip(*points, strict=True)
+            # zeros are dashed
+            style = "--" if method in ZEROS else "-"
+            axes.plot(shares, losses, style, marker="o", markersize=4, color=next(colours), label=method)
     axes.set(xlabel="share of the values kept", ylabel="nats above dense", yscale="log")
-    axes.legend(fontsize=7)
-    save_figure(drawn, config.out_dir, "methods.png")
+    axes.grid(alpha=0.3)
+    # beside it: there are up to twenty lines
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    save_figure(drawn, config.out_dir, "compression.png")
     by_depth(config, plt)
 
+def by_kind(line: dict) -> dict[str, list[list]]:
+    """Values and damage of each block, by the kind of layer."""
+    found = {}
+    for layer, entry in line["layers"].items():
+        _, _, kind = layer.rpartition(".")
+        found.setdefault(kind, []).append(entry)
+    return found
+
 def by_depth(config: Config, plt):
-    names = [name for name in config.drawn.split("/") if any(line["row"] == name for line in results(config))]
-    drawn, axes = plt.subplots(2, max(1, len(names)), figsize=(5.5 * max(1, len(names)), 6), squeeze=False)
+    """What each matrix keeps and loses over the blocks: a row of --drawn a column."""
+    lines = results(config)
+    measured = {line["row"] for line in lines}
+    names = [name for name in config.drawn.split("/") if name in measured]
+    # a figure without rows is empty, not an error
+    width = max(1, len(names))
+    size = (5.5 * width, 6)
+    drawn, axes = plt.subplots(2, width, figsize=size, squeeze=False, layout="constrained")
     for column, name in enumerate(names):
-        line = next(line for line in results(config) if line["row"] == name and "layers" in line)
-        kinds = {}
-        for layer, (values, damage) in line["layers"].items():
-            kinds.setdefault(layer.rpartition(".")[2], []).append((values, damage))
-        for kind, entries in kinds.items():
+        line = next(line for line in lines if line["row"] == name and "layers" in line)
+        upper, lower = axes[:, column]
+        for kind, entries in by_kind(line).items():
+            # kinds differ in size: of the largest of its own
             most = max(values for values, _ in entries)
-            axes[0, column].plot([values / most for values, _ in entries], label=kind)
-            axes[1, column].plot([damage or 0 for _, damage in entries])
-        axes[0, column].set(title=name, ylabel="values, of the most that its kind has")
-        axes[1, column].set(xlabel="block", ylabel="predicted damage in nats")
-        axes[0, column].legend(fontsize=7)
-    save_figure(drawn, config.out_dir, "depth.png")
+            upper.plot([values / most for values, _ in entries], label=kind)
+            # what stays dense has none
+            lower.plot([damage or 0 for _, damage in entries])
+        upper.set(title=name, ylabel="values, the most of its kind = 1")
+        lower.set(xlabel="block", ylabel="predicted damage in nats")
+    # one for all: the kinds have the same colours everywhere
+    axes[0, 0].legend(fontsize=7, ncols=2)
+    save_figure(drawn, config.out_dir, "compression-depth.png")
 
 if __name__ == "__main__":
     drive({"run": run, "table": table, "figure": figure}, Config, __doc__)
