@@ -231,6 +231,7 @@ REFUSED = [
     ({"seq_len": 100}, "above the 64 tokens"),
     ({"channels": (2.0,)}, "between 0 and 1"),
     ({"loop_tokens": 0}, "must be positive"),
+    ({"threads": 10**6}, "at most 1024"),
 ]
 
 @pytest.mark.parametrize("flags, words", REFUSED, ids=[words for _, words in REFUSED])
