@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from model import Llama, rope_table
 from nanolost.data import TokenDataset
+from nanolost.errors import UserError
 
 # the linear layers of a block by the input that they share, in the order in which they are computed
 GROUPS = {
@@ -293,26 +294,34 @@ def look_at_block(model: Llama, layer: int, texts: list[Batch], spool: Spool, ti
             tick()
     return sums
 
-def write_block(model: Llama, layer: int, texts: list[Batch], spool: Spool, tokens: tuple, tick):
+def write_block(
+    model: Llama, layer: int, texts: list[Batch], spool: Spool, folder: str, tokens: tuple, tick
+):
     """A function of its own, which forgets a block's sums before the next one's are made."""
-    sums = look_at_block(model, layer, texts, spool, tick)
-    save_file(sums.means(tokens), block_file(spool.folder, layer))
+    means = look_at_block(model, layer, texts, spool, tick).means(tokens)
+    for name, mean in means.items():
+        if not mean.isfinite().all():
+            raise UserError(f"{block_name(layer)}: {name} is beyond float32 on this text, as its activations "
+                            "or gradients are huge: use --dtype float32 or an earlier checkpoint")
+    save_file(means, block_file(folder, layer))
 
 @torch.no_grad()
-def collect(model: Llama, texts: list[Batch], folder: str, seed: int, context) -> Statistics:
+def collect(
+    model: Llama, texts: list[Batch], folder: str, seed: int, context, meanwhile: str | None = None
+) -> Statistics:
     """Covariances of every linear layer of the blocks, written to `folder`, `spool_bytes` at the most.
-    context: the autocast of the passes; sums are float32 whatever it is. The model is left as it was, its
-    parameters frozen."""
+    context: the autocast of the passes; sums are float32 whatever it is. meanwhile: the folder of what goes
+    again (`folder`). The model is left as it was, its parameters frozen."""
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    spool = Spool(folder)
+    spool = Spool(meanwhile or folder)
     tokens = count_tokens(texts)
     layers = model.config.n_layer
     # a backward pass costs about as much again as what is summed up: three in all
     with tqdm(total=3 * layers * len(texts), desc="statistics", unit="block", disable=None) as bar, context:
         forward_pass(model, texts, spool, generator, bar.update)
         for layer in reversed(range(layers)):
-            write_block(model, layer, texts, spool, tokens, lambda: bar.update(2))
+            write_block(model, layer, texts, spool, folder, tokens, lambda: bar.update(2))
     for number, batch in enumerate(texts):
         if batch.learn:
             os.remove(spool.path("g", number))
