@@ -10,6 +10,7 @@ as any other. It is whole or absent."""
 import nanolost  # noqa: F401, I001  before torch: OpenMP reads its settings once
 
 import contextlib
+import math
 import os
 import shutil
 import sys
@@ -18,6 +19,8 @@ import time
 from dataclasses import dataclass, fields
 
 import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
 
 from model import Llama
 from nanolost import lowrank, pruning
@@ -39,6 +42,7 @@ from nanolost.covariance import (
     Batch,
     Statistics,
     batches,
+    block_file,
     collect,
     count_tokens,
     covariance_bytes,
@@ -51,7 +55,7 @@ from nanolost.errors import UserError
 from nanolost.estimate import duration, rates, seconds_of
 from nanolost.factored_layers import ALWAYS_FACTORED, FACTORED, to_factors
 from nanolost.failures import failures_with_their_repair
-from nanolost.files import ended_by_signals, read_json
+from nanolost.files import claim, ended_by_signals, read_json
 from nanolost.flags import command, flag, parse, say
 from nanolost.huggingface import travelling_files
 from nanolost.job import Job, pick_device, place
@@ -147,6 +151,12 @@ def check(config: Config):
     for share in config.channels or ():
         if not 0 < share < 1:
             raise UserError(f"--channels {share}: a share must lie between 0 and 1")
+    if not -2**63 <= config.seed < 2**63:
+        raise UserError(f"--seed {config.seed}: must have at most 63 bits")
+    ours = os.path.realpath(config.out_dir)
+    if config.statistics and os.path.commonpath((ours, os.path.realpath(config.statistics))) == ours:
+        raise UserError(f"--statistics {config.statistics} is in --out_dir, which has to be empty: use "
+                        "another")
     if place()[1] > 1:
         raise UserError("compress.py runs in one process: start it without torchrun")
     check_free(config.out_dir)
@@ -321,14 +331,32 @@ def statistics_of(config: Config, model: Llama, texts: Texts, key: dict, spool: 
     done = os.path.join(place, "statistics.json")
     found = texts.calibration(config, device)
     if os.path.exists(done):
-        if read_json(done) != key:
-            raise UserError(f"{place} has statistics of another model, text, seed or number of tokens: use "
-                            "another --statistics")
+        check_statistics(place, model, key)
         return Statistics(place, count_tokens(found))
-    os.makedirs(place, exist_ok=True)
-    made = collect(model, found, place, config.seed, autocast(config))
-    write_json(place, "statistics.json", key)
+    try:
+        # two that write the same files would mix them
+        with claim(place, "collects statistics", "--statistics"):
+            made = collect(model, found, place, config.seed, autocast(config), spool)
+            write_json(place, "statistics.json", key)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"cannot write statistics ({e}): make room, or name another place by --statistics "
+                        "and the variable TMPDIR") from None
     return made
+
+def check_statistics(place: str, model: Llama, key: dict):
+    """UserError for statistics that are not of this model and text, or not whole."""
+    if read_json(os.path.join(place, "statistics.json")) != key:
+        raise UserError(f"{place} has statistics of another model, text, seed or number of tokens: use "
+                        "another --statistics")
+    for layer in range(model.config.n_layer):
+        path = block_file(place, layer)
+        try:
+            # the sizes that it names are those that it has
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"cannot read {path} ({e}): remove {place}, or use another "
+                            "--statistics") from None
 
 # --- what is said ---
 
@@ -448,10 +476,12 @@ def main(config: Config) -> dict:
     config.threads = use_threads(config.threads)
     travelling = travelling_files(folder)
     model.to(job.device).requires_grad_(False)
-    with ended_by_signals(), failures_with_their_repair():
+    with ended_by_signals(), failures_with_their_repair(), beyond_numbers():
         before = measured(model, texts, config, job)
+        check_loss(before, folder)
         entries, found = compress(config, model, texts, key_of(config, folder, texts), job)
         after = measured(model, texts, config, job)
+        check_loss(after, "the compressed model")
         report = {
             "out_dir": config.out_dir, "ckpt": folder, "form": config.form, "method": config.method,
             "budget": config.budget, **found, "before": before, "after": after,
@@ -462,6 +492,21 @@ def main(config: Config) -> dict:
         write(config, model.to("cpu"), tokenizer, travelling, dtype, entries, report)
     say(summary(report))
     return report
+
+def check_loss(found: dict, name: str):
+    if not math.isfinite(found["loss"]):
+        raise UserError(f"{name} has a loss of {found['loss']} on the validation text: use --dtype float32, "
+                        "or an earlier checkpoint")
+
+@contextlib.contextmanager
+def beyond_numbers():
+    """Covariances that float64 cannot factorise, in one line."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as e:
+        line = str(e).partition("\n")[0]
+        raise UserError(f"a matrix of this model is beyond float64 ({line}): use more --calibration_tokens, "
+                        "or an earlier checkpoint") from e
 
 def check_values(model: Llama, folder: str):
     """UserError for weights that are no numbers: every product of theirs would be none."""

@@ -418,11 +418,20 @@ SAVE_DTYPES = ["auto", "float32", "bfloat16", "float16"]
 
 def check_free(place: str):
     """UserError for an --out_dir that is taken: nothing is ever overwritten."""
+    if not place:
+        raise UserError("--out_dir is empty: name a folder")
     # a link to a folder is not what a rename replaces
     if os.path.islink(place) or os.path.exists(place) and not os.path.isdir(place):
         raise UserError(f"{place} is no folder: use another --out_dir")
     if os.path.isdir(place) and os.listdir(place):
         raise UserError(f"{place} is not empty: use another --out_dir")
+    home = os.path.dirname(os.path.abspath(place))
+    # what is to be made is made there in the end, maybe after hours
+    while not os.path.lexists(home):
+        home = os.path.dirname(home)
+    if not os.path.isdir(home) or not os.access(home, os.W_OK):
+        raise UserError(f"cannot write {place}, since {home} is no folder that you may write: use another "
+                        "--out_dir")
 
 def saved_dtype(folder: str, name: str) -> torch.dtype:
     """That of SAVE_DTYPES which is meant for a model from `folder`."""

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from model import Llama, rope_table
 from nanolost.data import TokenDataset
+from nanolost.errors import UserError
 
 # the linear layers of a block by the input that they share, in the order in which they are computed
 GROUPS = {
@@ -362,22 +363,29 @@ def write_block(
     layer: int,
     texts: list[Batch],
     spool: Spool,
+    folder: str,
     tokens: tuple[int, int],
     tick: Tick,
 ):
     """A function of its own, which forgets a block's sums before the next one's are made."""
-    sums = look_at_block(model, layer, texts, spool, tick)
-    save_file(sums.means(tokens), block_file(spool.folder, layer))
+    means = look_at_block(model, layer, texts, spool, tick).means(tokens)
+    for name, mean in means.items():
+        if not mean.isfinite().all():
+            raise UserError(f"{block_name(layer)}: {name} is beyond float32 on this text, as its activations "
+                            "or gradients are huge: use --dtype float32 or an earlier checkpoint")
+    save_file(means, block_file(folder, layer))
 
 @torch.no_grad()
-def collect(model: Llama, texts: list[Batch], folder: str, seed: int, context) -> Statistics:
+def collect(
+    model: Llama, texts: list[Batch], folder: str, seed: int, context, meanwhile: str | None = None
+) -> Statistics:
     """Covariances of every linear layer of the blocks, written to `folder`, `spool_bytes` at the most.
-    context: the autocast of the passes; sums are float32 whatever it is. The model is left as it was, its
-    parameters frozen."""
+    context: the autocast of the passes; sums are float32 whatever it is. meanwhile: the folder of what goes
+    again (`folder`). The model is left as it was, its parameters frozen."""
     model.requires_grad_(False)
     # of the labels, on the CPU
     generator = torch.Generator().manual_seed(seed)
-    spool = Spool(folder)
+    spool = Spool(meanwhile or folder)
     tokens = count_tokens(texts)
     layers = model.config.n_layer
     # a backward pass costs about as much again as what is summed up: three in all
@@ -386,7 +394,7 @@ def collect(model: Llama, texts: list[Batch], folder: str, seed: int, context) -
         forward_pass(model, texts, spool, generator, bar.update)
         # the gradient by a block's output is known once all behind it were looked at
         for layer in reversed(range(layers)):
-            write_block(model, layer, texts, spool, tokens, lambda: bar.update(2))
+            write_block(model, layer, texts, spool, folder, tokens, lambda: bar.update(2))
     # gradients by the first block's input: nobody asks for them
     for number, batch in enumerate(texts):
         if batch.learn:

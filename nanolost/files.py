@@ -93,24 +93,25 @@ def ended_by_signals():
 
 # --- one writer of a folder ---
 
-def claim(folder: str, doing: str):
+def claim(folder: str, doing: str, flag: str = "--out_dir"):
     """Make `folder` and lock it: the lock lasts as long as the returned file is open, or until this process
     ends in whatever way. doing: what the holder of such a lock does, for the error: "trains".
+    flag: the one that names the folder.
 
     UserError where another process has the lock, or the folder cannot be made or written."""
     try:
         os.makedirs(folder, exist_ok=True)
         file = open(os.path.join(folder, ".lock"), "a+", errors="replace", opener=_open_own)
     except OSError as e:
-        raise _unwritable(folder, e) from None
+        raise _unwritable(folder, e, flag) from None
     try:
-        _lock(file, folder, doing)
+        _lock(file, folder, doing, flag)
         # for a person who wonders who holds it; the lock itself needs no content
         file.truncate(0)
         print(f"{os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
     except OSError as e:
         file.close()
-        raise _unwritable(folder, e) from None
+        raise _unwritable(folder, e, flag) from None
     except UserError:
         file.close()
         raise
@@ -120,7 +121,7 @@ def _open_own(path: str, flags: int) -> int:
     # the file is emptied: a link would empty somebody else's
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
-def _lock(file, folder: str, doing: str):
+def _lock(file, folder: str, doing: str, flag: str):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -128,15 +129,15 @@ def _lock(file, folder: str, doing: str):
         file.seek(0)
         owner = file.read(200).strip()
         process = f"process {owner}" if owner else "another process"
-        raise UserError(f"{process} {doing} in {folder}: stop it or use another --out_dir") from None
+        raise UserError(f"{process} {doing} in {folder}: stop it or use another {flag}") from None
     except OSError as e:
         # Lustre without -o flock, some FUSE and NFS servers: ENOTSUP, ENOLCK, ENOSYS, EINVAL, EIO
         warning = f"warning: the file system of {folder} has no locks ({e.strerror}): nothing stops a second"
         with contextlib.suppress(OSError):
             print(warning, "command from writing there", file=sys.stderr, flush=True)
 
-def _unwritable(folder: str, error: OSError) -> UserError:
-    return UserError(f"cannot write to {folder} ({error.strerror}): use another --out_dir")
+def _unwritable(folder: str, error: OSError, flag: str) -> UserError:
+    return UserError(f"cannot write to {folder} ({error.strerror}): use another {flag}")
 
 # --- reading ---
 

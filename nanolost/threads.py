@@ -6,9 +6,12 @@ import time
 import torch
 
 from nanolost.cores import usable_cores
+from nanolost.errors import UserError
 
 # seconds: 20 ticks of the kernel's clock, so that a share is known to a twentieth of a core
 SAMPLE = 0.2
+# OpenMP ends the process, without a word, where it cannot start as many
+MOST = 1024
 # torchrun, Open MPI, MPICH: how many processes of the job this machine has
 LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
@@ -20,6 +23,8 @@ def use_threads(count: int | None = None) -> int:
         count = torch.get_num_threads()
     if count is None:
         count = free_cores()
+    if count > MOST:
+        raise UserError(f"--threads {count}: at most {MOST}")
     torch.set_num_threads(count)
     return count
 

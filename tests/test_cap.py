@@ -298,6 +298,8 @@ def test_the_first_s_is_the_share_of_the_largest_value():
     assert initial(value, cost, 3).tolist() == pytest.approx([0.95, 0.5, 0.05])
     assert initial(value, cost, 1.2).tolist() == pytest.approx([0.85 - 1e-9, 0.4, 0], abs=0.06)
     assert initial(value, cost, 1.2).sum() == pytest.approx(1.2)
+    # a model of zeros has no candidates
+    assert len(initial(value[:0], cost[:0], 1)) == 0
 
 # --- the policy ---
 

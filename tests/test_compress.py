@@ -21,6 +21,7 @@ from nanolost.checkpoint import load_folder, write_model
 from nanolost.covariance import linears
 from nanolost.data import TokenDataset
 from nanolost.errors import UserError
+from nanolost.files import claim
 from nanolost.methods import special_layers
 from nanolost.tokenizer import Tokenizer
 
@@ -156,6 +157,43 @@ def test_statistics_are_kept_and_found_again_and_refused_for_another_text(compre
     with pytest.raises(UserError, match="another model, text, seed"):
         compressed(statistics=place, out_dir=str(tmp_path / "c"), seed=3)
 
+def test_statistics_that_cannot_be_used_end_in_one_line(compressed, tmp_path):
+    place = str(tmp_path / "statistics")
+    compressed(statistics=place, out_dir=str(tmp_path / "a"))
+    block = os.path.join(place, "block_000.safetensors")
+    os.truncate(block, 500)
+    with pytest.raises(UserError, match="block_000.*: remove"):
+        compressed(statistics=place)
+    os.remove(block)
+    with pytest.raises(UserError, match="block_000.*: remove"):
+        compressed(statistics=place)
+    with pytest.raises(UserError, match="has to be empty"):
+        compressed(statistics=str(tmp_path / "small" / "statistics"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="use another --statistics"):
+        compressed(statistics=str(tmp_path / "file"))
+    with pytest.raises(UserError, match="no folder that you may write"):
+        compressed(out_dir=str(tmp_path / "file" / "small"))
+    # another process collects there
+    with claim(str(tmp_path / "taken"), "collects statistics"):
+        with pytest.raises(UserError, match="collects statistics in .* another --statistics"):
+            compressed(statistics=str(tmp_path / "taken"))
+    assert not os.path.exists(tmp_path / "small")
+
+@pytest.mark.parametrize("form", ("lost", "sparse"))
+@pytest.mark.parametrize("size, method", ((1e8, "fisher"), (1e18, "fisher"), (1e30, "magnitude")))
+def test_weights_beyond_all_numbers_end_in_one_line(size, method, form, compressed, tmp_path):
+    model = small(n_embd=48, n_ffn=64, max_seq_len=64)
+    with torch.no_grad():
+        for layer in linears(model).values():
+            layer.weight.mul_(size)
+    write_model(str(tmp_path / "huge"), model, BYTE, {})
+    if form == "lost" and method == "magnitude":
+        method = "plain"
+    with pytest.raises(UserError, match="beyond float|has a loss of nan"):
+        compressed(ckpt=str(tmp_path / "huge"), form=form, method=method)
+    assert os.listdir(tmp_path) == ["huge"]
+
 def test_layers_that_are_cut_one_sided_keep_their_ranks_and_those_alone_change(compressed, tmp_path):
     folders = []
     for name, kinds in (("both", None), ("one", "q_proj,k_proj")):
@@ -231,6 +269,9 @@ REFUSED = [
     ({"seq_len": 100}, "above the 64 tokens"),
     ({"channels": (2.0,)}, "between 0 and 1"),
     ({"loop_tokens": 0}, "must be positive"),
+    ({"seed": 2**70}, "at most 63 bits"),
+    ({"out_dir": ""}, "name a folder"),
+    ({"threads": 10**6}, "at most 1024"),
 ]
 
 @pytest.mark.parametrize("flags, words", REFUSED, ids=[words for _, words in REFUSED])
