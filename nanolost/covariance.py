@@ -298,7 +298,8 @@ def write_block(
     model: Llama, layer: int, texts: list[Batch], spool: Spool, folder: str, tokens: tuple, tick
 ):
     """A function of its own, which forgets a block's sums before the next one's are made."""
-    means = look_at_block(model, layer, texts, spool, tick).means(tokens)
+    sums = look_at_block(model, layer, texts, spool, tick)
+    means = sums.means(tokens)
     for name, mean in means.items():
         if not mean.isfinite().all():
             raise UserError(f"{block_name(layer)}: {name} is beyond float32 on this text, as its activations "
