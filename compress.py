@@ -495,8 +495,8 @@ def main(config: Config) -> dict:
 
 def check_loss(found: dict, name: str):
     if not math.isfinite(found["loss"]):
-        raise UserError(f"{name} has a loss of {found['loss']} on the validation text: use --dtype float32, "
-                        "or an earlier checkpoint")
+        raise UserError(f"{name} has a loss of {found['loss']} on the validation text: use an earlier "
+                        "checkpoint")
 
 @contextlib.contextmanager
 def beyond_numbers():

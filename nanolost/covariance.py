@@ -373,7 +373,7 @@ def write_block(
     for name, mean in means.items():
         if not mean.isfinite().all():
             raise UserError(f"{block_name(layer)}: {name} is beyond float32 on this text, as its activations "
-                            "or gradients are huge: use --dtype float32 or an earlier checkpoint")
+                            "or gradients are huge: use an earlier checkpoint")
     save_file(means, block_file(folder, layer))
 
 @torch.no_grad()
