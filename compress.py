@@ -68,13 +68,13 @@ from nanolost.threads import use_threads
 from nanolost.tokenizer import Tokenizer
 
 FORMS = {"lost": lowrank.METHODS, "sparse": pruning.METHODS}
-# tokens of statistics
+# tokens of statistics, where none are asked for
 TOKENS = {"lost": 16_384, "sparse": 65_536}
 # tokens of a window, of a model that takes so many
 WINDOW = 512
 # of linear layers
 KINDS = {name.rpartition(".")[2] for name in GROUP_OF}
-# those that need no statistics
+# the methods that need no statistics
 BLIND = ("plain", "lost", "magnitude", "cap")
 
 @dataclass
@@ -125,6 +125,7 @@ class Config:
 
 def refuse_elsewhere(config: Config, form: str, names: tuple[str, ...]):
     """UserError for flags of `form` that were typed for the other one."""
+    # a flag that says what is so anyhow is no mistake
     defaults = {f.name: f.default for f in fields(Config)}
     for name in names:
         if config.form != form and getattr(config, name) != defaults[name]:
@@ -162,7 +163,8 @@ def check(config: Config):
     check_free(config.out_dir)
 
 def settle(config: Config):
-    """Fill in what depends on the form and the method."""
+    """Fill in what depends on the form and the method. UserError for what does not go together."""
+    # n:m is a budget too
     known = pruning.pattern_of(config.pattern)
     if config.budget is None and known:
         config.budget = known[0] / known[1]
@@ -171,6 +173,7 @@ def settle(config: Config):
     # NaN fails both comparisons
     if not 0 < config.budget <= 1:
         raise UserError(f"--budget {config.budget}: must be above 0 and at most 1")
+    # who names one of the two gets the other to fit
     tokens = TOKENS[config.form]
     if config.calibration_tokens is None:
         config.calibration_tokens = max(tokens, config.gradient_tokens or 0)
@@ -179,6 +182,7 @@ def settle(config: Config):
     if config.gradient_tokens > config.calibration_tokens:
         raise UserError(f"--gradient_tokens {config.gradient_tokens}: gradients are taken of windows of the "
                         f"{config.calibration_tokens} --calibration_tokens: use as many or less")
+    # the loop has its own covariance of inputs, which these two methods cut by
     if config.closed_loop is None:
         config.closed_loop = config.method == "fisher" and config.form == "lost"
     if config.closed_loop and config.method not in ("fisher", "svdllm"):
@@ -187,6 +191,8 @@ def settle(config: Config):
     check_sparse(config)
 
 def check_sparse(config: Config):
+    """UserError for a share or a pattern that the method does not choose."""
+    # the methods that know what each matrix needs
     alone = config.method in ("fisher", "walk")
     if config.form == "sparse" and config.uniform is False and not alone:
         raise UserError(f"--uniform false: --method {config.method} has no unit that matrices share; use "
@@ -237,13 +243,16 @@ class Texts:
                             f"for: use {limit} or less")
         self.train = TokenDataset(config.data_dir, "train", config.seq_len)
         self.val = TokenDataset(config.data_dir, "val", config.seq_len)
+        # a table may have more rows than the tokenizer has words
         rows = model.config.vocab_size
         for data in (self.train, self.val):
             data.check_tokenizer(tokenizer, config.data_dir, config.ckpt)
             data.check_ids(min(tokenizer.vocab_size, rows))
+        # as many as evaluation has in a pass on this device
         self.micro = max(1, DEVICES[device.type]["micro_tokens"] // config.seq_len)
         samples = max(1, self.val.samples_for(config.eval_tokens))
         self.validation = Validation.of(self.val, samples, self.micro, tokenizer, rows)
+        # windows of the whole text, drawn by the seed
         self.order = SampleOrder(len(self.train), config.seed)
         self.seq_len = config.seq_len
 
@@ -269,6 +278,7 @@ class Texts:
 def dry_run(config: Config, model: Llama, texts: Texts, device):
     """Print memory, disk and time."""
     tokens = config.calibration_tokens
+    # float32, whatever the folder has
     weights = 4 * sum(p.numel() for p in model.parameters())
     values = sum(linear.weight.numel() for linear in linears(model).values())
     block = covariance_bytes(model)
@@ -300,6 +310,7 @@ def disk_bytes(config: Config, model: Llama) -> int:
 @contextlib.contextmanager
 def temporary_folder(need: int):
     """A folder that goes in the end, with room for `need` bytes."""
+    # refused before the work, not in the middle of it
     home = tempfile.gettempdir()
     free = shutil.disk_usage(home).free
     if need > free:
@@ -312,6 +323,7 @@ def temporary_folder(need: int):
 
 def key_of(config: Config, folder: str, texts: Texts) -> dict:
     """What statistics depend on."""
+    # sizes and times stand for the weights: a hash would read the whole model
     names = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
     stamps = [(name, os.stat(os.path.join(folder, name))) for name in names]
     return {
@@ -337,6 +349,7 @@ def statistics_of(config: Config, model: Llama, texts: Texts, key: dict, spool: 
         # two that write the same files would mix them
         with claim(place, "collects statistics", "--statistics"):
             made = collect(model, found, place, config.seed, autocast(config), spool)
+            # last: statistics without their key are made again
             write_json(place, "statistics.json", key)
     except (OSError, SafetensorError) as e:
         raise UserError(f"cannot write statistics ({e}): make room, or name another place by --statistics "
@@ -362,20 +375,25 @@ def check_statistics(place: str, model: Llama, key: dict):
 
 def cell(entry: dict, values: int) -> str:
     """What a layer became, in eight characters."""
+    rank = entry["rank"]
     if entry["kind"] == "dense":
         return "dense"
     if entry["kind"] == "sparse":
-        part = f"{entry['nonzeros'] / values:.0%}"
-        return f"{entry['rank']}+{part}" if entry["rank"] else part
-    return str(entry["rank"]) if not entry["channels"] else f"{entry['rank']}+{entry['channels']}"
+        # of the entries; directions beside them come first
+        stays = f"{entry['nonzeros'] / values:.0%}"
+        return f"{rank}+{stays}" if rank else stays
+    channels = entry["channels"]
+    return f"{rank}+{channels}" if channels else str(rank)
 
 def table(entries: dict[str, dict], sizes: dict[str, int]) -> list[str]:
     """What each layer became, a block a line."""
+    # cells by block and kind, such as q or down
     rows = {}
     for name, entry in entries.items():
         block, inner = place_of(name)
         kind = inner.rpartition(".")[2].removesuffix("_proj")
         rows.setdefault(block, {})[kind] = cell(entry, sizes[name])
+    # all blocks have the same
     kinds = next(iter(rows.values()))
     lines = ["rank (and channels), or the share of the entries that stay:", ""]
     lines.append("block " + "".join(f"{kind:>9}" for kind in kinds))
@@ -388,6 +406,7 @@ def poor(statistics: Statistics | None, model: Llama) -> dict[str, str]:
     found = {}
     if statistics is None:
         return found
+    # from fewer tokens than it has rows a covariance has no full rank
     for name, linear in linears(model).items():
         dead = int((statistics.sizes(name) == 0).sum())
         if statistics.tokens[0] < linear.in_features:
@@ -404,8 +423,9 @@ def measured(model: Llama, texts: Texts, config: Config, job: Job) -> dict[str, 
 
 def summary(report: dict) -> str:
     before, after = report["before"], report["after"]
+    gap = after["loss"] - before["loss"]
     return (f"{report['out_dir']}: {report['kept']:.2%} of {report['matrix_values']:,} values kept, loss "
-            f"{before['loss']:.4f} → {after['loss']:.4f} ({after['loss'] - before['loss']:+.4f}), perplexity "
+            f"{before['loss']:.4f} → {after['loss']:.4f} ({gap:+.4f}), perplexity "
             f"{before['perplexity']:.2f} → {after['perplexity']:.2f} on {after['tokens']:,} tokens, "
             f"{report['seconds']:.0f} s, {size(report['peak_memory_bytes'])} of memory")
 
@@ -430,8 +450,10 @@ def compress(config: Config, model: Llama, texts: Texts, key: dict, job: Job) ->
         if config.method not in BLIND:
             statistics = statistics_of(config, model, texts, key, spool, device)
         seconds["statistics"] = time.perf_counter() - started
+        # further text, for those that look at the compressed model
         reads = config.closed_loop or config.method == "cap"
         loop = texts.loop(config, device) if reads else []
+        # before the layers are replaced, whose sizes it reads
         regularised = poor(statistics, model)
         task = Task(model, config, statistics, loop, spool, device, autocast(config))
         started = time.perf_counter()
@@ -460,9 +482,11 @@ def main(config: Config) -> dict:
     started = time.perf_counter()
     check(config)
     settle(config)
+    # what "auto" is stands in the report
     kind = pick_device(config.device)
-    config.dtype = DEVICES[kind]["dtype"] if config.dtype == "auto" else config.dtype
     config.device = kind
+    if config.dtype == "auto":
+        config.dtype = DEVICES[kind]["dtype"]
     folder = checkpoint_folder(config.ckpt)
     dtype = saved_dtype(folder, config.save_dtype)
     model, tokenizer, _ = load_with_tokenizer(folder)
@@ -480,13 +504,21 @@ def main(config: Config) -> dict:
         before = measured(model, texts, config, job)
         check_loss(before, folder)
         entries, found = compress(config, model, texts, key_of(config, folder, texts), job)
+        # the compressed one, on the same windows
         after = measured(model, texts, config, job)
         check_loss(after, "the compressed model")
         report = {
-            "out_dir": config.out_dir, "ckpt": folder, "form": config.form, "method": config.method,
-            "budget": config.budget, **found, "before": before, "after": after,
+            "out_dir": config.out_dir,
+            "ckpt": folder,
+            "form": config.form,
+            "method": config.method,
+            "budget": config.budget,
+            **found,
+            "before": before,
+            "after": after,
             "seconds": time.perf_counter() - started,
             "peak_memory_bytes": peak_memory(job.device),
+            # every flag, as it was settled
             "config": {f.name: getattr(config, f.name) for f in fields(Config)},
         }
         write(config, model.to("cpu"), tokenizer, travelling, dtype, entries, report)
@@ -517,6 +549,7 @@ def check_values(model: Llama, folder: str):
 def write(config: Config, model: Llama, tokenizer, travelling, dtype, entries: dict, report: dict):
     check_range(model, dtype)
     allocation = {"budget": config.budget, "kept": report["kept"], "layers": entries}
+    # whole or absent: all three or none
     def files(place: str):
         write_model(place, model, tokenizer, travelling, dtype)
         write_json(place, "allocation.json", allocation)

@@ -95,12 +95,15 @@ def robust_pca(
     S = torch.zeros_like(W)
     Y = torch.zeros_like(W)
     for _ in range(iterations):
+        # eq. 2
         U, sigma, Vt = soft_svd(W - S + Y, step)
         rest = W - (U * sigma) @ Vt
+        # eq. 3
         S = soft(rest + Y, lam * step)
         error = rest - S
         if error.norm() <= tolerance * W.norm():
             break
+        # eq. 4
         Y += error
     return U, sigma, Vt, S
 
@@ -188,6 +191,7 @@ def split(mask: Tensor, parts: list[Candidates]) -> list[tuple[Tensor, ...]]:
     counts = []
     for part in parts:
         counts += part.counts()
+    # of each matrix two parts, one behind the other
     views = mask.split(counts)
     return list(zip(views[::2], views[1::2], strict=True))
 
@@ -301,7 +305,9 @@ def policy(
         gradient, loss = estimate(loss_of, s, baseline, samples, generator)
         # in place: at 100 million candidates each tensor is 400 MB
         moved = gradient.mul_(-lr).add_(s)
+        # eq. 7
         s = project(moved, cost, budget)
+        # eq. 8
         baseline = beta * baseline + (1 - beta) * loss
     return s
 
