@@ -332,18 +332,23 @@ def by_method(lines: list[dict]) -> dict[str, dict[str, list[dict]]]:
 
 def unhealed(lines: list[dict]) -> str:
     """A method a line, a share a column."""
-    plain = [line for line in lines if not line["healed"]]
     table = []
-    for method, shares in by_method(plain).items():
+    for method, shares in by_method(lines).items():
         cells = [gaps(shares.get(share, []), "loss", "dense") for share in COLUMNS]
-        other = gaps(shares.get("50%", []), "other", "other_dense")
-        # one share's time and memory for the row: half of the values, where that was tried
+        table.append([method, *cells])
+    return markdown(["", *map(spaced, COLUMNS)], table)
+
+def costs(lines: list[dict]) -> str:
+    """A method a line: text of another domain, time and memory at one share."""
+    table = []
+    for method, shares in by_method(lines).items():
+        # half of the values, where that was tried
         half = shares.get("50%") or next(iter(shares.values()))
+        other = gaps(shares.get("50%", []), "other", "other_dense")
         seconds = half[0]["stages"]["compression"]
         memory = max(line["peak_memory_bytes"] for line in half) / 1e9
-        table.append([method, *cells, other, f"{seconds:.0f}", f"{memory:.1f}"])
-    head = ["", *map(spaced, COLUMNS), "50 %, other text", "seconds", "GB"]
-    return markdown(head, table)
+        table.append([method, other, f"{seconds:.0f}", f"{memory:.1f}"])
+    return markdown(["at 50 %", "other text", "seconds", "GB"], table)
 
 def healed(lines: list[dict]) -> str:
     """A healed row a line, beside what it was before over the seeds."""
@@ -366,9 +371,13 @@ def healed(lines: list[dict]) -> str:
     return markdown(head, table)
 
 def table(config: Config):
-    """Print both tables, or put them into --fill."""
-    lines = results(config)
-    texts = {"compression": unhealed(lines), "healing": healed(lines)}
+    """Print the tables, or put them into --fill."""
+    order = list(ROWS)
+    # of one amount of text, in the order of the rows; "dense" is none of them
+    lines = [line for line in results(config) if line["tokens"] == config.tokens]
+    lines.sort(key=lambda line: order.index(line["row"]) if line["row"] in order else -1)
+    plain = [line for line in lines if not line["healed"]]
+    texts = {"compression": unhealed(plain), "compression-costs": costs(plain), "healing": healed(lines)}
     for name, text in texts.items():
         if config.fill:
             fill(config.fill, name, text)
