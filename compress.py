@@ -160,6 +160,8 @@ def check(config: Config):
                         "another")
     if place()[1] > 1:
         raise UserError("compress.py runs in one process: start it without torchrun")
+    if config.statistics and os.path.realpath(config.statistics) == os.path.realpath(config.ckpt):
+        raise UserError(f"--statistics {config.statistics} is the model's own folder: name another one")
     check_free(config.out_dir)
 
 def settle(config: Config):

@@ -287,6 +287,12 @@ def test_an_out_dir_that_is_taken_is_left_alone(compressed, tmp_path):
         compressed()
     assert os.listdir(tmp_path / "small") == ["mine.txt"]
 
+def test_statistics_are_not_put_into_the_model_s_folder(compressed, source):
+    before = sorted(os.listdir(source))
+    with pytest.raises(UserError, match="the model's own folder"):
+        compressed(statistics=os.path.join(source, "."))
+    assert sorted(os.listdir(source)) == before
+
 def test_shards_of_another_tokenizer_are_refused(compressed, tmp_path):
     prepare_c4.main(prepare_c4.Config(input=["builtin"], tokenizer="train:300", out_dir=str(tmp_path / "d"),
                                       train_tokens=20_000, val_tokens=2_000, workers=1))
