@@ -342,9 +342,10 @@ def costs(lines: list[dict]) -> str:
     """A method a line: text of another domain, time and memory at one share."""
     table = []
     for method, shares in by_method(lines).items():
-        # half of the values, where that was tried
-        half = shares.get("50%") or next(iter(shares.values()))
-        other = gaps(shares.get("50%", []), "other", "other_dense")
+        half = shares.get("50%")
+        if not half:
+            continue
+        other = gaps(half, "other", "other_dense")
         seconds = half[0]["stages"]["compression"]
         memory = max(line["peak_memory_bytes"] for line in half) / 1e9
         table.append([method, other, f"{seconds:.0f}", f"{memory:.1f}"])
@@ -358,16 +359,14 @@ def healed(lines: list[dict]) -> str:
             continue
         row = line["row"]
         before = [other for other in lines if not other["healed"] and other["row"] == row]
-        seconds = line["healing_seconds"]
         table.append([
             spaced(row),
             gaps(before, "loss", "dense"),
             HEALED[row]["steps"],
             gaps([line], "loss", "dense"),
             gaps([line], "other", "other_dense"),
-            f"{seconds:.0f}",
         ])
-    head = ["", "before", "steps", "after", "other text", "seconds"]
+    head = ["", "before", "steps", "after", "other text"]
     return markdown(head, table)
 
 def table(config: Config):

@@ -56,10 +56,12 @@ def decoding(model: Llama, rows: int, new_tokens: int) -> Callable:
 
 def read_bytes(model: Llama) -> int:
     """What a decode step reads: every weight once, of the embedding a row."""
-    tensors = {id(tensor): tensor.nbytes for tensor in model.state_dict().values()}
+    # a tied head is the embedding itself, under two names
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
     total = sum(tensors.values())
-    # a tied one is read whole by the head
-    return total if model.config.tie_embeddings else total - model.model["embed_tokens"].weight.nbytes
+    if model.config.tie_embeddings:
+        return total
+    return total - model.model["embed_tokens"].weight.nbytes
 
 def measured(models: dict[str, Llama], build: Callable, tokens: int, rounds: int) -> dict[str, float]:
     """Tokens a second of each model; build(model) → work() of so many tokens."""
@@ -77,13 +79,14 @@ def columns(config: Config, models: dict[str, Llama]) -> dict[str, dict[str, flo
     return found
 
 def run(config: Config):
+    folders = config.models.split(",")
+    if len(folders) < 2:
+        raise UserError("--models: name two folders or more, such as --models smollm2,out/small")
     use_threads(config.threads)
     models = {}
-    for folder in config.models.split(","):
+    for folder in folders:
         model = load_model(folder)[0].to(getattr(torch, config.dtype))
         models[folder] = model.requires_grad_(False)
-    if len(models) < 2:
-        raise UserError("--models: name two folders or more, such as --models smollm2,out/small")
     found = columns(config, models)
     first = next(iter(models))
     table = []

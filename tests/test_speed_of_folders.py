@@ -1,0 +1,32 @@
+"""experiments/speed.py: model folders against the first of them."""
+import pytest
+from small_models import small
+
+from experiments import speed
+from nanolost.checkpoint import write_model
+from nanolost.errors import UserError
+from nanolost.tokenizer import Tokenizer
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_decode_step_reads_every_weight_once_and_no_embedding_that_is_no_head(tied):
+    model = small(tie_embeddings=tied)
+    counted = 4 * sum(p.numel() for name, p in model.named_parameters() if tied or "embed" not in name)
+    assert speed.read_bytes(model) == counted
+
+def test_one_folder_alone_is_refused():
+    with pytest.raises(UserError, match="two folders or more"):
+        speed.run(speed.Config(models=""))
+
+def test_the_table_has_a_line_for_each_folder(tmp_path, capsys, monkeypatch):
+    # compiling is tested where the step is made
+    monkeypatch.setattr(speed, "compile_step", lambda model: None)
+    monkeypatch.setattr(speed, "PROMPT", 8)
+    for name in ("dense", "other"):
+        write_model(str(tmp_path / name), small(max_seq_len=64), Tokenizer.named("byte"), {})
+    folders = f"{tmp_path}/dense,{tmp_path}/other"
+    speed.run(speed.Config(models=folders, batches="1,2", new_tokens=2, rounds=1))
+    said = capsys.readouterr().out
+    assert "decode, batch 2, tokens/s" in said
+    first = next(line for line in said.splitlines() if line.startswith("| dense "))
+    assert first.count("| 1.00 ") == 3
+    assert "| other " in said
