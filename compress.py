@@ -131,6 +131,16 @@ def refuse_elsewhere(config: Config, form: str, names: tuple[str, ...]):
         if config.form != form and getattr(config, name) != defaults[name]:
             raise UserError(f"--{name} is of --form {form}, not of {config.form}: leave it out")
 
+def check_place(config: Config):
+    """UserError for statistics in a folder that is for something else."""
+    statistics = os.path.realpath(config.statistics)
+    ours = os.path.realpath(config.out_dir)
+    if os.path.commonpath((ours, statistics)) == ours:
+        raise UserError(f"--statistics {config.statistics} is in --out_dir, which has to be empty: use "
+                        "another")
+    if statistics == os.path.realpath(config.ckpt):
+        raise UserError(f"--statistics {config.statistics} is the model's own folder: name another one")
+
 def check(config: Config):
     """UserError for flags that cannot be, before anything is read."""
     if config.method not in FORMS[config.form]:
@@ -154,14 +164,10 @@ def check(config: Config):
             raise UserError(f"--channels {share}: a share must lie between 0 and 1")
     if not -2**63 <= config.seed < 2**63:
         raise UserError(f"--seed {config.seed}: must have at most 63 bits")
-    ours = os.path.realpath(config.out_dir)
-    if config.statistics and os.path.commonpath((ours, os.path.realpath(config.statistics))) == ours:
-        raise UserError(f"--statistics {config.statistics} is in --out_dir, which has to be empty: use "
-                        "another")
+    if config.statistics:
+        check_place(config)
     if place()[1] > 1:
         raise UserError("compress.py runs in one process: start it without torchrun")
-    if config.statistics and os.path.realpath(config.statistics) == os.path.realpath(config.ckpt):
-        raise UserError(f"--statistics {config.statistics} is the model's own folder: name another one")
     check_free(config.out_dir)
 
 def settle(config: Config):
@@ -307,6 +313,8 @@ def disk_bytes(config: Config, model: Llama) -> int:
         values = sum(linear.weight.numel() for linear in linears(model).values())
         # eigenvectors are of the size of the covariances; three numbers a weight beside them
         need += covariance_bytes(model) * model.config.n_layer + 9 * values
+        # the best entries so far, while directions are tried
+        need += 4 * values if config.factors else 0
     return need
 
 @contextlib.contextmanager
