@@ -11,7 +11,7 @@ from nanolost.allocate import Option
 from nanolost.composite import Composite
 from nanolost.compression import Task, damage_of, entry_of, too_small
 from nanolost.covariance import linears
-from nanolost.lowrank import Metric, root, shrunk
+from nanolost.lowrank import Metric, root
 from nanolost.pruning import NEAR
 from nanolost.sparse_layers import (
     own_shares,
@@ -21,6 +21,7 @@ from nanolost.sparse_layers import (
     walked_in_patterns,
     weights_of,
 )
+from nanolost.splitting import shrunk_pair
 
 # the share of its values that OATS gives the product (its own default)
 OATS_RANK = 0.25
@@ -123,9 +124,8 @@ def cap_parts(task: Task) -> Parts:
 
 def own_metric(task: Task, name: str) -> Metric:
     """The metric in which zeros are split."""
-    inputs, outputs = own_shares(task.statistics)
-    C = shrunk(task.inputs(name), inputs)
-    G = shrunk(task.gradients(name), outputs)
+    own = own_shares(task.statistics)
+    C, G = shrunk_pair(name, task.statistics, own, task.device)
     return Metric(root(G), root(C))
 
 def composite_parts(task: Task) -> Parts:

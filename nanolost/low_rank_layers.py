@@ -137,11 +137,12 @@ def replacement(task: Task, name: str, option: Option, W: Tensor, metric: Metric
         parts = lowrank.split(W, metric, option.rank, option.channels)
     return lost_layer(linear, parts, task.config.pinned)
 
-def looks_at_outputs(task: Task, name: str) -> bool:
-    """Whether the layer `name` is cut in the metric of both sides."""
-    kind = name.rpartition(".")[2]
+def method_of(task: Task, name: str) -> str:
+    """The method by whose metric the layer `name` is cut."""
+    _, _, kind = name.rpartition(".")
     one_sided = (task.config.one_sided or "").split(",")
-    return task.config.method == "fisher" and kind not in one_sided
+    # of the inputs alone
+    return "svdllm" if kind in one_sided else task.config.method
 
 def open_loop(task: Task, chosen: Chosen):
     """Replace each layer by what the dense model's statistics say of it."""
@@ -153,9 +154,7 @@ def open_loop(task: Task, chosen: Chosen):
             continue
         linear = task.model.get_submodule(name)
         W = linear.weight.detach()
-        metric = task.metric(task.config.method, name)
-        if not looks_at_outputs(task, name):
-            metric = Metric(None, metric.L)
+        metric = task.metric(method_of(task, name), name)
         layer = replacement(task, name, option, W, metric)
         task.model.set_submodule(name, layer)
 
@@ -163,7 +162,7 @@ def in_closed_loop(task: Task, chosen: Chosen):
     """Replace each layer by what the inputs that the compressed blocks give it say."""
     def replace(name: str, W: Tensor, C: Tensor) -> nn.Module:
         K = None
-        if looks_at_outputs(task, name):
+        if method_of(task, name) == "fisher":
             # gradients stay those of the dense model: the blocks behind are not compressed yet
             G = task.gradients(name)
             K = root(shrunk(G))

@@ -216,6 +216,18 @@ def pattern_masks(layers: Layers, patterns: Patterns) -> int:
 
 # --- the whole ---
 
+def shrunk_pair(
+    name: str,
+    statistics: Statistics,
+    own: tuple[float, float],
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """C̃ (in, in) and G̃ (out, out) of a layer, float64. own: shares of their diagonals that are added."""
+    inputs, outputs = own
+    C = statistics.inputs(name).to(device)
+    G = statistics.gradients(name).to(device)
+    return shrunk(C, inputs), shrunk(G, outputs)
+
 def scaled_layers(
     names: Iterable[str],
     statistics: Statistics,
@@ -224,13 +236,9 @@ def scaled_layers(
     device: torch.device,
 ) -> Layers:
     """The layers of these names. own: shares of their diagonals that are added to C and G."""
-    inputs, outputs = own
     layers = []
     for name in tqdm(names, "eigenvectors", disable=None):
-        C = statistics.inputs(name).to(device)
-        C = shrunk(C, inputs)
-        G = statistics.gradients(name).to(device)
-        G = shrunk(G, outputs)
+        C, G = shrunk_pair(name, statistics, own, device)
         layers.append(Scaled(name, C, G, shelf))
     return layers
 
