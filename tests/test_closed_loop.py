@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from matrices import noise
 from small_models import all_logits, small
 from test_covariance import LENGTH, Windows, assert_without_hooks, collected, texts_of
 
@@ -18,9 +19,6 @@ from nanolost.covariance import GROUP_OF, GROUPS, linears, place_of, rope_of
 FULL = contextlib.nullcontext()
 LENGTHS = [9, 4, 7, 6, 2]
 NAMES = list(linears(small()))
-
-def noise(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 def prior(name: str) -> torch.Tensor:
     """A covariance that no text gave, one for the layers that share their inputs."""

@@ -1,6 +1,7 @@
 """composite.py: directions and entries that pay from one budget in one currency."""
 import pytest
 import torch
+from matrices import noise
 
 from nanolost import composite, splitting
 from nanolost.composite import Composite, entry_worths, price_of, rank_at, ranks_in_budget
@@ -9,11 +10,8 @@ from nanolost.shelf import Shelf
 
 NAME = "model.layers.0.mlp.gate_proj"
 
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
 def covariance(n, seed):
-    X = draw(4 * n, n, seed=seed)
+    X = noise(4 * n, n, seed=seed)
     return X.T @ X / len(X) + torch.eye(n, dtype=torch.float64) / 10
 
 def a_metric(m, n):
@@ -25,7 +23,7 @@ def test_an_entry_is_worth_what_its_row_loses_when_the_others_make_up_for_it(mon
     metric = a_metric(m, n)
     C = metric.L @ metric.L.T
     G = metric.K @ metric.K.T
-    D = draw(m, n, seed=3) * (draw(m, n, seed=4) > 0)
+    D = noise(m, n, seed=3) * (noise(m, n, seed=4) > 0)
     expected = []
     for row in range(m):
         support = D[row].nonzero()[:, 0].tolist()
@@ -77,8 +75,8 @@ def lost(made, W):
 def planted():
     """Single large entries and two strong directions."""
     m, n = 24, 40
-    entries = draw(m, n, seed=5) * 3 * (torch.rand(m, n, generator=torch.Generator().manual_seed(6)) < 0.1)
-    return (entries + 2 * draw(m, 2, seed=7) @ draw(2, n, seed=8) + 0.05 * draw(m, n, seed=9)).float()
+    entries = noise(m, n, seed=5) * 3 * (torch.rand(m, n, generator=torch.Generator().manual_seed(6)) < 0.1)
+    return (entries + 2 * noise(m, 2, seed=7) @ noise(2, n, seed=8) + 0.05 * noise(m, n, seed=9)).float()
 
 def test_planted_directions_are_found_and_lose_less_at_equal_values(planted, tmp_path, monkeypatch):
     budget = 300
@@ -92,7 +90,7 @@ def test_planted_directions_are_found_and_lose_less_at_equal_values(planted, tmp
     assert lost(made, planted) < before / 5
 
 def test_a_matrix_without_structure_gets_no_direction(tmp_path):
-    W = draw(24, 40, seed=10).float()
+    W = noise(24, 40, seed=10).float()
     made, before = composite_of(tmp_path, W, 480)
     alone = splitting.result(made.layers[0]).clone()
     made.compose(480)

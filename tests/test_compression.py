@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from matrices import noise
 from small_models import all_logits, small
 from test_covariance import Windows, texts_of
 
@@ -16,9 +17,6 @@ from nanolost.sparse_layers import again
 
 FULL = contextlib.nullcontext()
 NAME = "model.layers.0.mlp.gate_proj"
-
-def noise(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 def linear_of(m, n, bias):
     linear = nn.Linear(n, m, bias).requires_grad_(False)

@@ -3,15 +3,13 @@ import types
 
 import pytest
 import torch
+from matrices import noise
 
 from nanolost import lowrank
 from nanolost.lowrank import Metric, balanced, curve, curve_beside, factors, metric_of, root, shrunk, split
 
 SHAPES = pytest.mark.parametrize("shape", [(12, 20), (20, 12), (15, 15)], ids=str)
 METHODS = pytest.mark.parametrize("method", ["fisher", "svdllm", "asvd", "plain"])
-
-def noise(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 def covariance(n: int, tokens: int, seed: int) -> torch.Tensor:
     """Of correlated inputs whose sizes differ by a factor of e⁴."""

@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from matrices import covariance, noise
 
 from nanolost import pruning
 from nanolost.lowrank import shrunk
@@ -25,15 +26,6 @@ from nanolost.pruning import (
     walk_in_groups,
 )
 from nanolost.shelf import Shelf
-
-def noise(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-def covariance(n: int, seed: int) -> torch.Tensor:
-    """Of correlated inputs whose sizes differ by a factor of e²."""
-    sizes = torch.linspace(-1, 1, n, dtype=torch.float64).exp()
-    x = noise(5 * n, n, seed=seed) @ (torch.eye(n) + 0.5 * noise(n, n, seed=seed + 1)) * sizes
-    return x.T @ x / len(x)
 
 def cost(E, C) -> float:
     return torch.einsum("oi,ij,oj->", E.double(), C, E.double()).item() / 2

@@ -1,9 +1,12 @@
 """splitting.py: each turn against the whole Kronecker system, exact counts and patterns, one threshold for
 all layers."""
 import types
+from functools import partial
 
+import matrices
 import pytest
 import torch
+from matrices import noise
 
 from nanolost import splitting
 from nanolost.pruning import largest
@@ -23,13 +26,8 @@ NAMES = ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj", "model.la
 NAME = NAMES[0]
 CPU = torch.device("cpu")
 
-def noise(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-def covariance(n: int, seed: int) -> torch.Tensor:
-    sizes = torch.linspace(-1, 1, n, dtype=torch.float64).exp()
-    x = noise(5 * n, n, seed=seed) @ (torch.eye(n) + 0.3 * noise(n, n, seed=seed + 1)) * sizes
-    return x.T @ x / len(x)
+# another mixture than where zeros begin
+covariance = partial(matrices.covariance, mixed=0.3)
 
 def layer_of(tmp_path, W, D, C=None, G=None, name=NAME) -> Scaled:
     m, n = W.shape
