@@ -194,7 +194,7 @@ def started(config):
     config = settle_device(config)
     with Job.start(config) as job:
         config.micro_batch, _ = split_batch(config, job.world)
-        texts = train.Texts(config, train.vocabulary(config))
+        texts = train.texts_of(config, train.vocabulary(config))
         train.settle_allocation(config, None)
         settle_schedule(config, {})
         use_threads(config.threads)

@@ -4,6 +4,7 @@ import dataclasses
 import pytest
 
 import train
+from nanolost import run
 from nanolost.errors import UserError
 from nanolost.flags import parse
 from nanolost.methods import METHODS
@@ -88,7 +89,7 @@ def test_a_warm_up_that_nobody_could_have_typed_is_refused_in_a_checkpoint(value
 @pytest.mark.parametrize("value", ["x", -3, 0, 100_000, 3 * 10**9, 1.5, True])
 def test_a_number_of_threads_that_nobody_could_have_typed_is_refused_in_a_checkpoint(value):
     with pytest.raises(UserError, match="threads is .* in the checkpoint's state.json, and must lie between"):
-        train.settle(resolve({}), {"threads": value, "warmup": 1})
+        run.settle(resolve({}), {"threads": value, "warmup": 1})
 
 @pytest.mark.parametrize("name, value", [
     ("optimizer", "other"), ("optimizer", 3), ("linear", "other"), ("seq_len", "512"), ("seq_len", 0),
