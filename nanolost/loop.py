@@ -37,7 +37,9 @@ COUNTERS = {
     "step": (int, 0, MOST),
     "samples": (int, 0, MOST),
     "tokens": (int, 0, MOST),
-    "evaluated": (int, 0, MOST),
+    # -1 before the evaluation of step 0, which fine-tuning has
+    "evaluated": (int, -1, MOST),
+    "began": (int, 0, MOST),
     "norms": (list[float], 0.0, sys.float_info.max),
 }
 
@@ -59,7 +61,8 @@ def check_counter(name: str, value):
 @dataclass
 class State:
     """All that an update changes. gradients: the flat vector of which every p.grad is a view. samples,
-    tokens: read so far. evaluated: step of the last evaluation. norms: the last 100 gradient norms."""
+    tokens: read so far. evaluated: step of the last evaluation. began: the step at which the optimizers did,
+    and their schedule with them. norms: the last 100 gradient norms."""
 
     model: Llama
     optimizers: list[torch.optim.Optimizer]
@@ -69,6 +72,7 @@ class State:
     samples: int = 0
     tokens: int = 0
     evaluated: int = 0
+    began: int = 0
     norms: list[float] = field(default_factory=list)
 
     @classmethod
@@ -78,6 +82,16 @@ class State:
         # before anything counts what is trained
         freeze(model, config.freeze)
         return cls(model, build_optimizers(model, config), flat_gradients(model), autocast(config))
+
+    def restart(self, config):
+        """Begin a stage: fresh optimizers, of what is trained from here on."""
+        for p in self.model.parameters():
+            # views of a vector that goes
+            p.grad = None
+        freeze(self.model, config.freeze)
+        self.optimizers = build_optimizers(self.model, config)
+        self.gradients = flat_gradients(self.model)
+        self.began = self.step
 
     def counters(self) -> dict:
         """What state.json keeps beside the tensors."""
@@ -91,9 +105,11 @@ class State:
                 check_counter(name, saved[name])
                 setattr(self, name, saved[name])
         # it would not be evaluated again before that step
-        if self.evaluated > self.step:
-            raise UserError(f'"evaluated" of its state.json is {self.evaluated}, after its "step" '
-                            f"{self.step}: use an earlier checkpoint")
+        for name in ("evaluated", "began"):
+            value = getattr(self, name)
+            if value > self.step:
+                raise UserError(f'"{name}" of its state.json is {value}, after its "step" {self.step}: use '
+                                "an earlier checkpoint")
 
 # --- one update ---
 
@@ -196,7 +212,7 @@ def update(state: State, data: TokenDataset, samples: np.ndarray, config, job) -
     spike = config.spike > 0 and norm > config.spike * median
     skipped = spike and config.skip_spikes
     clip(state.gradients, norm, config.grad_clip)
-    set_rates(state.optimizers, state.step + 1, config)
+    set_rates(state.optimizers, state.step + 1 - state.began, config)
     if not skipped:
         for optimizer in state.optimizers:
             optimizer.step()
@@ -385,7 +401,14 @@ def measure(state: State, text: Validation, job) -> dict:
 
 def comes_again(line: bytes, state: State) -> bool:
     """Whether a run that goes on from `state` will write this line of a metrics.jsonl again."""
-    last = {"train": state.step, "spike": state.step, "eval": state.evaluated}
+    last = {
+        "train": state.step,
+        "spike": state.step,
+        "eval": state.evaluated,
+        "accuracy": state.evaluated,
+        # the line stands at the stage's first step
+        "stage": state.began,
+    }
     # whatever is no JSON object with a kind and a step is somebody else's
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         entry = json.loads(line)
@@ -540,6 +563,11 @@ class Report:
         self.say(f"{self.where()} | val loss {val['val_loss']:.4f} | "
                  f"perplexity {val['val_ppl']:.2f}{paper} | {val['val_bpb']:.4f} bits per byte | "
                  f"{val['val_tokens']:,} tokens")
+
+    def accuracy(self, found: dict):
+        self.record("accuracy", **found)
+        self.say(f"{self.where()} | accuracy {found['accuracy']:.3f} ± {found['stderr']:.3f} | by length "
+                 f"{found['accuracy_norm']:.3f} | {found['questions']:,} questions")
 
     def end(self, stopped: str):
         """stopped: by which signal, "" where the run is finished."""

@@ -127,23 +127,30 @@ def begin(state: State, folder: str | None, config, job: Job, report: Report, at
 
 # --- the loop ---
 
+def assess(state: State, texts: Texts, job: Job, report: Report) -> bool:
+    """Evaluate, and report it; False if a process was asked to stop meanwhile."""
+    found = evaluate(state.model, texts.validation, state.autocast, job)
+    if found is None:
+        return False
+    more = measure(state, texts.validation, job)
+    state.evaluated = state.step
+    report.evaluation(found, more)
+    return True
+
 def train(state: State, texts: Texts, config, job: Job, report: Report, save) -> str:
-    """Update, evaluate and save until the last step, or until a signal: returns its name, "" at the end."""
+    """Update, evaluate and save for as many steps as `config` says from where the optimizers began, or until
+    a signal: returns its name, "" at the end."""
     saved = state.counters()
     stopped = ""
     _, accumulation = split_batch(config, job.world)
     shape = (accumulation, job.world, config.micro_batch)
+    last = state.began + config.steps
     while True:
-        done = state.step >= config.steps
+        done = state.step >= last
         due = done or state.step % config.eval_every == 0
         # a resumed run may have an evaluation to make up; one that was asked to stop makes it up later
-        if due and state.step > state.evaluated and not stopped:
-            figures = evaluate(state.model, texts.validation, state.autocast, job)
-            if figures is None:
-                stopped = job.stop_reason()
-            else:
-                state.evaluated = state.step
-                report.evaluation(figures, measure(state, texts.validation, job))
+        if due and state.step > state.evaluated and not stopped and not assess(state, texts, job, report):
+            stopped = job.stop_reason()
         due = done or stopped or state.step % config.save_every == 0
         # a run that is finished already has nothing to save
         if due and state.counters() != saved:

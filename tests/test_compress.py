@@ -16,7 +16,7 @@ import compress
 import prepare_c4
 from compress import Config, main
 from lost import LOSTLinear, apply_lost
-from nanolost import checkpoint
+from nanolost import calibration, checkpoint
 from nanolost.checkpoint import load_folder, write_model
 from nanolost.covariance import linears
 from nanolost.data import TokenDataset
@@ -151,7 +151,7 @@ def test_the_same_command_makes_the_same_bytes_and_another_seed_another_text(com
 def test_statistics_are_kept_and_found_again_and_refused_for_another_text(compressed, tmp_path, monkeypatch):
     place = str(tmp_path / "statistics")
     first = compressed(statistics=place, out_dir=str(tmp_path / "a"))
-    monkeypatch.setattr(compress, "collect", None)
+    monkeypatch.setattr(calibration, "collect", None)
     again = compressed(statistics=place, out_dir=str(tmp_path / "b"))
     assert again["after"] == first["after"]
     with pytest.raises(UserError, match="another model, text, seed"):
