@@ -36,6 +36,8 @@ class MaskedProduct(torch.autograd.Function):
         x, W, A, B = ctx.saved_tensors
         rows = dy.flatten(0, -2)
         dx = dy @ masked_sum(W, A, B, ctx.scale).to(dy.dtype)
+        if not ctx.needs_input_grad[2]:
+            return dx, None, None, None, None
         # of the sum, (out, in): under the mask, as only there the update counts
         dD = (rows.mT @ x.flatten(0, -2)).to(W.dtype)
         dD = torch.where(W == 0, 0, dD * ctx.scale)
@@ -144,6 +146,14 @@ class Update(nn.Module):
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, rank={self.rank}, k={self.k}, masked={self.masked}"
+
+def keep_zeros(model: nn.Module, names: list[str]):
+    """Train the weights of the linear layers `names` where they are not zero: a zero gets no gradient, so
+    that AdamW never moves it and its moments stay zero."""
+    for name in names:
+        weight = model.get_submodule(name).weight
+        # looked at when it is called: which are zero may change from stage to stage
+        weight.register_hook(lambda g, weight=weight: torch.where(weight == 0, 0, g))
 
 # --- a model with updates ---
 

@@ -184,6 +184,42 @@ def check_finite(state: State, loss: float, norm: float, count: int):
         f"{state.samples + count - 1} of the order. Nothing was updated: lower --lr, or look at "
         "the data")
 
+def take_step(
+    state: State,
+    loss: torch.Tensor,
+    count: int,
+    started: float,
+    config,
+    job,
+) -> Figures:
+    """Update by the gradients that the processes have gathered, of `count` samples of the whole job. loss:
+    this process's share of it, (); started: when the update began. Raises as `update` does."""
+    asked = torch.tensor(float(bool(job.asked)), device=job.device)
+    sums = torch.stack((loss, asked))
+    # clipping comes after the reduction: it is the norm of the whole batch's gradient that counts
+    job.sum(state.gradients)
+    job.sum(sums)
+    # all three in one copy: a GPU is waited for once a step
+    loss, asked, norm = torch.cat((sums, state.gradients.norm()[None])).tolist()
+    check_finite(state, loss, norm, count)
+
+    # Chowdhery et al. 2022 (arXiv 2204.02311, 5.1) restart before a spike; here it is noted or left out
+    median = median_norm(state.norms)
+    # alike on all processes, as the gradient is
+    spike = config.spike > 0 and norm > config.spike * median
+    skipped = spike and config.skip_spikes
+    clip(state.gradients, norm, config.grad_clip)
+    set_rates(state.optimizers, state.step + 1 - state.began, config)
+    if not skipped:
+        for optimizer in state.optimizers:
+            optimizer.step()
+    state.step += 1
+    state.samples += count
+    state.tokens += config.batch_tokens
+    state.norms = [*state.norms[-99:], norm]
+    rate = state.optimizers[-1].param_groups[0]["lr"]
+    return Figures(loss, norm, rate, median, spike, skipped, bool(asked), time.perf_counter() - started)
+
 def update(state: State, data: TokenDataset, samples: np.ndarray, config, job) -> Figures:
     """One optimizer step on `samples`, (micro-batches, processes, samples): those of the whole job. Raises
     FloatingPointError on all processes, before anything is updated, where loss or norm is not finite."""
@@ -197,31 +233,7 @@ def update(state: State, data: TokenDataset, samples: np.ndarray, config, job) -
     divisors = shares(data.targets(samples))
     with check:
         loss = accumulate(state, data, samples[:, job.rank], divisors[:, job.rank], job.device)
-    asked = torch.tensor(float(bool(job.asked)), device=job.device)
-    sums = torch.stack((loss, asked))
-    # clipping comes after the reduction: it is the norm of the whole batch's gradient that counts
-    job.sum(state.gradients)
-    job.sum(sums)
-    # all three in one copy: a GPU is waited for once a step
-    loss, asked, norm = torch.cat((sums, state.gradients.norm()[None])).tolist()
-    check_finite(state, loss, norm, samples.size)
-
-    # Chowdhery et al. 2022 (arXiv 2204.02311, 5.1) restart before a spike; here it is noted or left out
-    median = median_norm(state.norms)
-    # alike on all processes, as the gradient is
-    spike = config.spike > 0 and norm > config.spike * median
-    skipped = spike and config.skip_spikes
-    clip(state.gradients, norm, config.grad_clip)
-    set_rates(state.optimizers, state.step + 1 - state.began, config)
-    if not skipped:
-        for optimizer in state.optimizers:
-            optimizer.step()
-    state.step += 1
-    state.samples += samples.size
-    state.tokens += config.batch_tokens
-    state.norms = [*state.norms[-99:], norm]
-    rate = state.optimizers[-1].param_groups[0]["lr"]
-    return Figures(loss, norm, rate, median, spike, skipped, bool(asked), time.perf_counter() - started)
+    return take_step(state, loss, samples.size, started, config, job)
 
 # --- one evaluation ---
 

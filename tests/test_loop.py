@@ -146,7 +146,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_update(small):
 
 # --- the counters of a checkpoint ---
 
-GOOD = {"step": 8, "samples": 64, "tokens": 2048, "evaluated": 8, "norms": [1.5, 2, 0.0]}
+GOOD = {"step": 8, "samples": 64, "tokens": 2048, "evaluated": 8, "began": 8, "norms": [1.5, 2, 0.0]}
 
 def empty_state() -> State:
     return State(None, [], None, None)
