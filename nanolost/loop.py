@@ -37,8 +37,7 @@ COUNTERS = {
     "step": (int, 0, MOST),
     "samples": (int, 0, MOST),
     "tokens": (int, 0, MOST),
-    # -1 before the evaluation of step 0, which fine-tuning has
-    "evaluated": (int, -1, MOST),
+    "evaluated": (int, 0, MOST),
     "began": (int, 0, MOST),
     "norms": (list[float], 0.0, sys.float_info.max),
 }
@@ -424,7 +423,8 @@ def comes_again(line: bytes, state: State) -> bool:
     # whatever is no JSON object with a kind and a step is somebody else's
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         entry = json.loads(line)
-        return entry["step"] > last[entry["kind"]]
+        # of a run that begins nothing was said yet
+        return entry["step"] > last[entry["kind"]] or state.step == 0
     return False
 
 def is_whole(line: bytes) -> bool:
