@@ -9,24 +9,29 @@ import numpy as np
 
 from model import shown
 from nanolost import checkpoint, out_dir
+from nanolost.choices import accuracy
 from nanolost.data import SampleOrder, TokenDataset
 from nanolost.errors import UserError
 from nanolost.job import Job
 from nanolost.loop import Report, State, Validation, evaluate, identity, measure, update
-from nanolost.settings import saved_value, settle_schedule, split_batch
+from nanolost.settings import saved_value, split_batch
 from nanolost.threads import use_threads
 from nanolost.tokenizer import Tokenizer
 
 # --- the texts ---
 
 class Texts:
-    """What a run reads: training samples in their order, and the text of an evaluation. rows: words of the
-    model's table."""
+    """What a run reads: training samples in their order, and the text of an evaluation, None for none. rows:
+    words of the model's table. questions: what else an evaluation asks, None for nothing."""
+
+    questions = None
+    # of those, so many at a time
+    micro = 1
 
     def __init__(
         self,
         train: TokenDataset,
-        validation: Validation,
+        validation: Validation | None,
         tokenizer: Tokenizer,
         rows: int,
         seed: int,
@@ -39,6 +44,8 @@ class Texts:
         self.order = SampleOrder(len(train), seed)
 
     def splits(self) -> list[TokenDataset]:
+        if self.validation is None:
+            return [self.train]
         return [self.train, self.validation.data]
 
     def check(self, config):
@@ -93,7 +100,7 @@ def check_same_run(saved: dict, now: dict, fixed: set[str], say):
 
 def settle(config, saved: dict):
     """Choose what is chosen once for a run; `saved` is the config of its checkpoint."""
-    settle_schedule(config, saved)
+    config.settle_schedule(saved)
     # bit for bit holds for equal threads only
     if config.threads is None and saved.get("threads") is not None:
         config.threads = saved_value(saved, "threads")
@@ -129,24 +136,35 @@ def begin(state: State, folder: str | None, config, job: Job, report: Report, at
 
 def assess(state: State, texts: Texts, job: Job, report: Report) -> bool:
     """Evaluate, and report it; False if a process was asked to stop meanwhile."""
-    found = evaluate(state.model, texts.validation, state.autocast, job)
-    if found is None:
+    found = {}
+    if texts.validation is not None:
+        found["loss"] = evaluate(state.model, texts.validation, state.autocast, job)
+    if texts.questions is not None:
+        found["accuracy"] = accuracy(state.model, texts.questions, texts.micro, state.autocast, job)
+    # said together, or made up later together
+    if None in found.values():
         return False
-    more = measure(state, texts.validation, job)
     state.evaluated = state.step
-    report.evaluation(found, more)
+    if "loss" in found:
+        report.evaluation(found["loss"], measure(state, texts.validation, job))
+    if "accuracy" in found:
+        report.accuracy(found["accuracy"])
     return True
 
-def train(state: State, texts: Texts, config, job: Job, report: Report, save) -> str:
+def train(
+    state: State, texts: Texts, config, job: Job, report: Report, save, update=update, total: int = 0
+) -> str:
     """Update, evaluate and save for as many steps as `config` says from where the optimizers began, or until
-    a signal: returns its name, "" at the end."""
+    a signal: returns its name, "" at the end. update: makes one. total: steps of the run, where this is one
+    of its stages."""
     saved = state.counters()
     stopped = ""
     _, accumulation = split_batch(config, job.world)
     shape = (accumulation, job.world, config.micro_batch)
     last = state.began + config.steps
+    total = total or last
     while True:
-        done = state.step >= last
+        done = state.step >= total
         due = done or state.step % config.eval_every == 0
         # a resumed run may have an evaluation to make up; one that was asked to stop makes it up later
         if due and state.step > state.evaluated and not stopped and not assess(state, texts, job, report):
@@ -156,7 +174,7 @@ def train(state: State, texts: Texts, config, job: Job, report: Report, save) ->
         if due and state.counters() != saved:
             save()
             saved = state.counters()
-        if done or stopped:
+        if state.step >= last or stopped:
             return stopped
         figures = update(state, texts.train, texts.samples(state, shape), config, job)
         report.update(figures)

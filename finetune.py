@@ -1,0 +1,362 @@
+"""Fine-tune a LLaMA that is trained already, dense or with zeros that stay zeros.
+
+    python finetune.py --ckpt FOLDER --data FILE.jsonl --out_dir OUT                     # LoRA, merged
+    python finetune.py --ckpt FOLDER --data DIR --zeros 0.5 --out_dir OUT                # half of it zeros
+    python finetune.py --ckpt FOLDER --data DIR --zeros 0.5 --method losa --out_dir OUT  # zeros by stages
+
+Run the same command again to continue. Every checkpoint in OUT is a Hugging Face folder with the update merged
+into the weights; what it is the sum of stands beside it, for the resume."""
+import nanolost  # noqa: F401, I001  before torch: OpenMP reads its settings once
+
+import contextlib
+import dataclasses
+import os
+import sys
+
+import numpy as np
+import torch
+
+from model import Llama
+from nanolost import adapters, checkpoint, masks, out_dir, run, tuning
+from nanolost.budget import checkpoint_bytes, describe, describe_text
+from nanolost.choices import Questions
+from nanolost.covariance import linears
+from nanolost.data import TokenDataset
+from nanolost.errors import UserError
+from nanolost.failures import failures_with_their_repair
+from nanolost.files import read_json
+from nanolost.flags import command, parse
+from nanolost.huggingface import travelling_files
+from nanolost.job import Job
+from nanolost.lines import LineDataset
+from nanolost.loop import Report, State, Validation, evaluate, update
+from nanolost.methods import merge_layers, special_layers
+from nanolost.refit import Refit, parts_of
+from nanolost.settings import settle_device, split_batch
+from nanolost.source import WINDOW, own_checkpoint
+from nanolost.tuning import FIXED, METHODS, Config
+
+# --- data ---
+
+def training_text(config: Config, tokenizer) -> TokenDataset:
+    if os.path.isdir(config.data):
+        return TokenDataset(config.data, "train", config.seq_len)
+    text = LineDataset(config.data, tokenizer, config.seq_len)
+    # rows are as long as the longest line, where that is less
+    config.seq_len = text.seq_len
+    return text
+
+def validation_text(config: Config, tokenizer, rows: int) -> Validation | None:
+    """The validation split of --eval_dir, or of --data where that is shards."""
+    place = config.eval_dir
+    if place is None and os.path.isdir(config.data):
+        place = config.data
+    if place is None:
+        return None
+    window = min(config.seq_len, WINDOW)
+    data = TokenDataset(place, "val", window)
+    samples = data.samples_for(config.eval_tokens)
+    micro = max(1, config.micro_batch * config.seq_len // window)
+    return Validation.of(data, samples, micro, tokenizer, rows)
+
+def texts_of(config: Config, tokenizer, model: Llama, world: int) -> run.Texts:
+    limit = model.config.max_seq_len
+    if config.seq_len is None:
+        config.seq_len = min(WINDOW, limit)
+    if config.seq_len > limit:
+        raise UserError(f"--seq_len {config.seq_len} is above the {limit} tokens that the model in "
+                        f"{config.ckpt} was made for: use {limit} or less")
+    train = training_text(config, tokenizer)
+    tuning.settle_batch(config, len(train), world)
+    config.micro_batch, _ = split_batch(config, world)
+    validation = validation_text(config, tokenizer, model.config.vocab_size)
+    texts = run.Texts(train, validation, tokenizer, model.config.vocab_size, config.seed)
+    if config.eval is not None:
+        texts.questions = Questions.read(config.eval, tokenizer, limit)
+    return texts
+
+# --- the model ---
+
+def plain_layers(model: Llama) -> list[str]:
+    """Names of the blocks' linear layers that have one matrix."""
+    return [name for name, layer in linears(model).items() if type(layer) is torch.nn.Linear]
+
+def check_layers(model: Llama, config: Config):
+    """Merge LOST layers where the method needs matrices. UserError for those that SiLU keeps apart."""
+    if config.method in ("full", "lost") or not special_layers(model):
+        return
+    try:
+        merge_layers(model)
+    except UserError as e:
+        raise UserError(f"--method {config.method} needs plain matrices, and {e}; use --method full or "
+                        "lost") from None
+
+def make_trained(model: Llama, config: Config):
+    """Say which parameters are trained, and give frozen weights their updates, in place."""
+    method = METHODS[config.method]
+    names = plain_layers(model)
+    model.requires_grad_(method.update is None)
+    if method.update is None:
+        if method.masks:
+            adapters.keep_zeros(model, names)
+        return
+    share = config.sparsity if method.update == "channels" else 0
+    scale = config.alpha / config.rank
+    adapters.put_updates(model, names, config.rank, scale, method.update == "masked", share)
+    if method.update == "channels":
+        # layers that are low rank and channels already are their own update
+        for layer in special_layers(model).values():
+            layer.requires_grad_(True)
+    adapters.draw_updates(model, config.seed)
+
+def fresh(model: Llama, config: Config, job: Job) -> State:
+    """Step 0, before zeros are chosen."""
+    model.to(job.device)
+    make_trained(model, config)
+    return State.of(model, config)
+
+def resumed(model: Llama, folder: str, config: Config, job: Job) -> State:
+    """The state that the checkpoint `folder` holds; model: the merged one in there."""
+    method = METHODS[config.method]
+    if method.update is None:
+        make_trained(model, config)
+    else:
+        model.requires_grad_(False)
+        checkpoint.load_parts(folder, model, config.alpha / config.rank, method.update == "masked")
+        for layer in special_layers(model).values():
+            layer.requires_grad_(True)
+    return State.of(model.to(job.device), config)
+
+# --- stages ---
+
+class Once:
+    """Zeros are chosen before the first step, where the folder lacks some, and all steps are of one stage.
+
+    A plan says how a run is cut into stages: `firsts`, the first step of each, `steps` in all, what begins a
+    stage, and which function makes an update."""
+
+    firsts = [0]
+    update = staticmethod(update)
+
+    def __init__(self, config: Config, texts: run.Texts, job: Job, there: float):
+        self.config = config
+        self.texts = texts
+        self.job = job
+        # the share of zeros that the folder has
+        self.there = there
+        self.steps = config.steps
+
+    def enter(self, number: int, state: State) -> dict:
+        """Begin the stage `number`, from 0; what metrics.jsonl is to say of it."""
+        method = METHODS[self.config.method]
+        if not method.masks:
+            return {"zeros": self.there}
+        if self.config.zeros <= self.there + tuning.NEAR and self.config.pattern == "unstructured":
+            return {"zeros": self.there}
+        found = self.before(state)
+        self.choose(state)
+        return {**found, "zeros": tuning.share_of_zeros(state.model)}
+
+    def reenter(self, number: int, state: State):
+        """The same of a state that has begun the stage already."""
+
+    def before(self, state: State) -> dict:
+        """The loss of the model without the zeros that are about to come."""
+        if self.texts.validation is None:
+            return {}
+        found = evaluate(state.model, self.texts.validation, state.autocast, self.job)
+        if found is None:
+            return {}
+        self.job.say(f"before zeros | val loss {found['val_loss']:.4f} | perplexity {found['val_ppl']:.2f}")
+        return {"dense_loss": found["val_loss"]}
+
+    def choose(self, state: State):
+        model = state.model
+        text = masks.calibration_text(self.config, self.texts.train, model.config.max_seq_len)
+        folder = checkpoint.checkpoint_folder(self.config.ckpt)
+        def put():
+            masks.put_zeros(model, self.config, folder, text, self.job.device, state.autocast)
+        self.job.first(put)
+        for layer in linears(model).values():
+            self.job.broadcast(layer.weight.data, 0)
+
+def load_dense(config: Config) -> Llama:
+    """The model whose outputs are aimed at, its layers plain."""
+    folder = checkpoint.checkpoint_folder(config.ckpt)
+    place = config.dense
+    if place is None:
+        # what compress.py made it of
+        report = os.path.join(folder, "report.json")
+        place = read_json(report).get("ckpt", folder) if os.path.exists(report) else folder
+    model, _ = checkpoint.load_folder(checkpoint.checkpoint_folder(place))
+    merge_layers(model)
+    return model.requires_grad_(False)
+
+class Halves(Once):
+    """A stage for each half of each block (refit.py)."""
+
+    def __init__(self, config: Config, texts: run.Texts, job: Job, there: float):
+        super().__init__(config, texts, job, there)
+        self.refit = None
+
+    def cut(self, model: Llama):
+        """Into as many stages as the model has halves."""
+        steps = self.config.steps
+        parts = parts_of(model)
+        self.firsts = [part * steps for part in range(parts)]
+        self.steps = parts * steps
+
+    def begin(self, state: State):
+        dense = load_dense(self.config).to(self.job.device)
+        check_alike(dense, state.model, self.config)
+        _, accumulation = split_batch(self.config, self.job.world)
+        shape = (self.config.steps, accumulation, self.job.world, self.config.micro_batch)
+        windows = self.texts.order[np.arange(int(np.prod(shape)))].reshape(shape)
+        mine = windows[:, :, self.job.rank]
+        self.refit = Refit(state.model, dense, self.texts.train, mine, state.autocast, self.job.device)
+        self.update = self.refit.update
+
+    def enter(self, number: int, state: State) -> dict:
+        found = {}
+        if number == 0:
+            found = super().enter(number, state)
+            self.begin(state)
+        self.refit.advance()
+        state.restart(self.config)
+        return found
+
+    def reenter(self, number: int, state: State):
+        self.begin(state)
+        for _ in range(number + 1):
+            self.refit.advance()
+        state.restart(self.config)
+
+def check_alike(dense: Llama, model: Llama, config: Config):
+    """UserError for a --dense of other sizes."""
+    if dense.config != model.config:
+        raise UserError(f"the model to aim at has other sizes than {config.ckpt}: name another one by --dense")
+
+def plan_of(config: Config, texts: run.Texts, job: Job, model: Llama, there: float) -> Once:
+    method = METHODS[config.method]
+    if method.staged:
+        return Stages(config, texts, job, there)
+    if method.blockwise:
+        plan = Halves(config, texts, job, there)
+        plan.cut(model)
+        return plan
+    return Once(config, texts, job, there)
+
+def carry_out(plan: Once, state: State, number: int, report: Report, save) -> str:
+    """Stage after stage, from the one after `number` on, -1 for the first, which the state has begun; until
+    the last step or a signal, as `run.train`."""
+    config, texts, job = plan.config, plan.texts, plan.job
+    ends = [*plan.firsts[1:], plan.steps]
+    while True:
+        if number >= 0:
+            steps = ends[number] - plan.firsts[number]
+            stage = dataclasses.replace(config, steps=steps, warmup=config.ramp(steps))
+            stopped = run.train(state, texts, stage, job, report, save, plan.update, plan.steps)
+            if stopped or state.step >= plan.steps:
+                return stopped
+        number += 1
+        found = plan.enter(number, state)
+        if found:
+            report.record("stage", stage=number + 1, **found)
+        # what the zeros alone cost
+        if number == 0 and not run.assess(state, texts, job, report):
+            return job.stop_reason()
+
+# --- the run ---
+
+def prepare_out_dir(config: Config, texts: run.Texts, model: Llama) -> str | None:
+    """Rank 0's look at out_dir and at the data before anything is written: the folder of the checkpoint to
+    continue from, None for a new run."""
+    out_dir.end_overwrite(config.out_dir)
+    checkpoint.sweep(config.out_dir)
+    # the weights twice, merged and apart, and moments of what is trained
+    out_dir.check_space(config.out_dir, config.keep, 2 * checkpoint_bytes(model, config.optimizer))
+    texts.check(config)
+    return out_dir.choose_checkpoint(config.out_dir, config.resume, config.overwrite)
+
+# chosen once for a run, where nothing is typed
+CHOSEN = ("method", "zeros", "seq_len", "batch_tokens", "steps", "lr", "warmup")
+
+def remember(config: Config, saved: dict):
+    """Fill in what an earlier start of this run chose."""
+    for name in CHOSEN:
+        if getattr(config, name) is None and name in saved:
+            setattr(config, name, saved[name])
+
+def warn(config: Config, there: float, report: Report):
+    """Say what a run will do to the zeros of its folder, before it starts."""
+    if there > tuning.BY_CHANCE and not METHODS[config.method].masks:
+        report.say(f"zeros       the folder's matrices are {there:.1%} zeros, which --method {config.method} "
+                   "fills: --method masked-lora keeps them")
+
+def describe_trained(model: Llama) -> str:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"trained     {trained:,} parameters"
+
+def main(config: Config):
+    """Fine-tune as `config` (from `tuning.resolve`) says. Returns when the run is finished, or stopped by a
+    signal."""
+    config = settle_device(config)
+    with (
+        Job.start(config) as job,
+        contextlib.ExitStack() as at_end,
+        Report(config, job) as report,
+        failures_with_their_repair(),
+    ):
+        tuning.settle_paths(config)
+        own, before = own_checkpoint(config.out_dir, config.resume, "ckpt")
+        remember(config, before)
+        folder = own or checkpoint.checkpoint_folder(config.ckpt)
+        model, tokenizer, _ = checkpoint.load_with_tokenizer(folder)
+        travelling = travelling_files(folder)
+        there = tuning.share_of_zeros(model)
+        if own is None:
+            tuning.settle_zeros(config, there)
+        check_layers(model, config)
+        texts = texts_of(config, tokenizer, model, job.world)
+        plan = plan_of(config, texts, job, model, there)
+        # steps of all its stages
+        report.config = dataclasses.replace(config, steps=plan.steps)
+        job.claim(config.out_dir)
+        folder = job.first(lambda: prepare_out_dir(config, texts, model))
+
+        if folder:
+            state, now, number = go_on(folder, config, texts, plan, job, report)
+        else:
+            now = {**run.start(config, texts, job), "stage_steps": plan.firsts}
+            state = fresh(model, config, job)
+            number = -1
+            warn(config, there, report)
+        report.say("\n".join(describe(state.model, config, job.world, split_batch(config, job.world)[1])))
+        report.say(describe_trained(state.model))
+        report.say(describe_text(config, len(texts.train)))
+        if config.compile == "true":
+            state.model.compile()
+
+        run.begin(state, folder, config, job, report, at_end)
+        save = run.saver(state, now, texts, travelling, config, job, report)
+        report.end(carry_out(plan, state, number, report, save))
+
+def go_on(folder: str, config: Config, texts: run.Texts, plan: Once, job: Job, report: Report) -> tuple:
+    """State and identity of the run that the checkpoint `folder` belongs to, and the number of its stage."""
+    model, saved = checkpoint.load_folder(folder)
+    if "config" not in saved:
+        raise UserError(f"{folder} has no training state to continue from: it is a model alone")
+    now = run.go_on(saved["config"], config, texts, FIXED, job, report)
+    # a longer run has a longer last stage
+    plan.firsts = saved["config"]["stage_steps"]
+    now["stage_steps"] = plan.firsts
+    report.say(f"continuing from {folder}")
+    state = resumed(model, folder, config, job)
+    number = plan.firsts.index(saved["began"])
+    plan.reenter(number, state)
+    checkpoint.load_optimizer(folder, state.model, state.optimizers)
+    state.restore(saved)
+    return state, now, number
+
+if __name__ == "__main__":
+    command(lambda: main(tuning.resolve(parse(Config, sys.argv[1:], __doc__))))
