@@ -4,8 +4,8 @@
     python finetune.py --ckpt FOLDER --data DIR --zeros 0.5 --out_dir OUT                # half of it zeros
     python finetune.py --ckpt FOLDER --data DIR --zeros 0.5 --method losa --out_dir OUT  # zeros by stages
 
-Run the same command again to continue. Every checkpoint in OUT is a Hugging Face folder with the update merged
-into the weights; what it is the sum of stands beside it, for the resume."""
+Run the same command again to continue. Every checkpoint in OUT is a Hugging Face folder with the update
+merged into the weights; what they are the sum of stands beside them, for the resume."""
 import nanolost  # noqa: F401, I001  before torch: OpenMP reads its settings once
 
 import contextlib
@@ -16,11 +16,12 @@ import sys
 import numpy as np
 import torch
 
-from model import Llama
-from nanolost import adapters, checkpoint, masks, out_dir, run, tuning
+from model import Llama, generator_of
+from nanolost import adapters, checkpoint, losa, masks, out_dir, pruning, run, staging, tuning
 from nanolost.budget import checkpoint_bytes, describe, describe_text
+from nanolost.calibration import key_of, statistics_of, temporary_folder
 from nanolost.choices import Questions
-from nanolost.covariance import linears
+from nanolost.covariance import linears, place_of
 from nanolost.data import TokenDataset
 from nanolost.errors import UserError
 from nanolost.failures import failures_with_their_repair
@@ -35,6 +36,9 @@ from nanolost.refit import Refit, parts_of
 from nanolost.settings import settle_device, split_batch
 from nanolost.source import WINDOW, own_checkpoint
 from nanolost.tuning import FIXED, METHODS, Config
+
+# M of --pattern mixed:8
+MIXED = 8
 
 # --- data ---
 
@@ -71,6 +75,7 @@ def texts_of(config: Config, tokenizer, model: Llama, world: int) -> run.Texts:
     config.micro_batch, _ = split_batch(config, world)
     validation = validation_text(config, tokenizer, model.config.vocab_size)
     texts = run.Texts(train, validation, tokenizer, model.config.vocab_size, config.seed)
+    texts.micro = config.micro_batch
     if config.eval is not None:
         texts.questions = Questions.read(config.eval, tokenizer, limit)
     return texts
@@ -138,12 +143,14 @@ class Once:
     firsts = [0]
     update = staticmethod(update)
 
-    def __init__(self, config: Config, texts: run.Texts, job: Job, there: float):
+    def __init__(self, config: Config, texts: run.Texts, job: Job, there: float, at_end):
         self.config = config
         self.texts = texts
         self.job = job
         # the share of zeros that the folder has
         self.there = there
+        # for what must last as long as the run
+        self.at_end = at_end
         self.steps = config.steps
 
     def enter(self, number: int, state: State) -> dict:
@@ -155,7 +162,7 @@ class Once:
             return {"zeros": self.there}
         found = self.before(state)
         self.choose(state)
-        return {**found, "zeros": tuning.share_of_zeros(state.model)}
+        return {**found, "zeros": adapters.share_of_zeros(state.model)}
 
     def reenter(self, number: int, state: State):
         """The same of a state that has begun the stage already."""
@@ -180,23 +187,24 @@ class Once:
         for layer in linears(model).values():
             self.job.broadcast(layer.weight.data, 0)
 
-def load_dense(config: Config) -> Llama:
-    """The model whose outputs are aimed at, its layers plain."""
+def load_dense(config: Config) -> tuple[Llama, str]:
+    """The model whose outputs are aimed at, its layers plain, and its folder."""
     folder = checkpoint.checkpoint_folder(config.ckpt)
     place = config.dense
     if place is None:
         # what compress.py made it of
         report = os.path.join(folder, "report.json")
         place = read_json(report).get("ckpt", folder) if os.path.exists(report) else folder
-    model, _ = checkpoint.load_folder(checkpoint.checkpoint_folder(place))
+    folder = checkpoint.checkpoint_folder(place)
+    model, _ = checkpoint.load_folder(folder)
     merge_layers(model)
-    return model.requires_grad_(False)
+    return model.requires_grad_(False), folder
 
 class Halves(Once):
     """A stage for each half of each block (refit.py)."""
 
-    def __init__(self, config: Config, texts: run.Texts, job: Job, there: float):
-        super().__init__(config, texts, job, there)
+    def __init__(self, *given):
+        super().__init__(*given)
         self.refit = None
 
     def cut(self, model: Llama):
@@ -207,7 +215,8 @@ class Halves(Once):
         self.steps = parts * steps
 
     def begin(self, state: State):
-        dense = load_dense(self.config).to(self.job.device)
+        dense, _ = load_dense(self.config)
+        dense.to(self.job.device)
         check_alike(dense, state.model, self.config)
         _, accumulation = split_batch(self.config, self.job.world)
         shape = (self.config.steps, accumulation, self.job.world, self.config.micro_batch)
@@ -231,20 +240,100 @@ class Halves(Once):
             self.refit.advance()
         state.restart(self.config)
 
+class Stages(Once):
+    """LoSA: zeros are chosen again at the start of each stage, more of them, and the updates' ranks with them
+    (losa.py decides, staging.py looks)."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        config = self.config
+        self.firsts = losa.stage_steps(config.steps, config.stages)
+        self.shares = losa.stage_zeros(config.zeros, config.stages)
+        self.means = losa.stage_ranks(config.rank, config.stages)
+        # what rank 0 looks at, once it is needed
+        self.masking = None
+        # N of each block's pattern so far
+        self.most = ()
+
+    def look(self, state: State) -> staging.Masking:
+        """The dense model's outputs, and its statistics where they weigh zeros; kept until the run ends."""
+        config, device = self.config, self.job.device
+        text = masks.calibration_text(config, self.texts.train, state.model.config.max_seq_len)
+        dense, folder = load_dense(config)
+        dense.to(device)
+        check_alike(dense, state.model, config)
+        gradients = config.gradient_tokens or config.calibration_tokens
+        if config.masks in staging.ALONE:
+            gradients = 0
+        windows = masks.windows_of(text, config, config.calibration_tokens, gradients, device)
+        need = masks.spooled(config, dense) + staging.dense_bytes(dense, windows)
+        home = self.at_end.enter_context(temporary_folder(need))
+        statistics = None
+        if gradients:
+            key = key_of(config, folder, text)
+            statistics = statistics_of(dense, windows, config.statistics, key, home, state.autocast)
+        outputs = staging.dense_outputs(dense, windows, home, state.autocast)
+        return staging.Masking(state.model, config.masks, windows, outputs, statistics, home, device,
+                               state.autocast, adapters.Update.effective, adapters.Update.rebase)
+
+    def stage(self, number: int, state: State) -> list[int]:
+        """Choose the zeros of a stage; the rank of each block's updates."""
+        if self.masking is None:
+            self.masking = self.look(state)
+        model, config = state.model, self.config
+        importances = [1.0] * model.config.n_layer
+        if config.rates == "cka":
+            grams = staging.similarities(model, self.masking.texts, state.autocast)
+            importances = losa.importances(losa.cka(grams))
+        floors = staging.zeros_of(model, adapters.Update.effective)
+        sizes = staging.sizes_of(model)
+        target = self.shares[number]
+        rates = losa.rates(importances, target, floors, sizes)
+        if config.rates == "uniform":
+            share = losa.level(target, floors, sizes)
+            rates = [max(floor, share) for floor in floors]
+        _, errors = staging.choose_zeros(self.masking, rates, self.patterns(importances, target))
+        if config.ranks == "uniform":
+            errors = [1.0] * len(errors)
+        return losa.ranks(errors, self.means[number], 2 * config.rank)
+
+    def patterns(self, importances: list[float], target: float) -> list[pruning.Pattern] | None:
+        """N:M of each block, None without a pattern."""
+        blocks = len(importances)
+        known = pruning.pattern_of(self.config.pattern)
+        if known:
+            return [known] * blocks
+        if self.config.pattern == "unstructured":
+            return None
+        # N of a block can only fall
+        self.most = losa.patterns_mixed(importances, MIXED, target, self.most)
+        return [(n, MIXED) for n in self.most]
+
+    def enter(self, number: int, state: State) -> dict:
+        found = self.before(state) if number == 0 else {}
+        ranks = self.job.first(lambda: self.stage(number, state))
+        for name, layer in adapters.updates(state.model).items():
+            for tensor in (layer.weight, layer.A, layer.B):
+                self.job.broadcast(tensor.data, 0)
+            block, _ = place_of(name)
+            layer.to_rank(ranks[block], generator_of(self.config.seed, f"{name} {number}"))
+        state.restart(self.config)
+        return {**found, "zeros": adapters.share_of_zeros(state.model), "ranks": ranks}
+
 def check_alike(dense: Llama, model: Llama, config: Config):
     """UserError for a --dense of other sizes."""
     if dense.config != model.config:
-        raise UserError(f"the model to aim at has other sizes than {config.ckpt}: name another one by --dense")
+        raise UserError(f"the model to aim at has other sizes than {config.ckpt}: name another by --dense")
 
-def plan_of(config: Config, texts: run.Texts, job: Job, model: Llama, there: float) -> Once:
+def plan_of(config: Config, model: Llama, *given) -> Once:
     method = METHODS[config.method]
     if method.staged:
-        return Stages(config, texts, job, there)
+        return Stages(config, *given)
     if method.blockwise:
-        plan = Halves(config, texts, job, there)
+        plan = Halves(config, *given)
         plan.cut(model)
         return plan
-    return Once(config, texts, job, there)
+    return Once(config, *given)
 
 def carry_out(plan: Once, state: State, number: int, report: Report, save) -> str:
     """Stage after stage, from the one after `number` on, -1 for the first, which the state has begun; until
@@ -313,12 +402,12 @@ def main(config: Config):
         folder = own or checkpoint.checkpoint_folder(config.ckpt)
         model, tokenizer, _ = checkpoint.load_with_tokenizer(folder)
         travelling = travelling_files(folder)
-        there = tuning.share_of_zeros(model)
+        there = adapters.share_of_zeros(model)
         if own is None:
             tuning.settle_zeros(config, there)
         check_layers(model, config)
         texts = texts_of(config, tokenizer, model, job.world)
-        plan = plan_of(config, texts, job, model, there)
+        plan = plan_of(config, model, texts, job, there, at_end)
         # steps of all its stages
         report.config = dataclasses.replace(config, steps=plan.steps)
         job.claim(config.out_dir)

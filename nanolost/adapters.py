@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lost import decompose
 from model import Llama, generator_of
+from nanolost.covariance import linears
 from nanolost.methods import rebuild, settings_of
 
 class MaskedProduct(torch.autograd.Function):
@@ -169,6 +170,21 @@ def put_updates(model: Llama, names: list[str], rank: int, scale: float, masked:
         if share:
             k = max(1, int(share * linear.in_features))
         model.set_submodule(name, Update(linear, rank, scale, masked, k))
+
+def share_of_zeros(model: Llama) -> float:
+    """In the weights of the blocks' linear layers, updates merged; 0 of a model without such."""
+    zeros = 0
+    values = 0
+    for layer in linears(model).values():
+        if isinstance(layer, Update):
+            weight = layer.effective()
+        elif isinstance(layer, nn.Linear):
+            weight = layer.weight
+        else:
+            continue
+        zeros += int((weight == 0).sum())
+        values += weight.numel()
+    return zeros / max(values, 1)
 
 def draw_updates(model: Llama, seed: int):
     """Start every update, the same for any number of processes."""

@@ -4,8 +4,8 @@ them comes near that of the dense model, with the weights that are left alone (a
     h   the stream of the dense model,      h ← h + f(h)
     ĥ   that of the model with zeros,       min Σ_t ‖ĥ_t + f̂(ĥ)_t − (h + f(h))_t‖² / ‖(h + f(h))_t‖²
 
-over the weights of f̂. Each token t counts by the share it is off by, as the next norm sees it: the first token
-of a window is a hundred times as long as the others.
+over the weights of f̂. Each token t counts by the share it is off by, as the next norm sees it: the first
+token of a window is a hundred times as long as the others.
 
 A half sees what the halves before it give after their own repair. An update costs a part of a forward and
 backward pass, 1 / (2 n_layer) of one of the model: S updates of each half read as many tokens as S updates

@@ -5,9 +5,7 @@ import os
 from dataclasses import dataclass
 
 from lost import SWITCHES
-from model import Llama
 from nanolost import pruning
-from nanolost.covariance import linears
 from nanolost.errors import UserError
 from nanolost.flags import flag
 from nanolost.optim import OPTIMIZERS
@@ -177,17 +175,6 @@ def check_method(config: Config, given: dict):
         raise UserError(f"--optimizer muon would fill the zeros of --method {config.method}: use adamw")
 
 # --- what depends on the model ---
-
-def share_of_zeros(model: Llama) -> float:
-    """In the matrices of the blocks."""
-    zeros = 0
-    values = 0
-    for layer in linears(model).values():
-        weight = getattr(layer, "weight", None)
-        if weight is not None:
-            zeros += int((weight == 0).sum())
-            values += weight.numel()
-    return zeros / max(values, 1)
 
 # zeros that a trained model has by chance are no sparsity
 BY_CHANCE = 0.01
