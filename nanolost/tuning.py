@@ -109,6 +109,9 @@ class Config(RunFlags, TrainingFlags, TuneFlags):
     def tokenizer(self) -> str:
         return self.ckpt
 
+    def settle_schedule(self, saved: dict):
+        """Nothing is chosen for the whole run: a stage has a warm-up of its own, `ramp`."""
+
     def ramp(self, steps: int) -> int:
         """Updates of warm-up in a stage of so many."""
         if self.warmup is not None:
