@@ -96,6 +96,10 @@ def check_layers(model: Llama, config: Config):
         raise UserError(f"--method {config.method} needs plain matrices, and {e}; use --method full or "
                         "lost") from None
 
+def switches(config: Config) -> tuple[float, bool, str]:
+    """Of every update: scale, whether it is under a mask, and what stands between its factors."""
+    return config.alpha / config.rank, METHODS[config.method].update == "masked", config.activation
+
 def make_trained(model: Llama, config: Config):
     """Say which parameters are trained, and give frozen weights their updates, in place."""
     method = METHODS[config.method]
@@ -106,8 +110,8 @@ def make_trained(model: Llama, config: Config):
             adapters.keep_zeros(model, names)
         return
     share = config.sparsity if method.update == "channels" else 0
-    scale = config.alpha / config.rank
-    adapters.put_updates(model, names, config.rank, scale, method.update == "masked", share)
+    scale, masked, activation = switches(config)
+    adapters.put_updates(model, names, config.rank, scale, masked, share, activation)
     if method.update == "channels":
         # layers that are low rank and channels already are their own update
         for layer in special_layers(model).values():
@@ -127,7 +131,7 @@ def resumed(model: Llama, folder: str, config: Config, job: Job) -> State:
         make_trained(model, config)
     else:
         model.requires_grad_(False)
-        checkpoint.load_parts(folder, model, config.alpha / config.rank, method.update == "masked")
+        checkpoint.load_parts(folder, model, *switches(config))
         for layer in special_layers(model).values():
             layer.requires_grad_(True)
     return State.of(model.to(job.device), config)
@@ -386,6 +390,23 @@ def describe_trained(model: Llama) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return f"trained     {trained:,} parameters"
 
+@torch.no_grad()
+def say_rounding(state: State, texts: run.Texts, dtype: str, job: Job, report: Report):
+    """What the source's dtype costs the merged weights, which a checkpoint holds in float32."""
+    if dtype == "float32" or texts.validation is None or report.val_loss is None:
+        return
+    whole = adapters.merged(state.model)
+    for name, p in whole.named_parameters():
+        rounded = p.to(getattr(torch, dtype)).float()
+        home, _, key = name.rpartition(".")
+        setattr(whole.get_submodule(home), key, torch.nn.Parameter(rounded, requires_grad=False))
+    if whole.config.tie_embeddings:
+        whole.lm_head.weight = whole.model["embed_tokens"].weight
+    found = evaluate(whole, texts.validation, state.autocast, job)
+    if found is not None:
+        report.say(f"rounded to {dtype}, as {report.config.ckpt} has its weights (export.py --save_dtype "
+                   f"{dtype}): val loss {found['val_loss']:.4f} ({found['val_loss'] - report.val_loss:+.4f})")
+
 def main(config: Config):
     """Fine-tune as `config` (from `tuning.resolve`) says. Returns when the run is finished, or stopped by a
     signal."""
@@ -399,9 +420,9 @@ def main(config: Config):
         tuning.settle_paths(config)
         own, before = own_checkpoint(config.out_dir, config.resume, "ckpt")
         remember(config, before)
-        folder = own or checkpoint.checkpoint_folder(config.ckpt)
-        model, tokenizer, _ = checkpoint.load_with_tokenizer(folder)
-        travelling = travelling_files(folder)
+        source = own or checkpoint.checkpoint_folder(config.ckpt)
+        model, tokenizer, _ = checkpoint.load_with_tokenizer(source)
+        travelling = travelling_files(source)
         there = adapters.share_of_zeros(model)
         if own is None:
             tuning.settle_zeros(config, there)
@@ -416,7 +437,9 @@ def main(config: Config):
         if folder:
             state, now, number = go_on(folder, config, texts, plan, job, report)
         else:
-            now = {**run.start(config, texts, job), "stage_steps": plan.firsts}
+            now = run.start(config, texts, job)
+            now["stage_steps"] = plan.firsts
+            now["source_dtype"] = str(checkpoint.weights_dtype(source)).removeprefix("torch.")
             state = fresh(model, config, job)
             number = -1
             warn(config, there, report)
@@ -428,7 +451,10 @@ def main(config: Config):
 
         run.begin(state, folder, config, job, report, at_end)
         save = run.saver(state, now, texts, travelling, config, job, report)
-        report.end(carry_out(plan, state, number, report, save))
+        stopped = carry_out(plan, state, number, report, save)
+        if not stopped:
+            say_rounding(state, texts, now["source_dtype"], job, report)
+        report.end(stopped)
 
 def go_on(folder: str, config: Config, texts: run.Texts, plan: Once, job: Job, report: Report) -> tuple:
     """State and identity of the run that the checkpoint `folder` belongs to, and the number of its stage."""
@@ -436,9 +462,10 @@ def go_on(folder: str, config: Config, texts: run.Texts, plan: Once, job: Job, r
     if "config" not in saved:
         raise UserError(f"{folder} has no training state to continue from: it is a model alone")
     now = run.go_on(saved["config"], config, texts, FIXED, job, report)
+    for name in ("stage_steps", "source_dtype"):
+        now[name] = saved["config"][name]
     # a longer run has a longer last stage
-    plan.firsts = saved["config"]["stage_steps"]
-    now["stage_steps"] = plan.firsts
+    plan.firsts = now["stage_steps"]
     report.say(f"continuing from {folder}")
     state = resumed(model, folder, config, job)
     number = plan.firsts.index(saved["began"])

@@ -2,11 +2,12 @@
 
     lora         y = x (W + s B A)ᵀ                       Hu et al. 2022 (arXiv 2106.09685)
     masked-lora  y = x (W + M ⊙ s B A)ᵀ,  M = (W ≠ 0)     MaskLoRA (Zimmer et al., arXiv 2312.15230), LoSA's
-    lost         y = x (W + s B A)ᵀ + x[I] W_sᵀ           LOST's two paths (arXiv 2508.02668) as an update
+    lost         y = x Wᵀ + s σ(x Aᵀ) Bᵀ + x[I] W_sᵀ      LOST's two paths (arXiv 2508.02668)
 
-A (r, in) is drawn, B (out, r) and W_s (out, k) start at zero: at first the function is W's. s = alpha / r of
-the whole update, so that a rank which changes leaves it alone. W and the update stay apart; `merge` adds them
-in float32, and what was zero under a mask is zero after it."""
+σ is the identity, unless SiLU is asked for, with which nothing merges. A (r, in) is drawn, B (out, r) and
+W_s (out, k) start at zero: at first the function is W's. s = alpha / r of the whole update, so that a rank
+which changes leaves it alone. W and the update stay apart; `merge` adds them in float32, and what was zero
+under a mask is zero after it."""
 import math
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lost import decompose
+from lost import ACTIVATIONS, SparseLowRankLinear, decompose
 from model import Llama, generator_of
 from nanolost.covariance import linears
 from nanolost.methods import rebuild, settings_of
@@ -53,10 +54,19 @@ class Update(nn.Module):
     """A linear layer whose weight (out, in) is frozen, and a trained update: A (rank, in), B (out, rank) and,
     with k channels, W_s (out, k) and index (k,) int32. masked: only where the weight is not zero."""
 
-    def __init__(self, linear: nn.Linear, rank: int, scale: float, masked: bool = False, k: int = 0):
+    def __init__(
+        self,
+        linear: nn.Linear,
+        rank: int,
+        scale: float,
+        masked: bool = False,
+        k: int = 0,
+        activation: str = "none",
+    ):
         super().__init__()
         self.scale = scale
         self.masked = masked
+        self.activation = activation
         # of its tensors nothing is copied
         self.weight = linear.weight.requires_grad_(False)
         self.bias = linear.bias
@@ -104,7 +114,8 @@ class Update(nn.Module):
             y = MaskedProduct.apply(x, self.weight, self.A, self.B, self.scale)
             return y if self.bias is None else y + self.bias
         y = F.linear(input, self.weight, self.bias)
-        y = y + self.scale * F.linear(F.linear(input, self.A), self.B)
+        z = ACTIVATIONS[self.activation](F.linear(input, self.A))
+        y = y + self.scale * F.linear(z, self.B)
         if self.k:
             y = y + F.linear(input[..., self.index], self.W_s)
         return y
@@ -114,10 +125,31 @@ class Update(nn.Module):
         """The weight (out, in) that W and the update are together, float32."""
         if self.masked:
             return masked_sum(self.weight, self.A, self.B, self.scale)
-        whole = torch.addmm(self.weight, self.B, self.A, alpha=self.scale)
-        if self.k:
-            whole.index_add_(1, self.index, self.W_s)
-        return whole
+        return torch.addmm(self.with_channels(), self.B, self.A, alpha=self.scale)
+
+    def with_channels(self) -> Tensor:
+        """W (out, in) and the channels' update."""
+        if not self.k:
+            return self.weight
+        return self.weight.index_add(1, self.index, self.W_s)
+
+    @torch.no_grad()
+    def merge(self) -> nn.Module:
+        """A layer without an update that computes the same: a plain one, or where an activation stands in
+        between one that has the factors beside its weight. Its tensors are not trained."""
+        settings = dict(in_features=self.in_features, out_features=self.out_features,
+                        bias=self.bias is not None)
+        with torch.device("meta"):
+            if self.activation == "none":
+                layer = nn.Linear(**settings)
+                tensors = {"weight": self.effective()}
+            else:
+                layer = SparseLowRankLinear(**settings, rank=self.rank, activation=self.activation)
+                tensors = {"weight": self.with_channels(), "A": self.A, "B": self.scale * self.B}
+        if self.bias is not None:
+            tensors["bias"] = self.bias
+        layer.load_state_dict(tensors, assign=True)
+        return layer.requires_grad_(False)
 
     @torch.no_grad()
     def rebase(self, W: Tensor):
@@ -162,14 +194,22 @@ def updates(model: nn.Module) -> dict[str, Update]:
     """Every update of a model by the name of its layer."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Update)}
 
-def put_updates(model: Llama, names: list[str], rank: int, scale: float, masked: bool, share: float = 0):
+def put_updates(
+    model: Llama,
+    names: list[str],
+    rank: int,
+    scale: float,
+    masked: bool,
+    share: float = 0,
+    activation: str = "none",
+):
     """Give the linear layers `names` an empty update each, in place. share: of the input channels for W_s."""
     for name in names:
         linear = model.get_submodule(name)
         k = 0
         if share:
             k = max(1, int(share * linear.in_features))
-        model.set_submodule(name, Update(linear, rank, scale, masked, k))
+        model.set_submodule(name, Update(linear, rank, scale, masked, k, activation))
 
 def share_of_zeros(model: Llama) -> float:
     """In the weights of the blocks' linear layers, updates merged; 0 of a model without such."""
@@ -194,19 +234,20 @@ def draw_updates(model: Llama, seed: int):
 @torch.no_grad()
 def merged(model: Llama) -> Llama:
     """The model with every update added to its weight, which is a new tensor; all others are shared."""
-    tensors = {}
     layers = updates(model)
-    for name, tensor in model.state_dict().items():
-        layer, _, kind = name.rpartition(".")
-        if layer not in layers:
-            tensors[name] = tensor
-        elif kind == "weight":
-            tensors[name] = layers[layer].effective()
-        elif kind == "bias":
-            tensors[name] = tensor
     with torch.device("meta"):
         whole = Llama(model.config)
         rebuild(whole, settings_of(model))
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        layer, _, _ = name.rpartition(".")
+        if layer not in layers:
+            tensors[name] = tensor
+    for name, layer in layers.items():
+        plain = layer.merge()
+        whole.set_submodule(name, plain)
+        for key, tensor in plain.state_dict().items():
+            tensors[f"{name}.{key}"] = tensor
     whole.load_state_dict(tensors, assign=True)
     if model.config.tie_embeddings:
         # assigning made two parameters of one
@@ -222,7 +263,13 @@ def parts(model: Llama) -> dict[str, Tensor]:
                 found[f"{name}.{key}"] = tensor.contiguous()
     return found
 
-def restore(model: Llama, tensors: dict[str, Tensor], scale: float, masked: bool):
+def restore(
+    model: Llama,
+    tensors: dict[str, Tensor],
+    scale: float,
+    masked: bool,
+    activation: str = "none",
+):
     """Take a merged model apart again, in place, by the `parts` of the one that it was. KeyError for a tensor
     that is missing, RuntimeError for one that does not fit."""
     for key in tensors:
@@ -231,7 +278,7 @@ def restore(model: Llama, tensors: dict[str, Tensor], scale: float, masked: bool
             continue
         rank = len(tensors[key])
         k = len(tensors.get(f"{name}.index", ()))
-        layer = Update(model.get_submodule(name), rank, scale, masked, k)
+        layer = Update(model.get_submodule(name), rank, scale, masked, k, activation)
         with torch.no_grad():
             for part, own in layer.state_dict().items():
                 if part != "bias":

@@ -756,13 +756,13 @@ def load_folder(folder: str) -> tuple[Llama, dict]:
     path = os.path.join(folder, STATE)
     return model, read_json(path) if os.path.exists(path) else {}
 
-def load_parts(folder: str, model: Llama, scale: float, masked: bool):
+def load_parts(folder: str, model: Llama, *switches):
     """Take the model of a checkpoint apart into frozen weights and updates, where it was saved with some.
-    UserError for a file that does not fit."""
+    switches: those of `adapters.restore`. UserError for a file that does not fit."""
     path = os.path.join(folder, UPDATE)
     if os.path.exists(path):
         with as_user_error(AttributeError, KeyError, RuntimeError, prefix=f"{path} does not fit: "):
-            adapters.restore(model, load_tensors(path), scale, masked)
+            adapters.restore(model, load_tensors(path), *switches)
 
 def load_model(path: str) -> tuple[Llama, dict]:
     """Model and state.json (empty for a folder of Hugging Face) from an out_dir or a checkpoint folder, on

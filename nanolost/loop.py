@@ -475,6 +475,8 @@ class Report:
         self.timed = 0
         self.seconds = 0.0
         self.first = True
+        # of the last evaluation
+        self.val_loss = None
 
     def __enter__(self):
         return self
@@ -569,6 +571,7 @@ class Report:
 
     def evaluation(self, val: dict, more: dict):
         self.record("eval", **val, **more)
+        self.val_loss = val["val_loss"]
         paper = ""
         if "paper_ppl" in val:
             paper = f" (the papers' evaluator: {val['paper_ppl']:.2f})"
