@@ -266,7 +266,7 @@ class Stages(Once):
         dense, folder = load_dense(config)
         dense.to(device)
         check_alike(dense, state.model, config)
-        gradients = config.gradient_tokens or config.calibration_tokens
+        gradients = config.gradient_tokens
         if config.masks in staging.ALONE:
             gradients = 0
         windows = masks.windows_of(text, config, config.calibration_tokens, gradients, device)

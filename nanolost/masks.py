@@ -64,8 +64,8 @@ def put_zeros(model: Llama, config, folder: str, text: TokenDataset, device, con
     what each became, as in allocation.json. folder: where the model's weights come from."""
     asked = Zeros(config.masks, 1 - config.zeros, config.pattern)
     with untrained(model), temporary_folder(spooled(config, model)) as spool:
-        gradients = config.gradient_tokens or config.calibration_tokens
-        windows = windows_of(text, config, config.calibration_tokens, gradients, device)
+        tokens, gradients = config.calibration_tokens, config.gradient_tokens
+        windows = windows_of(text, config, tokens, gradients, device)
         key = key_of(config, folder, text)
         statistics = statistics_of(model, windows, config.statistics, key, spool, context)
         task = Task(model, asked, statistics, [], spool, device, context)

@@ -158,6 +158,11 @@ def resolve(given: dict) -> Config:
         value = getattr(config, name)
         if value is not None and not fits(value):
             raise UserError(f"--{name} {value}: must {must}")
+    if config.gradient_tokens is None:
+        config.gradient_tokens = config.calibration_tokens
+    if config.gradient_tokens > config.calibration_tokens:
+        raise UserError(f"--gradient_tokens {config.gradient_tokens}: gradients are taken of windows of the "
+                        f"{config.calibration_tokens} --calibration_tokens: use as many or less")
     known = pruning.pattern_of(config.pattern)
     if known and config.zeros not in (None, 1 - known[0] / known[1]):
         raise UserError(f"--zeros {config.zeros}: --pattern {config.pattern} has {1 - known[0] / known[1]}; "
