@@ -12,12 +12,13 @@ import contextlib
 import dataclasses
 import os
 import sys
+from typing import NamedTuple
 
 import torch
 
 from model import Llama
 from nanolost import adapters, checkpoint, out_dir, run, tuning
-from nanolost.budget import checkpoint_bytes, describe, describe_text
+from nanolost.budget import checkpoint_bytes, count, describe, describe_text
 from nanolost.choices import Questions
 from nanolost.covariance import linears
 from nanolost.data import TokenDataset
@@ -112,12 +113,6 @@ def make_trained(model: Llama, config: Config):
             layer.requires_grad_(True)
     adapters.draw_updates(model, config.seed)
 
-def fresh(model: Llama, config: Config, job: Job) -> State:
-    """Step 0, before zeros are chosen."""
-    model.to(job.device)
-    make_trained(model, config)
-    return State.of(model, config)
-
 def resumed(model: Llama, folder: str, config: Config, job: Job) -> State:
     """The state that the checkpoint `folder` holds; model: the merged one in there."""
     method = METHODS[config.method]
@@ -157,10 +152,6 @@ def warn(config: Config, there: float, report: Report):
         report.say(f"zeros       the folder's matrices are {there:.1%} zeros, which --method {config.method} "
                    "fills: --method masked-lora keeps them")
 
-def describe_trained(model: Llama) -> str:
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return f"trained     {trained:,} parameters"
-
 @torch.no_grad()
 def say_rounding(state: State, texts: run.Texts, dtype: str, job: Job, report: Report):
     """What the source's dtype costs the merged weights, which a checkpoint holds in float32."""
@@ -178,54 +169,16 @@ def say_rounding(state: State, texts: run.Texts, dtype: str, job: Job, report: R
         report.say(f"rounded to {dtype}, as {report.config.ckpt} has its weights (export.py --save_dtype "
                    f"{dtype}): val loss {found['val_loss']:.4f} ({found['val_loss'] - report.val_loss:+.4f})")
 
-def main(config: Config):
-    """Fine-tune as `config` (from `tuning.resolve`) says. Returns when the run is finished, or stopped by a
-    signal."""
-    config = settle_device(config)
-    with (
-        Job.start(config) as job,
-        contextlib.ExitStack() as at_end,
-        Report(config, job) as report,
-        failures_with_their_repair(),
-    ):
-        tuning.settle_paths(config)
-        own, before = own_checkpoint(config.out_dir, config.resume, "ckpt")
-        remember(config, before)
-        source = own or checkpoint.checkpoint_folder(config.ckpt)
-        model, tokenizer, _ = checkpoint.load_with_tokenizer(source)
-        travelling = travelling_files(source)
-        there = adapters.share_of_zeros(model)
-        if own is None:
-            tuning.settle_zeros(config, there)
-        check_layers(model, config)
-        texts = texts_of(config, tokenizer, model, job.world)
-        plan = plan_of(config, model, texts, job, there, at_end)
-        # steps of all its stages
-        report.config = dataclasses.replace(config, steps=plan.steps)
-        job.claim(config.out_dir)
-        folder = job.first(lambda: prepare_out_dir(config, texts, model))
-
-        if folder:
-            state, now, number = go_on(folder, config, texts, plan, job, report)
-        else:
-            now = run.start(config, texts, job)
-            now["stage_steps"] = plan.firsts
-            now["source_dtype"] = str(checkpoint.weights_dtype(source)).removeprefix("torch.")
-            state = fresh(model, config, job)
-            number = -1
-            warn(config, there, report)
-        report.say("\n".join(describe(state.model, config, job.world, split_batch(config, job.world)[1])))
-        report.say(describe_trained(state.model))
-        report.say(describe_text(config, len(texts.train)))
-        if config.compile == "true":
-            state.model.compile()
-
-        run.begin(state, folder, config, job, report, at_end)
-        save = run.saver(state, now, texts, travelling, config, job, report)
-        stopped = carry_out(plan, state, number, report, save)
-        if not stopped:
-            say_rounding(state, texts, now["source_dtype"], job, report)
-        report.end(stopped)
+def start(
+    source: str, model: Llama, config: Config, texts: run.Texts, plan: Once, job: Job
+) -> tuple[State, dict]:
+    """State and identity of a new run, before zeros are chosen."""
+    now = run.start(config, texts, job)
+    now["stage_steps"] = plan.firsts
+    now["source_dtype"] = str(checkpoint.weights_dtype(source)).removeprefix("torch.")
+    model.to(job.device)
+    make_trained(model, config)
+    return State.of(model, config), now
 
 def go_on(folder: str, config: Config, texts: run.Texts, plan: Once, job: Job, report: Report) -> tuple:
     """State and identity of the run that the checkpoint `folder` belongs to, and the number of its stage."""
@@ -244,6 +197,81 @@ def go_on(folder: str, config: Config, texts: run.Texts, plan: Once, job: Job, r
     checkpoint.load_optimizer(folder, state.model, state.optimizers)
     state.restore(saved)
     return state, now, number
+
+class Opened(NamedTuple):
+    """What a run begins with. source: the folder of `model`; there: its share of zeros."""
+
+    source: str
+    model: Llama
+    there: float
+    texts: run.Texts
+    plan: Once
+
+def opened(config: Config, job: Job, at_end: contextlib.ExitStack) -> Opened:
+    """Read model and texts, and choose what depends on them. UserError for all that does not go together."""
+    tuning.settle_paths(config)
+    # a run that goes on knows what it chose, and has its model
+    own, before = own_checkpoint(config.out_dir, config.resume, "ckpt")
+    remember(config, before)
+    source = own or checkpoint.checkpoint_folder(config.ckpt)
+    model, tokenizer, _ = checkpoint.load_with_tokenizer(source)
+    there = adapters.share_of_zeros(model)
+    if own is None:
+        tuning.settle_zeros(config, there)
+    check_layers(model, config)
+    texts = texts_of(config, tokenizer, model, job.world)
+    plan = plan_of(config, model, texts, job, there, at_end)
+    return Opened(source, model, there, texts, plan)
+
+def describe_run(model: Llama, config: Config, texts: run.Texts, plan: Once, job: Job) -> str:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    _, accumulation = split_batch(config, job.world)
+    whole = dataclasses.replace(config, steps=plan.steps)
+    lines = describe(model, whole, job.world, accumulation)
+    lines.append(f"trained     {trained:,} parameters, by --method {config.method}")
+    if METHODS[config.method].masks:
+        stages = count(len(plan.firsts), "stage", "stages")
+        lines.append(f"zeros       {config.zeros:.2%} of the blocks' matrices, in {stages}")
+    lines.append(describe_text(config, len(texts.train)))
+    return "\n".join(lines)
+
+def main(config: Config):
+    """Fine-tune as `config` (from `tuning.resolve`) says. Returns when the run is finished, or stopped by a
+    signal."""
+    config = settle_device(config)
+    with (
+        Job.start(config) as job,
+        contextlib.ExitStack() as at_end,
+        Report(config, job) as report,
+        failures_with_their_repair(),
+    ):
+        source, model, there, texts, plan = opened(config, job, at_end)
+        # what was chosen, and steps of all stages
+        report.config = dataclasses.replace(config, steps=plan.steps)
+        if config.dry_run:
+            make_trained(model, config)
+            return report.say(describe_run(model, config, texts, plan, job))
+        # read now: --overwrite may delete what the model comes from
+        travelling = travelling_files(source)
+        job.claim(config.out_dir)
+        folder = job.first(lambda: prepare_out_dir(config, texts, model))
+
+        if folder:
+            state, now, number = go_on(folder, config, texts, plan, job, report)
+        else:
+            state, now = start(source, model, config, texts, plan, job)
+            number = -1
+            warn(config, there, report)
+        report.say(describe_run(state.model, config, texts, plan, job))
+        if config.compile == "true":
+            state.model.compile()
+
+        run.begin(state, folder, config, job, report, at_end)
+        save = run.saver(state, now, texts, travelling, config, job, report)
+        stopped = carry_out(plan, state, number, report, save)
+        if not stopped:
+            say_rounding(state, texts, now["source_dtype"], job, report)
+        report.end(stopped)
 
 if __name__ == "__main__":
     command(lambda: main(tuning.resolve(parse(Config, sys.argv[1:], __doc__))))
