@@ -581,7 +581,9 @@ class Report:
 
     def accuracy(self, found: dict):
         self.record("accuracy", **found)
-        self.say(f"{self.where()} | accuracy {found['accuracy']:.3f} ± {found['stderr']:.3f} | by length "
+        # one question alone has none
+        error = found["stderr"] or 0.0
+        self.say(f"{self.where()} | accuracy {found['accuracy']:.3f} ± {error:.3f} | by length "
                  f"{found['accuracy_norm']:.3f} | {found['questions']:,} questions")
 
     def end(self, stopped: str):
