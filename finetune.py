@@ -233,9 +233,10 @@ def describe_run(model: Llama, config: Config, texts: run.Texts, plan: Once, job
         stages = count(len(plan.firsts), "stage", "stages")
         lines.append(f"zeros       {config.zeros:.2%} of the blocks' matrices, in {stages}")
     lines.append(describe_text(config, len(texts.train)))
-    if isinstance(texts.train, LineDataset):
-        lines.append(f"lines       rows of {texts.train.seq_len} tokens; {texts.train.cut:,} prompts lost their "
-                     f"beginning, {texts.train.unfinished:,} completions their end")
+    train = texts.train
+    if isinstance(train, LineDataset):
+        lines.append(f"lines       rows of {train.seq_len} tokens; {train.cut:,} prompts lost their beginning, "
+                     f"{train.unfinished:,} completions their end")
     return "\n".join(lines)
 
 def main(config: Config):
