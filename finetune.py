@@ -235,8 +235,8 @@ def describe_run(model: Llama, config: Config, texts: run.Texts, plan: Once, job
     lines.append(describe_text(config, len(texts.train)))
     train = texts.train
     if isinstance(train, LineDataset):
-        lines.append(f"lines       rows of {train.seq_len} tokens; {train.cut:,} prompts lost their beginning, "
-                     f"{train.unfinished:,} completions their end")
+        lines.append(f"lines       rows of {train.seq_len} tokens; {train.cut:,} prompts lost their "
+                     f"beginning, {train.unfinished:,} completions their end")
     return "\n".join(lines)
 
 def main(config: Config):
