@@ -24,7 +24,8 @@ from nanolost.tokenizer import Tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # the dataclass of a command's flags, where it is not `Config` of its own file
-FLAGS_OF = {"train.py": "nanolost.settings", "finetune.py": "nanolost.tuning", "layers.py": "nanolost.settings"}
+FLAGS_OF = {"train.py": "nanolost.settings", "layers.py": "nanolost.settings",
+            "finetune.py": "nanolost.tuning"}
 # programs whose flags are not ours
 OTHERS = {"pip", "git", "tail", "sbatch", "srun", "cd", "source", "cat", "export"}
 # flags of torchrun, pytest and sbatch that the pages name

@@ -152,6 +152,31 @@ def test_a_pattern_holds_in_every_group(tuned, method):
         groups = (layer.weight != 0).reshape(layer.out_features, -1, 4).sum(-1)
         assert (groups <= 2).all() and groups.float().mean() == 2
 
+def test_losa_gives_each_block_a_pattern_of_its_own(tuned):
+    config = tuned(method="losa", pattern="mixed:8", zeros=0.5, masks="wanda", steps=8, stages=3)
+    model, _ = load_folder(folder_of(config))
+    found = set()
+    for name, layer in linears(model).items():
+        groups = (layer.weight != 0).reshape(layer.out_features, -1, 8).sum(-1)
+        # one N in the whole block
+        assert (groups == groups[0, 0]).all()
+        found.add((name.split(".")[2], int(groups[0, 0])))
+    assert len(found) == 2 and sum(n for _, n in found) == 8
+
+@pytest.mark.parametrize("flags", [{"rates": "uniform"}, {"ranks": "uniform"}, {"stages": 1}])
+def test_each_part_of_losa_can_be_switched_off(tuned, flags):
+    config = tuned(**{"method": "losa", "zeros": 0.6, "masks": "wanda", "steps": 8, "stages": 2, **flags})
+    stages = metrics(config, "stage")
+    assert stages[-1]["zeros"] == pytest.approx(0.6, abs=1e-3)
+    assert len(stages) == flags.get("stages", 2)
+    if "ranks" in flags:
+        assert all(max(line["ranks"]) - min(line["ranks"]) <= 1 for line in stages)
+    by_block = [adapters.share_of_zeros(load_folder(folder_of(config))[0])]
+    if "rates" in flags:
+        model, _ = load_folder(folder_of(config))
+        shares = [float((layer.weight == 0).float().mean()) for layer in linears(model).values()]
+        assert max(shares) - min(shares) < 0.03 and by_block[0] == pytest.approx(0.6, abs=1e-3)
+
 def test_wanda_has_as_many_zeros_in_every_row(tuned):
     config = tuned(method="masked-lora", zeros=0.5, masks="wanda")
     for mask in masks_of(folder_of(config)).values():
@@ -320,6 +345,11 @@ def test_fewer_zeros_than_a_folder_has_are_refused(tuned):
     first = tuned(method="masked-lora", zeros=0.5, masks="wanda")
     with pytest.raises(UserError, match="has 0.5000 already"):
         tuned(ckpt=folder_of(first), method="masked-lora", zeros=0.3, out_dir=first.out_dir + "2")
+
+def test_refit_of_zeros_that_are_there_needs_a_dense_model(tuned):
+    first = tuned(method="masked-lora", zeros=0.5, masks="wanda")
+    with pytest.raises(UserError, match="name it by --dense"):
+        tuned(ckpt=folder_of(first), method="refit", out_dir=first.out_dir + "2")
 
 def test_a_dense_model_of_other_sizes_is_no_aim(tuned, tmp_path):
     folder = str(tmp_path / "other")
