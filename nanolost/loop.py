@@ -364,6 +364,13 @@ def evaluate(model: Llama, text: Validation, context, job, windows: list | None 
         found["paper_ppl"] = paper_perplexity(in_order(job.gather(windows), text.micro), *text.paper)
     return found
 
+def require_finite(found: dict, name: str, dtype: str):
+    """UserError where the model `name` was evaluated, in `dtype`, and its loss is no finite number."""
+    loss = found["val_loss"]
+    if not math.isfinite(loss):
+        raise UserError(f"{name}: the loss is {loss}: its weights, or what they compute in {dtype}, are no "
+                        "finite numbers; use another checkpoint or --dtype")
+
 def without_padding(data: TokenDataset) -> torch.Tensor:
     """Inputs of four samples, cut to where the shortest ends: of rows the fullest of the first 64."""
     x, y = data.batch(np.arange(min(64, len(data))))
