@@ -805,13 +805,21 @@ def diagnose(model: nn.Module, run, part: tuple[int, int] = (0, 1)) -> dict[str,
     layers = [(m, name) for name, m in model.named_modules() if isinstance(m, LOSTLinear)]
     names = dict(layers[part[0]::part[1]])
     found = {}
+    failed = []
     def look(module, args):
-        if module in names:
+        if module not in names or failed:
+            return
+        try:
             found[names[module]] = module.diagnose(args[0])
+        except RuntimeError as e:
+            # raised when run() is done: the model may be one that other processes run with this one
+            failed.append(e)
     # one hook for all modules: inputs are looked at as they come, none is kept, and it is gone when run()
     # returns or raises
     with register_module_forward_pre_hook(look):
         run()
+    if failed:
+        raise failed[0]
     return found
 
 # --- whole models ---

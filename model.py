@@ -169,6 +169,21 @@ def draw_normal(p: torch.Tensor, std: float, generator: torch.Generator):
     drawn.normal_(0.0, std, generator=generator)
     p.copy_(drawn)
 
+@torch.no_grad()
+def first_values(name: str, p: torch.Tensor, std: float, seed: int):
+    """Fill p, the parameter `name` of a Llama whose blocks have the init_std `std`."""
+    if name.endswith("norm.weight"):
+        p.fill_(1.0)
+    # only models that were trained elsewhere have them, and bring their own
+    elif name.endswith("_proj.bias"):
+        p.zero_()
+    elif name.endswith("_proj.weight"):
+        draw_normal(p, std, generator_of(seed, name))
+    elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
+        draw_normal(p, 0.02, generator_of(seed, name))
+    else:
+        raise ValueError(f"no rule says how to initialise {name}: add one to model.first_values")
+
 # --- the model, from the inside out ---
 
 def slowed(
@@ -309,8 +324,22 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.mlp = MLP(config)
+        self.width = config.n_embd
 
-    def forward(self, x, rope, cache=None):
+    def forward(self, x, rope, cache=None, twice: bool = False):
+        """twice: the backward pass computes most of the block again."""
+        if not twice:
+            return self.inner(x, rope, cache)
+        # inside the block, where a block that is compiled or sharded by itself finds it
+        return checkpoint(
+            self.inner, x, rope,
+            use_reentrant=False,
+            # nothing is drawn in a block
+            preserve_rng_state=False,
+            context_fn=functools.partial(keep_narrow, self.width),
+        )
+
+    def inner(self, x, rope, cache=None):
         # both add to the same stream: a norm before each, none after
         normed = self.input_layernorm(x)
         x = x + self.self_attn(normed, rope, cache)
@@ -365,17 +394,7 @@ class Llama(nn.Module):
         if seed is None:
             seed = int(torch.randint(2**62, (), device="cpu"))
         for name, p in self.named_parameters():
-            if name.endswith("norm.weight"):
-                p.fill_(1.0)
-            # only models that were trained elsewhere have them, and bring their own
-            elif name.endswith("_proj.bias"):
-                p.zero_()
-            elif name.endswith("_proj.weight"):
-                draw_normal(p, self.config.init_std, generator_of(seed, name))
-            elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
-                draw_normal(p, 0.02, generator_of(seed, name))
-            else:
-                raise ValueError(f"no rule says how to initialise {name}: add one to Llama.init_weights")
+            first_values(name, p, self.config.init_std, seed)
 
     def forward(self, idx, targets=None, cache=None, loss_only: bool = False):
         x = self.hidden(idx, cache)                                                        # (B, T, C)
@@ -404,19 +423,13 @@ class Llama(nn.Module):
         # where nothing is learned, no backward pass follows that could compute it again
         twice = self.recompute and torch.is_grad_enabled() and cache is None
         for block in self.model["layers"]:
-            if twice:
-                x = self.recomputed(block, x, rope)
-            else:
-                x = block(x, rope, cache)
+            x = block(x, rope, cache, twice)
         return self.model["norm"](x)
 
-    def recomputed(self, block, x, rope):
-        """block(x, rope), most of which the backward pass computes again."""
-        keep = functools.partial(keep_narrow, self.config.n_embd)
-        return checkpoint(
-            block, x, rope,
-            use_reentrant=False,
-            # nothing is drawn in a block
-            preserve_rng_state=False,
-            context_fn=keep,
-        )
+    def losses(self, idx, targets):
+        """The mean loss that forward gives, and the loss of each position, (B, T) float32, 0 where there is
+        no target: for an evaluation."""
+        nats = torch.zeros(targets.numel(), device=targets.device)
+        x = self.hidden(idx).flatten(0, 1)
+        loss = head_loss(self.lm_head, x, targets.flatten(), nats)
+        return loss, nats.view(targets.shape)

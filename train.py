@@ -13,8 +13,10 @@ import contextlib
 import os
 import sys
 
+import torch
+
 from model import Llama, LlamaConfig
-from nanolost import checkpoint, out_dir, run
+from nanolost import checkpoint, out_dir, run, shard, start
 from nanolost.allocation import settle_allocation
 from nanolost.budget import checkpoint_bytes, describe, describe_dense, describe_text
 from nanolost.data import TokenDataset
@@ -23,7 +25,7 @@ from nanolost.failures import failures_with_their_repair
 from nanolost.flags import command, parse, say
 from nanolost.job import Job, place
 from nanolost.loop import Report, State, Validation
-from nanolost.methods import build_model, owners
+from nanolost.methods import build_model
 from nanolost.optim import freeze
 from nanolost.settings import FIXED, Config, resolve, settle_device, split_batch
 from nanolost.source import Source, remembered
@@ -64,11 +66,19 @@ def texts_of(config: Config, tokenizer: Tokenizer) -> run.Texts:
 
 # --- a new run, or one that goes on ---
 
-def first_model(config: Config, source: Source | None, device, part: tuple[int, int] = (0, 1)) -> Llama:
-    """The model of step 0: drawn, or that of --init_from. Of n processes the i-th fills `part` (i, n)."""
-    if source is None:
-        return build_model(config, device, part)
-    return source.build(config, device, part)
+def first_shapes(config: Config, source: Source | None) -> Llama:
+    """The model of step 0, on the meta device."""
+    model = build_model(config, "meta") if source is None else source.build(config)
+    freeze(model, config.freeze)
+    return model
+
+def settle_memory(model: Llama, config: Config, job: Job) -> Llama:
+    """Give a model of shapes alone memory on this process's device, of --shard processes each a part."""
+    if config.shard > 1:
+        freeze(model, config.freeze)
+        shard.split_model(model, config.shard, getattr(torch, config.dtype), job)
+    shard.make_room(model, job.device)
+    return model
 
 def prepare_out_dir(config: Config, texts: run.Texts, source: Source | None) -> str | None:
     """Rank 0's look at out_dir and at the data before anything is written: the folder of the checkpoint to
@@ -76,30 +86,29 @@ def prepare_out_dir(config: Config, texts: run.Texts, source: Source | None) -> 
     # what a killed run was to overwrite, and what a killed save left behind, which takes room
     out_dir.end_overwrite(config.out_dir)
     checkpoint.sweep(config.out_dir)
-    shapes = first_model(config, source, "meta")
-    freeze(shapes, config.freeze)
+    shapes = first_shapes(config, source)
     out_dir.check_space(config.out_dir, config.keep, checkpoint_bytes(shapes, config.optimizer))
     texts.check(config)
     return out_dir.choose_checkpoint(config.out_dir, config.resume, config.overwrite)
 
 def fresh(config: Config, job: Job, source: Source | None = None) -> State:
-    """Step 0. Each process decomposes its share of the layers and sends them to the others."""
-    model = first_model(config, source, job.device, (job.rank, job.world))
-    owner = owners(model, job.world)
-    for name, tensor in model.state_dict().items():
-        # also what all drew alike: two kinds of GPU may round a decomposition differently
-        layer = name.rpartition(".")[0]
-        job.broadcast(tensor, owner.get(layer, 0))
+    """Step 0."""
+    if source is not None and not source.converts:
+        # each process reads what it holds
+        model, _ = checkpoint.load_folder(source.folder, lambda model: settle_memory(model, config, job))
+        return State.of(model, config)
+    model = settle_memory(first_shapes(config, source), config, job)
+    start.fill(model, source, config, job)
     return State.of(model, config)
 
 def resumed(config: Config, job: Job, texts: run.Texts, folder: str, report: Report) -> tuple[State, dict]:
     """The state that the checkpoint `folder` holds, and what the run is now."""
-    model, saved = checkpoint.load_folder(folder)
+    model, saved = checkpoint.load_folder(folder, lambda model: settle_memory(model, config, job))
     if "config" not in saved:
         raise UserError(f"{folder} has no training state to continue from: it is a model alone")
     now = run.go_on(saved["config"], config, texts, FIXED, job, report)
     report.say(f"continuing from {folder}")
-    state = State.of(model.to(job.device), config)
+    state = State.of(model, config)
     checkpoint.load_optimizer(folder, model, state.optimizers)
     state.restore(saved)
     return state, now
@@ -114,8 +123,7 @@ def dry_run(config: Config):
     settle_allocation(config, source)
     config.micro_batch, accumulation = split_batch(config, world)
     # shapes only: 7b needs no memory either
-    model = first_model(config, source, "meta")
-    freeze(model, config.freeze)
+    model = first_shapes(config, source)
     lines = describe(model, config, world, accumulation)
     # where the text is there, it must be one that the run itself would take
     if tokenizer is not None and os.path.isdir(config.data_dir):
@@ -136,7 +144,9 @@ def main(config: Config):
         contextlib.ExitStack() as at_end,
         Report(config, job) as report,
         failures_with_their_repair(),
+        job.exchanges(),
     ):
+        shard.check_shards(config.shard, job.world)
         source = Source.of(config)
         # read now: --overwrite may delete what the model comes from
         travelling = source.travelling() if source else {}
@@ -155,8 +165,7 @@ def main(config: Config):
         report.say("\n".join(describe(state.model, config, job.world, accumulation)))
         report.say(describe_text(config, len(texts.train)))
         if config.compile == "true":
-            # in place: parameters keep their names
-            state.model.compile()
+            shard.compile_model(state.model)
 
         run.begin(state, folder, config, job, report, at_end)
         save = run.saver(state, now, texts, travelling, config, job, report)

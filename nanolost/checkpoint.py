@@ -17,21 +17,18 @@ import re
 import shutil
 import sys
 from collections import defaultdict
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from lost import LOSTError
 from model import ConfigError, Llama
-from nanolost import adapters
+from nanolost import adapters, shard
 from nanolost.errors import UserError, as_user_error
 from nanolost.files import (
     ended_by_signals,
-    follow_umask,
-    open_regular,
     parse_json,
     plain_name,
     read_json,
@@ -39,7 +36,9 @@ from nanolost.files import (
     sync_folder,
 )
 from nanolost.huggingface import config_from_hf, config_json, travelling_code
+from nanolost.job import Alone
 from nanolost.methods import rebuild
+from nanolost.tensors import TensorFiles, Writer, file_order, write_tensors
 from nanolost.tokenizer import Tokenizer
 
 # a save that replaces its own step keeps the old folder as step_…_before until the new one is in place
@@ -48,16 +47,23 @@ NAME = re.compile(r"step_([0-9]{8,})(_before(?:_[0-9]+)?)?")
 LEFTOVER = re.compile(r"\.tmp_(old_)?step_[0-9]{8,}(_before)?(_[0-9]+)*")
 
 WEIGHTS = "model.safetensors"
-# Hugging Face's list of which tensor is in which file, where a model has several
-INDEX = "model.safetensors.index.json"
 MOMENTS = "optimizer.safetensors"
 UPDATE = "update.safetensors"
 STATE = "state.json"
 MANIFEST = "manifest.json"
-# every version of this program has written these beside the weights
-NEEDED = (MOMENTS, "config.json", STATE, "tokenizer.json")
+# every version of this program has written these beside weights and moments
+NEEDED = ("config.json", STATE, "tokenizer.json")
+# of more bytes weights, and moments, are several files, which several processes write at once
+LONGEST = 10_000_000_000
 # state of torch's Adam and AdamW whose root is taken, and every optimizer's count of its steps
 NEVER_NEGATIVE = ("step", "exp_avg_sq", "max_exp_avg_sq")
+
+def index_of(name: str) -> str:
+    """The list of which tensor is in which file, where there are several in the place of `name`."""
+    return f"{name}.index.json"
+
+# Hugging Face's
+INDEX = index_of(WEIGHTS)
 
 # --- which folders there are, and whose ---
 
@@ -191,12 +197,13 @@ def read_manifest(folder: str) -> dict[str, str]:
     for name in NEEDED:
         if name not in digests:
             raise UserError(f"{path} does not name {name}")
-    if WEIGHTS not in digests and INDEX not in digests:
-        raise UserError(f"{path} does not name {WEIGHTS}")
+    for name in (WEIGHTS, MOMENTS):
+        if name not in digests and index_of(name) not in digests:
+            raise UserError(f"{path} does not name {name}")
     return digests
 
-def verify(folder: str) -> str | None:
-    """What is wrong with a checkpoint by its manifest, or None."""
+def verify(folder: str, mine: set[str] | None = None) -> str | None:
+    """What is wrong with a checkpoint by its manifest, or None. mine: look at these files alone."""
     try:
         digests = read_manifest(folder)
     except UserError as e:
@@ -205,6 +212,8 @@ def verify(folder: str) -> str | None:
     if step is not None:
         return f"it is a copy of step {step} by its {STATE}: give it that step's name, or one without a step"
     for name, digest in digests.items():
+        if mine is not None and name not in mine:
+            continue
         try:
             if sha256_file(os.path.join(folder, name)) != digest:
                 return f"{name} has changed since it was written"
@@ -236,7 +245,7 @@ def newest_checkpoint(out_dir: str) -> str | None:
 
 def model_tensors(model: Llama) -> dict[str, torch.Tensor]:
     """The state dict under plain names; a tied head is left out, as Hugging Face does."""
-    tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
+    tensors = {name: t.detach() for name, t in model.state_dict().items()}
     if model.config.tie_embeddings:
         del tensors["lm_head.weight"]
     return tensors
@@ -263,7 +272,7 @@ def optimizer_tensors(model: Llama, optimizers: list) -> dict[str, torch.Tensor]
         for key, value in state.items():
             if isinstance(value, torch.Tensor):
                 # one counter may serve all parameters: safetensors refuses what is shared
-                value = value.clone() if value.dim() == 0 else value.contiguous()
+                value = value.clone() if value.dim() == 0 else value
                 tensors[f"{name}.{key}"] = value.detach()
     return tensors
 
@@ -289,38 +298,41 @@ def write_json(folder: str, name: str, content: dict):
     with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
         json.dump(content, f, indent=1)
 
-def write_tensors(folder: str, name: str, tensors: dict[str, torch.Tensor], notes: dict[str, str]):
-    """One safetensors file; notes: its metadata."""
-    # the library writes several notes in an order that varies: equal states would differ in their bytes
-    assert len(notes) == 1, notes
-    path = os.path.join(folder, name)
-    save_file(tensors, path, notes)
-    # its own temporary file is private, 0600
-    follow_umask(path)
+def several(name: str, tensors: dict[str, torch.Tensor], longest: int | str | None):
+    """Hugging Face's plan of which tensor is in which file, of at most `longest` bytes ("5GB"), in the place
+    of the one file `name`."""
+    if longest is None:
+        longest = sum(t.nbytes for t in tensors.values()) + 1
+    return split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda t: t.nbytes,
+        filename_pattern=name.replace(".", "{suffix}.", 1),
+        max_shard_size=longest,
+    )
+
+def write_index(folder: str, name: str, plan):
+    if plan.is_sharded:
+        content = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(folder, index_of(name), content)
 
 def write_weights(folder: str, tensors: dict[str, torch.Tensor], longest: int | str | None):
     """The tensors in one file or, where they have more than `longest` bytes ("5GB"), in several with their
     index, under Hugging Face's names."""
-    if longest is None:
-        write_tensors(folder, WEIGHTS, tensors, {"format": "pt"})
-        return
-    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=longest)
+    plan = several(WEIGHTS, tensors, longest)
     for file, names in plan.filename_to_tensors.items():
         write_tensors(folder, file, {name: tensors[name] for name in names}, {"format": "pt"})
-    if plan.is_sharded:
-        content = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        write_json(folder, INDEX, content)
+    write_index(folder, WEIGHTS, plan)
 
-def write_model(
+def write_words(
     folder: str,
     model: Llama,
     tokenizer: Tokenizer,
     travelling: dict[str, bytes],
     dtype: torch.dtype = torch.float32,
-    longest: int | str | None = None,
 ):
-    """What makes `folder` a model of Hugging Face: weights in `dtype`, config.json, the tokenizer's files,
-    and the code of layers that transformers lacks. travelling: other files by name, from the source."""
+    """What makes `folder` a model of Hugging Face, without the weights, which are `dtype`: config.json, the
+    tokenizer's files, and the code of layers that transformers lacks. travelling: other files by name, from
+    the source."""
     with as_user_error(ConfigError):
         name = str(dtype).removeprefix("torch.")
         content = config_json(model, tokenizer.eot, tokenizer.start[0], name)
@@ -331,13 +343,105 @@ def write_model(
     for name, data in files.items():
         with open(os.path.join(folder, name), "wb") as f:
             f.write(data)
+    write_json(folder, "config.json", content)
+
+def write_model(
+    folder: str,
+    model: Llama,
+    tokenizer: Tokenizer,
+    travelling: dict[str, bytes],
+    dtype: torch.dtype = torch.float32,
+    longest: int | str | None = None,
+):
+    """`write_words` and the weights, of a model that is not trained further."""
+    write_words(folder, model, tokenizer, travelling, dtype)
     tensors = model_tensors(model)
     for name, tensor in tensors.items():
         # channels are whole numbers
         if tensor.is_floating_point():
             tensors[name] = tensor.to(dtype)
     write_weights(folder, tensors, longest)
-    write_json(folder, "config.json", content)
+
+# --- saving by several processes ---
+
+class Content(NamedTuple):
+    """Tensors that belong together, in one file or several, and the note in each."""
+
+    name: str
+    tensors: dict[str, torch.Tensor]
+    notes: dict[str, str]
+
+class Turn(NamedTuple):
+    """A tensor that a process is to write. file: the name of the file; inside: all tensors in there."""
+
+    file: str
+    inside: dict[str, torch.Tensor]
+    notes: dict[str, str]
+    tensor: torch.Tensor
+
+def turns_of(content: Content, plan) -> list[list[Turn]]:
+    """The turns of each file, in its order."""
+    found = []
+    for file, names in plan.filename_to_tensors.items():
+        inside = {name: content.tensors[name] for name in names}
+        found.append([Turn(file, inside, content.notes, inside[name]) for name in file_order(inside)])
+    return found
+
+class Writing:
+    """What one process writes of a checkpoint. digests: of its files; fault: what the disk said, if it did
+    not take one."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        self.writer = None
+        self.name = None
+        self.digests = {}
+        self.fault = None
+
+    def put(self, turn: Turn, tensor: torch.Tensor):
+        # the others count on this process in their exchanges, whatever its disk says
+        if self.fault is not None:
+            return
+        try:
+            if turn.file != self.name:
+                self.close()
+                self.name = turn.file
+                self.writer = Writer(os.path.join(self.folder, turn.file), turn.inside, turn.notes)
+            self.writer.put(tensor)
+        except OSError as e:
+            self.fault = str(e)
+
+    def close(self):
+        """The end of a file, which is on the disk for certain then."""
+        if self.writer is None:
+            return
+        try:
+            self.digests[self.name] = self.writer.close()
+        except OSError as e:
+            self.fault = self.fault or str(e)
+        self.writer = None
+
+def write_turns(folder: str, queues: list[list[Turn]], rank: int) -> Writing:
+    """Write the queue of process `rank`; what is split is gathered by all, in one order. A process holds the
+    tensor that it is to write and one that is gathered for another, never more."""
+    mine = Writing(folder)
+    for turns in itertools.zip_longest(*queues):
+        held = None
+        for number, turn in enumerate(turns):
+            if turn is None:
+                continue
+            tensor = shard.whole(turn.tensor)
+            if number == rank:
+                held = turn, tensor.cpu()
+            elif shard.is_split(turn.tensor):
+                # seen through: nccl counts a time-out from where a process asks, not from where it waits
+                tensor.flatten()[:1].cpu()
+            del tensor
+        # all at once
+        if held is not None:
+            mine.put(*held)
+    mine.close()
+    return mine
 
 def sync_files(folder: str):
     """fsync a folder and its files: a rename that reaches the disk before them would name one of zeros."""
@@ -346,6 +450,16 @@ def sync_files(folder: str):
             os.fsync(f.fileno())
     sync_folder(folder)
 
+def contents_of(whole: Llama, model: Llama, optimizers: list) -> list[Content]:
+    """What a checkpoint of `model` holds in tensors. whole: the same with its updates merged."""
+    # an optimizer that is refused leaves nothing behind: nothing is written yet
+    notes = {"nanolost": json.dumps(optimizer_values(model, optimizers), sort_keys=True)}
+    found = [Content(WEIGHTS, model_tensors(whole), {"format": "pt"})]
+    parts = adapters.parts(model)
+    if parts:
+        found.append(Content(UPDATE, parts, {"format": "pt"}))
+    return [*found, Content(MOMENTS, optimizer_tensors(model, optimizers), notes)]
+
 def write(
     folder: str,
     model: Llama,
@@ -353,27 +467,51 @@ def write(
     state: dict,
     tokenizer: Tokenizer,
     travelling: dict[str, bytes],
-):
-    """All files of a checkpoint and their manifest, on the disk for certain when it returns."""
-    # before the folder is made: an optimizer that is refused leaves nothing behind
-    values = optimizer_values(model, optimizers)
-    parts = adapters.parts(model)
-    whole = adapters.merged(model) if parts else model
-    # a resume goes on bit for bit: float32
-    write_model(folder, whole, tokenizer, travelling)
-    if parts:
-        write_tensors(folder, UPDATE, parts, {"format": "pt"})
-    notes = {"nanolost": json.dumps(values, sort_keys=True)}
-    write_tensors(folder, MOMENTS, optimizer_tensors(model, optimizers), notes)
-    write_json(folder, STATE, state)
-    # hashed once as written, before the fsync, and once as read back from the final name
-    digests = {name: sha256_file(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
-    write_json(folder, MANIFEST, digests)
-    sync_files(folder)
+    job,
+) -> set[str]:
+    """All files of a checkpoint and their manifest, on the disk for certain when it returns: the names of
+    those that this process is to read back."""
+    writers = job.world
+    whole = model
+    if adapters.updates(model):
+        # a second copy of the weights, which one process makes and writes
+        writers = 1
+        if job.rank == 0:
+            whole = adapters.merged(model)
+    contents = contents_of(whole, model, optimizers)
+    job.first(lambda: write_words(folder, whole, tokenizer, travelling))
+    plans = [several(c.name, c.tensors, LONGEST) for c in contents]
+    files = [file for c, plan in zip(contents, plans, strict=True) for file in turns_of(c, plan)]
+    queues = [list(itertools.chain(*files[number::writers])) for number in range(writers)]
+    mine = write_turns(folder, queues, job.rank)
+    written = job.gather((mine.digests, mine.fault), patient=True)
+    for _, fault in written:
+        if fault is not None:
+            raise OSError(fault)
+    def finish():
+        for content, plan in zip(contents, plans, strict=True):
+            write_index(folder, content.name, plan)
+            # an optimizer without state still has a name
+            if not content.tensors:
+                write_tensors(folder, *content)
+        write_json(folder, STATE, state)
+        digests = {}
+        for found, _ in written:
+            digests |= found
+        # the others are hashed once as written, before the fsync, and once as read back from the final name
+        for name in sorted(set(os.listdir(folder)) - set(digests)):
+            digests[name] = sha256_file(os.path.join(folder, name))
+        write_json(folder, MANIFEST, dict(sorted(digests.items())))
+        sync_files(folder)
+    job.first(finish)
+    # rank 0 has written what no list of digests has, and reads that too
+    if job.rank == 0:
+        return set(os.listdir(folder)) - {name for found, _ in written[1:] for name in found}
+    return set(mine.digests)
 
 def put_in_place(temporary: str, final: str):
-    """Give a written checkpoint its name, and read it back. One that has the name already steps aside first:
-    between the two renames that one counts."""
+    """Give a written checkpoint its name. One that has the name already steps aside first: between the two
+    renames that one counts."""
     if os.path.lexists(final):
         os.rename(final, unused(f"{final}_before"))
     os.rename(temporary, final)
@@ -381,9 +519,15 @@ def put_in_place(temporary: str, final: str):
     home = os.path.dirname(final)
     sync_folder(home)
     sync_folder(os.path.dirname(home))
-    fault = verify(final)
-    if fault is not None:
-        raise OSError(f"{final} does not read back as it was written ({fault}): is the disk failing?")
+
+def read_back(final: str, mine: set[str], job):
+    """OSError on all processes for a checkpoint that is not what was written. mine: files that this process
+    is to read, which it has written."""
+    # rank 0 alone looks at the folder itself
+    found = verify(final, mine) if mine or job.rank == 0 else None
+    for fault in job.gather(found, patient=True):
+        if fault is not None:
+            raise OSError(f"{final} does not read back as it was written ({fault}): is the disk failing?")
 
 def save_checkpoint(
     out_dir: str,
@@ -394,20 +538,26 @@ def save_checkpoint(
     tokenizer: Tokenizer,
     keep: int,
     travelling: dict[str, bytes] | None = None,
+    job=None,
 ) -> str:
     """Write the checkpoint of `step`; once it verifies, keep only the newest. Returns its folder. OSError if
     the disk does not take it: then its part is removed and the earlier ones stay. travelling: files by name
-    that the model came with and that nobody here reads, written as they are."""
+    that the model came with and that nobody here reads, written as they are. All processes of `job` call."""
+    job = job or Alone()
     home = os.path.join(out_dir, "checkpoints")
     final = os.path.join(home, f"step_{step:08d}")
     # a folder that an earlier start could not sweep is in nobody's way
-    temporary = unused(os.path.join(home, f".tmp_step_{step:08d}"))
+    temporary = job.first(lambda: unused(os.path.join(home, f".tmp_step_{step:08d}")))
     try:
-        write(temporary, model, optimizers, state, tokenizer, travelling or {})
-        put_in_place(temporary, final)
-    except (OSError, SafetensorError) as e:
+        mine = write(temporary, model, optimizers, state, tokenizer, travelling or {}, job)
+        job.first(lambda: put_in_place(temporary, final))
+        read_back(final, mine, job)
+    except ConnectionError:
+        # nobody is left to agree with; the next start sweeps
+        raise
+    except OSError as e:
         # on a full disk the part that was written would keep it full
-        shutil.rmtree(temporary, ignore_errors=True)
+        job.first(lambda: shutil.rmtree(temporary, ignore_errors=True))
         # with an update its parts, which are about as large as the merged weights
         tensors = model_tensors(model) | adapters.parts(model) | optimizer_tensors(model, optimizers)
         need = sum(t.nbytes for t in tensors.values())
@@ -416,7 +566,7 @@ def save_checkpoint(
                       "checkpoints are whole: make room, or the folder writable, and the same command "
                       "continues") from None
     # only now: until here an earlier one may have been the last good one
-    retain(out_dir, step, keep)
+    job.first(lambda: retain(out_dir, step, keep))
     return final
 
 # --- a folder of a model alone ---
@@ -467,7 +617,7 @@ def write_whole(out_dir: str, write):
             sync_files(temporary)
             # an empty folder may be in the place
             os.rename(temporary, final)
-        except (OSError, SafetensorError) as e:
+        except OSError as e:
             raise UserError(f"cannot write {out_dir} ({e}): use another --out_dir, or make room") from None
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -478,19 +628,22 @@ def write_whole(out_dir: str, write):
 
 def load_tensors(path: str) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file, on the CPU. UserError for any other file."""
-    try:
-        # the library would wait at a pipe
-        open_regular(path).close()
-        # copies: a mapped file keeps its room on the disk if deleted
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"cannot read {path}: {e}") from None
+    files = TensorFiles.of(path)
+    return {name: files.read(name) for name in files}
 
-def saved_states(path: str) -> tuple[list | None, dict[str, dict]]:
-    """The optimizers' names (None in files from before they were kept), and the state by parameter."""
-    tensors = load_tensors(path)
-    with safe_open(path, "pt") as f:
-        notes = (f.metadata() or {}).get("nanolost", "{}")
+def read_part(files: TensorFiles, name: str, like: torch.Tensor) -> torch.Tensor:
+    """A tensor of some files, laid out as `like` is: of a split one only this process's rows are read."""
+    if not shard.is_split(like) or files.shape(name).shape != like.shape:
+        return files.read(name)
+    return shard.split_like(files.read(name, shard.rows(like)).to(shard.local(like).device), like)
+
+def saved_states(folder: str, parameters: dict[str, nn.Parameter]) -> tuple[list | None, dict[str, dict]]:
+    """The optimizers' names (None in files from before they were kept), and the state by parameter. Of the
+    state of a split parameter, by its name in `parameters`, this process reads its rows."""
+    files = tensor_files(folder, MOMENTS)
+    path = os.path.join(folder, MOMENTS)
+    # the same in each of several files
+    notes = files.notes(next(iter(files.where.values()), path)).get("nanolost", "{}")
     content = parse_json(notes.encode(), path)
     # files from before there were notes have neither
     kinds = content.get("optimizers")
@@ -498,9 +651,11 @@ def saved_states(path: str) -> tuple[list | None, dict[str, dict]]:
     if not isinstance(values, dict) or not all(isinstance(state, dict) for state in values.values()):
         raise UserError(f"cannot read {path}: its numbers do not stand by parameter")
     states = dict(values)
-    for name, tensor in tensors.items():
+    for name in files:
         # names of parameters have dots, torch's names of their state have none
         parameter, _, key = name.rpartition(".")
+        like = parameters.get(parameter)
+        tensor = files.read(name) if like is None else read_part(files, name, like)
         states.setdefault(parameter, {})[key] = tensor
     return kinds, states
 
@@ -541,7 +696,7 @@ def impossible(key: str, value) -> str | None:
     """Why no optimizer has the numbers `value` as its state `key`, None if one may."""
     if not isinstance(value, torch.Tensor | int | float):
         return None
-    numbers = value
+    numbers = shard.local(value)
     # a note of JSON, where Python reads NaN and Infinity too
     if not isinstance(value, torch.Tensor):
         numbers = torch.tensor(float(value))
@@ -607,7 +762,7 @@ def load_optimizer(folder: str, model: Llama, optimizers: list):
     """Put the saved state back. UserError if it is the state of other optimizers or of another model, or has
     what these optimizers cannot have written."""
     path = os.path.join(folder, MOMENTS)
-    kinds, states = saved_states(path)
+    kinds, states = saved_states(folder, dict(model.named_parameters()))
     now = sorted({type(optimizer).__name__ for optimizer in optimizers})
     # an optimizer without state would take any other's, and any other would start anew from its
     if kinds not in (None, now):
@@ -648,9 +803,9 @@ def checkpoint_folder(path: str) -> str:
         raise UserError(f"no checkpoint in {path}: give an out_dir or a checkpoint folder ({refused})")
     return folder
 
-def read_index(folder: str) -> dict[str, str]:
-    """File name by tensor name, from Hugging Face's index of a model in several files."""
-    path = os.path.join(folder, INDEX)
+def read_index(folder: str, name: str = WEIGHTS) -> dict[str, str]:
+    """File name by tensor name, from the index of what has several files in the place of `name`."""
+    path = os.path.join(folder, index_of(name))
     # beside it stands metadata: a total size that nothing here needs
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict):
@@ -659,29 +814,31 @@ def read_index(folder: str) -> dict[str, str]:
         plain_name(file, path)
     return weight_map
 
-def load_weights(folder: str) -> dict[str, torch.Tensor]:
-    """The weights of a folder, and of no other file that lies beside them: of ours what the manifest names,
-    of Hugging Face's model.safetensors, else what the index names, each tensor from the file it says."""
+def tensor_files(folder: str, name: str = WEIGHTS) -> TensorFiles:
+    """The tensors that a folder has in the file `name`, or in several in its place, and in no other file that
+    lies beside them: of ours what the manifest names, of Hugging Face's model.safetensors, else what the
+    index names, each tensor from the file it says."""
     # model_ema.safetensors and the like are somebody's own: never guess by a pattern
     files = read_manifest(folder) if is_own(folder) else os.listdir(folder)
-    if WEIGHTS in files:
-        return load_tensors(os.path.join(folder, WEIGHTS))
-    if INDEX not in files:
-        raise UserError(f"{folder} has no {WEIGHTS}: give an out_dir or a checkpoint folder")
-    weight_map = read_index(folder)
-    tensors = {}
+    if name in files:
+        return TensorFiles.of(os.path.join(folder, name))
+    index = index_of(name)
+    if index not in files:
+        raise UserError(f"{folder} has no {name}: give an out_dir or a checkpoint folder")
+    weight_map = read_index(folder, name)
+    where = {}
     for file in sorted(set(weight_map.values())):
         if file not in files:
-            raise UserError(f"{folder} lacks {file}, which {INDEX} names: copy that file beside it")
-        content = load_tensors(os.path.join(folder, file))
+            raise UserError(f"{folder} lacks {file}, which {index} names: copy that file beside it")
+        content = TensorFiles.of(os.path.join(folder, file))
         # a tensor that lies in two files is the one that the index says
-        for name in weight_map:
-            if weight_map[name] == file and name not in content:
-                raise UserError(f"{folder}: {file} lacks {name}, which {INDEX} promises: bring the files of "
-                                "one download")
-            if weight_map[name] == file:
-                tensors[name] = content[name]
-    return tensors
+        for tensor in weight_map:
+            if weight_map[tensor] == file and tensor not in content:
+                raise UserError(f"{folder}: {file} lacks {tensor}, which {index} promises: bring the files "
+                                "of one download")
+            if weight_map[tensor] == file:
+                where[tensor] = content.where[tensor]
+    return TensorFiles(where)
 
 def weights_dtype(folder: str) -> torch.dtype:
     """The dtype that a folder keeps its weights in, by the one that every model has."""
@@ -689,14 +846,10 @@ def weights_dtype(folder: str) -> torch.dtype:
     file = WEIGHTS
     if not os.path.exists(os.path.join(folder, WEIGHTS)):
         file = read_index(folder).get(name, WEIGHTS)
-    path = os.path.join(folder, file)
-    try:
-        # the library would wait at a pipe
-        open_regular(path).close()
-        with safe_open(path, "pt") as f:
-            return f.get_slice(name)[:0].dtype
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"cannot read {path}: {e}") from None
+    files = TensorFiles.of(os.path.join(folder, file))
+    if name not in files:
+        raise UserError(f"cannot read {os.path.join(folder, file)}: it has no {name}")
+    return files.shape(name).dtype
 
 def empty_model(content: dict, folder: str) -> Llama:
     """The model that a config.json describes, shapes only. UserError for one that cannot be."""
@@ -729,26 +882,63 @@ def check_fit(tensors: dict[str, torch.Tensor], model: Llama, folder: str):
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise UserError(f"the weights in {folder} do not fit its config.json: {'; '.join(faults[:3])}{more}")
 
-def load_folder(folder: str) -> tuple[Llama, dict]:
-    """`load_model` of a checkpoint folder that is known to be good."""
-    model = empty_model(read_json(os.path.join(folder, "config.json")), folder)
-    tensors = {}
-    for name, tensor in load_weights(folder).items():
-        # old folders of Hugging Face keep this table, which follows from the sizes
-        if not name.endswith("rotary_emb.inv_freq"):
-            tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
-    tied = model.config.tie_embeddings
-    shared = tensors.get("model.embed_tokens.weight")
-    if tied and shared is not None:
-        # a copy is harmless; transformers would use a head of its own, whatever config.json says
-        if not torch.equal(tensors.get("lm_head.weight", shared), shared):
+# old folders of Hugging Face keep this table, which follows from the sizes
+TABLE = "rotary_emb.inv_freq"
+
+def kept_shapes(files: TensorFiles) -> dict[str, torch.Tensor]:
+    """What a folder's weights are, as they are loaded: shapes alone."""
+    found = {}
+    for name in files:
+        if not name.endswith(TABLE):
+            tensor = files.shape(name)
+            found[name] = tensor.float() if tensor.is_floating_point() else tensor
+    return found
+
+def check_head(files: TensorFiles, folder: str):
+    """UserError for a tied head that has weights of its own; a copy is harmless. transformers would use them,
+    whatever config.json says."""
+    names = "model.embed_tokens.weight", "lm_head.weight"
+    if not all(name in files for name in names):
+        return
+    words, _ = files.shape(names[0]).shape
+    # some rows at a time
+    for first in range(0, words, 4096):
+        part = slice(first, first + 4096)
+        one, other = (files.read(name, part) for name in names)
+        if not torch.equal(one, other):
             raise UserError(f"{folder}: its weights hold a head of their own, and tie_word_embeddings in "
                             "config.json is true: set it to false there")
-        tensors["lm_head.weight"] = shared
-    check_fit(tensors, model, folder)
+
+def load_folder(folder: str, split=None) -> tuple[Llama, dict]:
+    """`load_model` of a checkpoint folder that is known to be good. split(model): splits its matrices over
+    processes, and gives them memory; of those only this process's rows are read then."""
+    model = empty_model(read_json(os.path.join(folder, "config.json")), folder)
+    files = tensor_files(folder)
+    shapes = kept_shapes(files)
+    tied = model.config.tie_embeddings
+    if tied and "model.embed_tokens.weight" in shapes:
+        shapes.setdefault("lm_head.weight", shapes["model.embed_tokens.weight"])
+    check_fit(shapes, model, folder)
+    if tied:
+        check_head(files, folder)
+    if split is not None:
+        split(model)
+    tensors = {}
+    for name, own in model.state_dict().items():
+        if tied and name == "lm_head.weight":
+            name = "model.embed_tokens.weight"
+        tensor = files.read(name, shard.rows(own))
+        if tensor.is_floating_point():
+            tensor = tensor.float()
+        if shard.is_split(own):
+            shard.local(own).copy_(tensor)
+            tensor = own
+        tensors[name] = tensor
+    if tied:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     # a layer may refuse what its shapes allow, such as an index of a channel that it does not have
     with as_user_error(LOSTError, RuntimeError, prefix=f"{folder}: "):
-        model.load_state_dict(tensors, assign=True)
+        model.load_state_dict(tensors, assign=split is None)
     if tied:
         # assigning made two parameters of one
         model.lm_head.weight = model.model["embed_tokens"].weight

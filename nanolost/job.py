@@ -30,6 +30,8 @@ LINGER = 2
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # torchrun, SLURM, Open MPI, MPICH and Intel MPI: the number of a process on its machine
 LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+# what an exchange that failed says somewhere, and no other error of torch
+BACKEND = re.compile(r"gloo|nccl|NCCL|c10d|ProcessGroup")
 
 # --- where this process is ---
 
@@ -91,6 +93,18 @@ def _under_torchrun() -> bool:
 
 # --- the job ---
 
+class Alone:
+    """One process that asks nobody, for who saves a checkpoint outside a job."""
+
+    rank = 0
+    world = 1
+
+    def first(self, work):
+        return work()
+
+    def gather(self, value, patient: bool = False) -> list:
+        return [value]
+
 class Job:
     """This process among the `world` that train one model: `rank`, `local_rank`, `device`, and `asked`, the
     names of the signals that asked for a stop. A context, made by `Job.start`.
@@ -102,6 +116,7 @@ class Job:
         self.rank, self.world = place()
         self.local_rank = _local_rank(self.rank)
         self.device = _device(kind, self.local_rank)
+        self.timeout = None
         # filled by signal handlers, read at the end of a step
         self.asked = []
         # the store stays None, and every exchange a no-op, in a job of one process
@@ -152,7 +167,7 @@ class Job:
             self._wait_for_all(wait)
         except RuntimeError as e:
             raise ConnectionError(f"the processes of this job did not find each other: {e}") from e
-        seconds = datetime.timedelta(seconds=timeout)
+        self.timeout = seconds = datetime.timedelta(seconds=timeout)
         # by the device of the tensor: NCCL takes none of the CPU's
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         with self._together():
@@ -191,6 +206,17 @@ class Job:
     # --- what the processes say to each other ---
 
     @contextlib.contextmanager
+    def exchanges(self):
+        """Around code in which torch itself exchanges tensors, as a split model does in a forward pass: that
+        another process is lost is a ConnectionError there too."""
+        try:
+            yield
+        except RuntimeError as e:
+            if self.world == 1 or not BACKEND.search(str(e)):
+                raise
+            raise ConnectionError(self.first_fault(f"lost another process ({_cause(e)})")) from e
+
+    @contextlib.contextmanager
     def _together(self):
         try:
             yield
@@ -222,12 +248,12 @@ class Job:
                 dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, value) -> list:
-        """The values of all processes, by rank."""
+    def gather(self, value, patient: bool = False) -> list:
+        """The values of all processes, by rank. patient: for up to ten times --timeout."""
         values = [value] * self.world
         if self.world > 1:
             with self._together():
-                dist.all_gather_object(values, value)
+                dist.all_gather_object(values, value, group=self.patient if patient else None)
         return values
 
     def broadcast(self, tensor: torch.Tensor, src: int):

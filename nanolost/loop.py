@@ -17,13 +17,12 @@ import torch
 import torch.nn.functional as F
 
 from model import Llama
-from nanolost import methods
+from nanolost import methods, shard
 from nanolost.budget import peak_flops, peak_memory
 from nanolost.counts import count_flops
 from nanolost.data import TokenDataset
 from nanolost.errors import UserError
 from nanolost.files import open_regular, write_atomic
-from nanolost.loss import head_loss
 from nanolost.optim import build_optimizers, clip, flat_gradients, freeze, set_rates
 from nanolost.settings import autocast
 
@@ -59,7 +58,8 @@ def check_counter(name: str, value):
 
 @dataclass
 class State:
-    """All that an update changes. gradients: the flat vector of which every p.grad is a view. samples,
+    """All that an update changes. gradients: the flat vector of which every p.grad is a view. split: the
+    parameters whose gradients are not in it, since each process holds some rows of them (--shard). samples,
     tokens: read so far. evaluated: step of the last evaluation. began: the step at which the optimizers did,
     and their schedule with them. norms: the last 100 gradient norms."""
 
@@ -73,6 +73,7 @@ class State:
     evaluated: int = 0
     began: int = 0
     norms: list[float] = field(default_factory=list)
+    split: list[torch.nn.Parameter] = field(default_factory=list)
 
     @classmethod
     def of(cls, model: Llama, config) -> "State":
@@ -80,7 +81,8 @@ class State:
         model.recompute = config.recompute
         # before anything counts what is trained
         freeze(model, config.freeze)
-        return cls(model, build_optimizers(model, config), flat_gradients(model), autocast(config))
+        return cls(model, build_optimizers(model, config), flat_gradients(model), autocast(config),
+                   split=shard.split_parameters(model))
 
     def restart(self, config):
         """Begin a stage: fresh optimizers, of what is trained from here on."""
@@ -91,6 +93,17 @@ class State:
         self.optimizers = build_optimizers(self.model, config)
         self.gradients = flat_gradients(self.model)
         self.began = self.step
+
+    def clear(self):
+        """Set all gradients to zero."""
+        self.gradients.zero_()
+        for p in self.split:
+            # the first backward pass makes it, others add to it
+            p.grad = None
+
+    def pieces(self) -> list[torch.Tensor]:
+        """The rows that this process holds of the split parameters' gradients."""
+        return [shard.local(p.grad) for p in self.split if p.grad is not None]
 
     def counters(self) -> dict:
         """What state.json keeps beside the tensors."""
@@ -140,6 +153,10 @@ def every_parameter_gets_a_gradient(model: torch.nn.Module):
     finally:
         for hook in hooks:
             hook.remove()
+    for p in trained:
+        # of a split one it is put there when its parts are added up
+        if shard.is_split(p) and p.grad is not None:
+            reached(p)
     assert not missing, f"no gradient reaches {', '.join(missing.values())}"
 
 def shares(targets: np.ndarray) -> np.ndarray:
@@ -161,7 +178,8 @@ def accumulate(
     """Add up the gradients of the loss over `mine`, (micro-batches, samples): of the mean of each, divided by
     its entry in `divisors`, (micro-batches,). Returns the sum of the losses, ()."""
     loss = torch.zeros((), device=device)
-    for samples, divisor in zip(mine, divisors.tolist(), strict=True):
+    for number, (samples, divisor) in enumerate(zip(mine, divisors.tolist(), strict=True), 1):
+        shard.sum_copies(state.model, last=number == len(mine))
         x, y = data.batch(samples, device)
         with state.autocast:
             part = state.model(x, y, loss_only=True)[1]
@@ -194,12 +212,20 @@ def take_step(
     """Update by the gradients that the processes have gathered, of `count` samples of the whole job. loss:
     this process's share of it, (); started: when the update began. Raises as `update` does."""
     asked = torch.tensor(float(bool(job.asked)), device=job.device)
-    sums = torch.stack((loss, asked))
+    sums = [loss, asked]
+    pieces = state.pieces()
+    if state.split:
+        # every copy of the model has the same ones
+        copies = job.world // config.shard
+        sums.append(shard.square_of(pieces, job.device) / copies)
+    sums = torch.stack(sums)
     # clipping comes after the reduction: it is the norm of the whole batch's gradient that counts
     job.sum(state.gradients)
     job.sum(sums)
-    # all three in one copy: a GPU is waited for once a step
-    loss, asked, norm = torch.cat((sums, state.gradients.norm()[None])).tolist()
+    # all of them in one copy: a GPU is waited for once a step
+    loss, asked, *squares, norm = torch.cat((sums, state.gradients.norm()[None])).tolist()
+    if squares:
+        norm = math.hypot(norm, math.sqrt(squares[0]))
     check_finite(state, loss, norm, count)
 
     # Chowdhery et al. 2022 (arXiv 2204.02311, 5.1) restart before a spike; here it is noted or left out
@@ -207,7 +233,7 @@ def take_step(
     # alike on all processes, as the gradient is
     spike = config.spike > 0 and norm > config.spike * median
     skipped = spike and config.skip_spikes
-    clip(state.gradients, norm, config.grad_clip)
+    clip([state.gradients, *pieces], norm, config.grad_clip)
     set_rates(state.optimizers, state.step + 1 - state.began, config)
     if not skipped:
         for optimizer in state.optimizers:
@@ -223,7 +249,7 @@ def update(state: State, data: TokenDataset, samples: np.ndarray, config, job) -
     """One optimizer step on `samples`, (micro-batches, processes, samples): those of the whole job. Raises
     FloatingPointError on all processes, before anything is updated, where loss or norm is not finite."""
     started = time.perf_counter()
-    state.gradients.zero_()
+    state.clear()
     # looked at once: which parameters a loss reaches does not change
     check = contextlib.nullcontext()
     if state.step == 0:
@@ -273,11 +299,9 @@ class Validation:
 
 def window_losses(model: Llama, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The mean loss that the model's forward gives, bit for bit, and the sum over each window, (B,)."""
-    nats = torch.zeros(y.numel(), device=y.device)
-    hidden = model.hidden(x).flatten(0, 1)
-    loss = head_loss(model.lm_head, hidden, y.flatten(), nats)
+    loss, nats = model.losses(x, y)
     # MPS has no float64
-    return loss, nats.view(y.shape).cpu().double().sum(1)
+    return loss, nats.cpu().double().sum(1)
 
 def in_order(parts: list[list], micro: int) -> list:
     """The windows that each process has read, every n-th micro-batch of them, as one list."""
@@ -316,13 +340,17 @@ def evaluate(model: Llama, text: Validation, context, job, windows: list | None 
     # whole batches of theirs may lie across ours, and across processes
     if windows is None and text.paper:
         windows = []
-    # each process takes every world-th micro-batch
-    mine = range(job.rank * text.micro, text.samples, job.world * text.micro)
-    for first in mine:
-        if job.asked:
+    split = shard.is_split_model(model)
+    # each process takes every world-th micro-batch, the last of which may be empty: a split model is run by
+    # all of them equally often, or they would wait for each other for ever
+    for first in range(0, text.samples, job.world * text.micro):
+        if job.stop_reason() if split else job.asked:
             break
-        last = min(first + text.micro, text.samples)
-        x, y = text.data.batch(np.arange(first, last))
+        start = first + job.rank * text.micro
+        mine = np.arange(start, min(start + text.micro, text.samples))
+        if not len(mine) and not split:
+            break
+        x, y = text.data.batch(mine)
         # a target below 0 is none
         known = y >= 0
         counts = known.sum(1)
@@ -386,11 +414,18 @@ def look_inside(model: Llama, text: Validation, context, job) -> dict:
     of the layers; nothing without any."""
     idx = without_padding(text.data).to(job.device)
     layers = {}
+    done = []
+    def run():
+        # never the compiled forward: it has no modules to look into
+        shard.forward_uncompiled(model, idx)
+        done.append(True)
     try:
         with context:
-            # never the compiled forward: it has no modules to look into
-            layers = methods.look_inside(model, lambda: model.forward(idx), (job.rank, job.world))
+            layers = methods.look_inside(model, run, (job.rank, job.world))
     except RuntimeError as e:
+        # a split model's others wait for what this process has not run
+        if shard.is_split_model(model) and not done:
+            raise
         # of a solver or of too little memory: no reason to end a run
         print(f"WARNING: no look inside the layers: {e}", file=sys.stderr, flush=True)
     found = {}

@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 
 import lost
-from lost import HEAD, LOSTError, LOSTLinear, SparseLowRankLinear, apply_lost
+from lost import HEAD, LOSTError, LOSTLinear, SparseLowRankLinear, apply_lost, by_module
 from model import ConfigError, Llama, LlamaConfig, generator_of
 from nanolost.errors import UserError, as_user_error
 
@@ -35,11 +35,15 @@ class Kind:
 class Method:
     """convert(model, config, part) replaces the linear layers of a fresh model in place; None: dense.
     switches: defaults that it brings for other flags. uses: the flags of a method that mean something here.
-    part: (i, n) fills the i-th of every n layers only, the other processes fill theirs."""
+    part: (i, n) fills the i-th of every n layers only, the other processes fill theirs.
+
+    one(name, linear, config): the layer that `convert` puts in the place of `linear`. With it a start holds
+    one dense matrix at a time; without it the whole dense model."""
 
     convert: Callable | None = None
     switches: dict = field(default_factory=dict)
     uses: tuple[str, ...] = ()
+    one: Callable | None = None
 
 KINDS: dict[str, Kind] = {}
 METHODS: dict[str, Method] = {"dense": Method()}
@@ -53,11 +57,12 @@ def register(
     uses: tuple[str, ...] = (),
     low_rank: tuple[str, ...] = (),
     sparse: tuple[str, ...] = (),
+    one: Callable | None = None,
 ):
     """Make a kind of layer, and with a `convert` the method `--linear name`, known to every command."""
     KINDS[name] = Kind(layer, low_rank, sparse)
     if convert is not None:
-        METHODS[name] = Method(convert, switches or {}, uses)
+        METHODS[name] = Method(convert, switches or {}, uses, one)
 
 # --- what is in a model ---
 
@@ -207,8 +212,11 @@ def allotted(model: nn.Module, layers: dict[str, dict]) -> dict:
         found["sparsity"][name] = layer["channels"] / model.get_submodule(name).in_features
     return found
 
+def lost_switches(config) -> dict:
+    return {name: getattr(config, name) for name in LOST_FLAGS}
+
 def convert_to_lost(model: nn.Module, config, part: tuple[int, int]):
-    switches = {name: getattr(config, name) for name in LOST_FLAGS}
+    switches = lost_switches(config)
     if config.allocation is not None:
         switches |= allotted(model, config.allocation)
     # each layer has its own draws, whichever process makes it
@@ -216,13 +224,25 @@ def convert_to_lost(model: nn.Module, config, part: tuple[int, int]):
     with as_user_error(LOSTError):
         apply_lost(model, part=part, **switches)
 
+def lost_layer(name: str, linear: nn.Linear, config) -> LOSTLinear:
+    switches = lost_switches(config)
+    if config.allocation is not None:
+        layer = config.allocation[name]
+        switches["rank"] = layer["rank"]
+        switches["sparsity"] = layer["channels"] / linear.in_features
+    for number in ("rank", "sparsity"):
+        switches[number] = by_module(switches[number], name)
+    with as_user_error(LOSTError, prefix=f"{name}: "):
+        return LOSTLinear.from_linear(linear, **switches, generator=generator_of(config.seed, name))
+
 # no sparse path and a random start; CoLA (arXiv 2502.10940) differs from plain low rank by its SiLU alone
 PLAIN = {"sparsity": 0.0, "gamma": 1.0, "init": "random"}
 
 # the relatives have one rank and no channels
 LOST_USES = ("allocation", *LOST_FLAGS)
-register("lost", LOSTLinear, convert_to_lost, uses=LOST_USES, low_rank=("A", "B"), sparse=("W_s",))
+register("lost", LOSTLinear, convert_to_lost, uses=LOST_USES, low_rank=("A", "B"), sparse=("W_s",),
+         one=lost_layer)
 # of trained weights alone: a fresh matrix has no elements that are better than others
 register("sparse", SparseLowRankLinear, low_rank=("A", "B"), sparse=("weight",))
-METHODS["lowrank"] = Method(convert_to_lost, {**PLAIN, "activation": "none"}, LOST_FLAGS)
-METHODS["cola"] = Method(convert_to_lost, {**PLAIN, "activation": "silu"}, LOST_FLAGS)
+METHODS["lowrank"] = Method(convert_to_lost, {**PLAIN, "activation": "none"}, LOST_FLAGS, lost_layer)
+METHODS["cola"] = Method(convert_to_lost, {**PLAIN, "activation": "silu"}, LOST_FLAGS, lost_layer)

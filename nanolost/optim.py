@@ -8,6 +8,7 @@ import math
 import torch
 import torch.nn as nn
 
+from nanolost import shard
 from nanolost.errors import UserError
 
 Optimizers = list[torch.optim.Optimizer]
@@ -68,7 +69,11 @@ def muon(groups: dict, config) -> Optimizers:
     # all of them may be frozen, which Muon's constructor refuses
     if not groups["blocks"]:
         return [rest]
-    blocks = torch.optim.Muon(
+    kind = torch.optim.Muon
+    # all or none: `--shard` is the run's
+    if any(map(shard.is_split, groups["blocks"])):
+        kind = shard.Muon
+    blocks = kind(
         groups["blocks"],
         lr=config.lr,
         weight_decay=config.weight_decay,
@@ -115,18 +120,20 @@ def set_rates(optimizers: Optimizers, step: int, config):
 # --- gradients ---
 
 def flat_gradients(model: nn.Module) -> torch.Tensor:
-    """One vector of which all gradients are views: one reduction, one norm, one scaling."""
+    """One vector of which all gradients are views: one reduction, one norm, one scaling. Gradients of a split
+    matrix are not in it."""
     # Its layout never changes, so sums over processes round alike before and after a restart.
     # DistributedDataParallel rearranges its buckets after the first step, which for three or more processes
     # changes the last bits.
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad and not shard.is_split(p)]
     sizes = [p.numel() for p in trained]
-    flat = torch.zeros(sum(sizes), device=trained[0].device)
+    flat = torch.zeros(sum(sizes), device=next(model.parameters()).device)
     for p, piece in zip(trained, flat.split(sizes), strict=True):
         p.grad = piece.view_as(p)
     return flat
 
-def clip(gradients: torch.Tensor, norm: float, limit: float):
-    """Scale the whole gradient, whose norm is `norm`, down to the norm `limit`; 0 for no clipping."""
+def clip(gradients: list[torch.Tensor], norm: float, limit: float):
+    """Scale the whole gradient, whose norm is `norm`, down to the norm `limit`; 0 for no clipping. gradients:
+    what this process holds of it."""
     if limit and norm > limit:
-        gradients.mul_(limit / norm)
+        torch._foreach_mul_(gradients, limit / norm)

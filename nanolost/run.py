@@ -183,12 +183,10 @@ def train(
 
 def saver(state: State, now: dict, texts: Texts, travelling: dict, config, job: Job, report: Report):
     """A function that saves a checkpoint of the run. now: its identity; travelling: files of its source."""
-    def write():
-        checkpoint.save_checkpoint(
-            config.out_dir, state.step, state.model, state.optimizers,
-            {**state.counters(), "config": now}, texts.tokenizer, config.keep, travelling)
-        out_dir.end_overwrite(config.out_dir)
     def save():
         report.sync()
-        job.first(write)
+        checkpoint.save_checkpoint(
+            config.out_dir, state.step, state.model, state.optimizers,
+            {**state.counters(), "config": now}, texts.tokenizer, config.keep, travelling, job)
+        job.first(lambda: out_dir.end_overwrite(config.out_dir))
     return save

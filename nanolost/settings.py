@@ -145,6 +145,8 @@ class RunFlags:
     resume: str = flag("auto", "auto: from the newest good checkpoint; never; or a checkpoint's PATH",
                        path=True)
     overwrite: bool = flag(False, "with --resume never or PATH: delete the run that is in out_dir")
+    shard: int = flag(1, "processes that hold one copy of weights, gradients and moments together, split by "
+                         "rows: 1, or a number that divides them")
     deterministic: bool = flag(False, "refuse operations whose result varies from run to run")
     timeout: int = flag(600, "seconds until a job ends when a process hangs; ten times that in a save")
     dry_run: bool = flag(False, "print parameters, memory and tokens, and exit")
@@ -174,7 +176,7 @@ FIXED -= {"model"}
 POSITIVE = (
     "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn",
     "seq_len", "batch_tokens", "micro_batch", "steps",
-    "eval_every", "eval_tokens", "paper_batch", "save_every", "keep", "log_every",
+    "eval_every", "eval_tokens", "paper_batch", "save_every", "keep", "log_every", "shard",
 )
 FINITE = ("lr", "aux_lr", "init_std")
 

@@ -125,7 +125,7 @@ class Source:
         """The model as it stands in the folder, shapes only. UserError for one that is not computed here."""
         return empty_model(read_json(os.path.join(self.folder, "config.json")), self.folder)
 
-    def build(self, config: Config, device, part: tuple[int, int] = (0, 1)) -> Llama:
+    def build(self, config: Config, device="meta", part: tuple[int, int] = (0, 1)) -> Llama:
         """The model of step 0 on `device`; on the meta device shapes only."""
         if str(device) == "meta":
             model = self.empty()

@@ -74,8 +74,8 @@ def half_way_so_far(point, module, name):
 def instrument_saves(deadly: int):
     point = Points(deadly)
     # the tokenizer's files, and the code that travels with the weights
-    half_way_so_far(point, checkpoint, "write_weights")
-    half_way(point, lambda tensors, path, *rest: path, checkpoint, "save_file")
+    half_way_so_far(point, checkpoint, "write_turns")
+    half_way(point, lambda writer: writer.path, checkpoint.Writer, "close")
     half_way(point, lambda folder, name, content: os.path.join(folder, name), checkpoint, "write_json")
     names = ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir")
     save, real = checkpoint.save_checkpoint, {name: getattr(os, name) for name in names}

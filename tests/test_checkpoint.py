@@ -217,7 +217,7 @@ def test_a_folder_of_another_program_under_a_checkpoints_name_is_not_deleted(tmp
 
 def test_nothing_is_deleted_before_the_new_checkpoint_verifies(tmp_path, monkeypatch):
     saved(tmp_path, 4)
-    monkeypatch.setattr(checkpoint, "verify", lambda folder: "a bad disk")
+    monkeypatch.setattr(checkpoint, "verify", lambda folder, *mine: "a bad disk")
     with pytest.raises(OSError, match="does not read back"):
         saved(tmp_path, 5, keep=1)
     monkeypatch.undo()
@@ -242,8 +242,8 @@ def killed_at(monkeypatch):
         with monkeypatch.context() as patch:
             for name in ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir", "remove", "chmod"):
                 patch.setattr(os, name, announced(getattr(os, name)))
-            for name in ("save_file", "write_json"):
-                patch.setattr(checkpoint, name, announced(getattr(checkpoint, name)))
+            for place, name in ((checkpoint.Writer, "put"), (checkpoint, "write_json")):
+                patch.setattr(place, name, announced(getattr(place, name)))
             try:
                 work()
             except Killed:

@@ -98,7 +98,7 @@ def test_clipping_scales_a_long_gradient_and_leaves_a_short_one():
     gradient = torch.tensor([3.0, 4.0])
     for limit, expected in ((10.0, [3, 4]), (0.0, [3, 4]), (1.0, [0.6, 0.8])):
         found = gradient.clone()
-        optim.clip(found, 5.0, limit)
+        optim.clip([found], 5.0, limit)
         assert found.tolist() == pytest.approx(expected)
 
 def test_clipping_comes_after_the_sum_over_micro_batches(small, tmp_path):

@@ -304,7 +304,7 @@ FAULTS = {
     "Ctrl-C": ("nanolost.run.update", KeyboardInterrupt()),
     "a fault of the program": ("nanolost.run.evaluate", TypeError("x")),
     "no room": ("train.out_dir.write_config", OSError("No space left")),
-    "a full disk": ("nanolost.checkpoint.write_tensors", OSError("No space left")),
+    "a full disk": ("nanolost.checkpoint.Writer.put", OSError("No space left")),
     "an optimizer that is refused": ("nanolost.checkpoint.optimizer_values", UserError("use another")),
     "a failing disk": ("nanolost.checkpoint.put_in_place", OSError("is the disk failing?")),
 }
