@@ -1,14 +1,17 @@
 """What several test files share: prepared text, a configuration small enough for a second of training, and
 ways to look at what a run has left."""
 import contextlib
+import functools
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 
 import pytest
 
@@ -205,3 +208,46 @@ def updates(config, state, texts, job, count: int) -> list:
     micro, accumulation = split_batch(config, job.world)
     shape = (accumulation, job.world, micro)
     return [update(state, texts.train, texts.samples(state, shape), config, job) for _ in range(count)]
+
+# --- several processes, without the seconds that torch takes to load ---
+
+def free_port() -> int:
+    with contextlib.closing(socket.socket()) as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+def in_forks(processes: int, *works, log=None) -> list[int]:
+    """work() for each of `works` in so many children of this process, each time as a job of its own: how they
+    ended. Their output goes to the file `log`."""
+    ports = [str(free_port()) for _ in works]
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                redirect(log)
+                os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank),
+                                  LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1")
+                for work, port in zip(works, ports, strict=True):
+                    os.environ["MASTER_PORT"] = port
+                    work()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+def redirect(log):
+    if log is not None:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout, sys.stderr = (open(fd, "w", encoding="utf-8", buffering=1, closefd=False) for fd in (1, 2))
+
+def train_in_forks(processes: int, *configs, log=None):
+    """train.main of each of `configs` by so many processes."""
+    codes = in_forks(processes, *[functools.partial(train.main, c) for c in configs], log=log)
+    assert codes == [0] * processes, open(log).read() if log else codes
