@@ -76,7 +76,7 @@ def settle_memory(model: Llama, config: Config, job: Job) -> Llama:
     """Give a model of shapes alone memory on this process's device, of --shard processes each a part."""
     if config.shard > 1:
         freeze(model, config.freeze)
-        shard.split_model(model, config.shard, getattr(torch, config.dtype), job)
+        shard.split_model(model, shard.mesh_of(job, config.shard), getattr(torch, config.dtype))
     shard.make_room(model, job.device)
     return model
 

@@ -70,12 +70,12 @@ def mesh_of(job, shards: int):
     parts, _ = dist.new_subgroups_by_enumeration(mesh.tolist(), timeout=job.timeout)
     return DeviceMesh.from_group([copies, parts], kind, mesh, mesh_dim_names=("replicate", "shard"))
 
-def split_model(model: Llama, shards: int, dtype: torch.dtype, job) -> Llama:
-    """Split the matrices of `model`, which may be on the meta device, over `shards` processes, in place.
-    dtype: what the blocks compute in, and are gathered in; gradients are summed in float32."""
+def split_model(model: Llama, mesh, dtype: torch.dtype) -> Llama:
+    """Split the matrices of `model`, which may be on the meta device, over a row of `mesh`, in place. dtype:
+    what the blocks compute in, and are gathered in; gradients are summed in float32."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     vectors = {p for p in model.parameters() if p.dim() < 2}
-    how = {"mesh": mesh_of(job, shards), "ignored_params": vectors, "reshard_after_forward": True}
+    how = {"mesh": mesh, "ignored_params": vectors, "reshard_after_forward": True}
     narrow = None if dtype == torch.float32 else dtype
     policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
     # embedding and head, in the root's group, stay float32 as they do without --shard
