@@ -155,6 +155,8 @@ def main(config: Config):
         texts = texts_of(config, vocabulary(config))
         settle_allocation(config, source)
         job.claim(config.out_dir)
+        if job.world > 1:
+            out_dir.check_shared(config.out_dir, job)
         folder = job.first(lambda: prepare_out_dir(config, texts, source))
 
         if folder:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import time
 
 from nanolost.checkpoint import (
     STATE,
@@ -69,7 +70,7 @@ def is_empty(out_dir: str) -> bool:
     for name in os.listdir(out_dir):
         path = os.path.join(out_dir, name)
         # the lock, and what is left of a run that was killed as it began
-        if name in (".lock", f"{CONFIG}.tmp", f"{STATUS}.tmp", f"{METRICS}.tmp"):
+        if name in (".lock", f"{CONFIG}.tmp", f"{STATUS}.tmp", f"{METRICS}.tmp") or name.startswith(PROBE):
             continue
         if name == METRICS and os.path.isfile(path) and os.path.getsize(path) == 0:
             continue
@@ -83,6 +84,32 @@ def refuse_foreign(out_dir: str):
     """UserError for a folder that holds something else than a run."""
     if not is_empty(out_dir) and not is_run(out_dir):
         raise UserError(f"{out_dir} is not empty and not a run of this program: use another --out_dir")
+
+# how a file begins by which processes see that they have one folder
+PROBE = ".seen_"
+# seconds in which a network file system shows a new file to other machines
+SEEN = 10
+
+def check_shared(out_dir: str, job):
+    """UserError on all processes where one of them does not see rank 0's folder: each machine would read and
+    write one of its own."""
+    probe = job.first(lambda: write_probe(out_dir))
+    end = time.monotonic() + SEEN
+    while not os.path.exists(probe) and time.monotonic() < end:
+        time.sleep(0.1)
+    seen = job.gather(os.path.exists(probe))
+    job.first(lambda: os.remove(probe))
+    blind = [str(rank) for rank, sees in enumerate(seen) if not sees]
+    if blind:
+        raise UserError(f"process {', '.join(blind)} does not see {out_dir} of process 0: on several "
+                        "machines --out_dir must be on a file system that all of them share (NFS, Lustre), "
+                        "not on a local disk")
+
+def write_probe(out_dir: str) -> str:
+    # a name that no machine can remember as missing
+    path = os.path.join(os.path.abspath(out_dir), f"{PROBE}{os.getpid()}_{time.time_ns()}")
+    write_atomic(path, b"")
+    return path
 
 # --- where a run begins ---
 

@@ -85,7 +85,7 @@ def check_same_run(saved: dict, now: dict, fixed: set[str], say):
     """Refuse a change of a setting in `fixed`, such as the architecture or the data set, print any other."""
     for name, value in now.items():
         # how a run is started says nothing of the run; what an old checkpoint lacks cannot have changed
-        if name in ("resume", "overwrite") or name not in saved:
+        if name in ("resume", "overwrite", "world_size", "gpu_memory") or name not in saved:
             continue
         before = saved[name]
         if before == value:

@@ -145,14 +145,20 @@ class RunFlags:
     resume: str = flag("auto", "auto: from the newest good checkpoint; never; or a checkpoint's PATH",
                        path=True)
     overwrite: bool = flag(False, "with --resume never or PATH: delete the run that is in out_dir")
-    shard: int = flag(1, "processes that hold one copy of weights, gradients and moments together, split by "
-                         "rows: 1, or a number that divides them")
     deterministic: bool = flag(False, "refuse operations whose result varies from run to run")
     timeout: int = flag(600, "seconds until a job ends when a process hangs; ten times that in a save")
     dry_run: bool = flag(False, "print parameters, memory and tokens, and exit")
 
 @dataclass
-class Config(RunFlags, TrainingFlags, MethodFlags, ModelFlags, FileFlags):
+class ShardFlags:
+    shard: int = flag(1, "processes that hold one copy of weights, gradients and moments together, split by "
+                         "rows: 1, or a number that divides them", section="many GPUs")
+    world_size: int | None = flag(None, "with --dry_run: what fits so many processes (by the launcher)")
+    gpu_memory: float | None = flag(None, "with --dry_run: GB of a GPU; also says the smallest --shard and "
+                                          "--micro_batch that fit it")
+
+@dataclass
+class Config(ShardFlags, RunFlags, TrainingFlags, MethodFlags, ModelFlags, FileFlags):
     """Every setting of a run, in the order of its base classes from the last."""
 
     def settle_schedule(self, saved: dict):
@@ -176,9 +182,9 @@ FIXED -= {"model"}
 POSITIVE = (
     "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn",
     "seq_len", "batch_tokens", "micro_batch", "steps",
-    "eval_every", "eval_tokens", "paper_batch", "save_every", "keep", "log_every", "shard",
+    "eval_every", "eval_tokens", "paper_batch", "save_every", "keep", "log_every", "shard", "world_size",
 )
-FINITE = ("lr", "aux_lr", "init_std")
+FINITE = ("lr", "aux_lr", "init_std", "gpu_memory")
 
 # OpenMP does not refuse what the system cannot start: it crashes
 MOST_THREADS = max(1024, 4 * (os.cpu_count() or 1))
@@ -279,6 +285,7 @@ def resolve_trained(given: dict) -> Config:
             raise UserError(f"--{field.name} means nothing without --linear: the layers of a folder stay "
                             "what they are")
     check_warmup(config)
+    check_shard(config)
     return config
 
 def resolve(given: dict) -> Config:
@@ -298,7 +305,14 @@ def resolve(given: dict) -> Config:
     if config.n_kv_head is None:
         config.n_kv_head = config.n_head
     check_warmup(config)
+    check_shard(config)
     return config
+
+def check_shard(config: Config):
+    """UserError for what only a dry run can say."""
+    for name in ("world_size", "gpu_memory"):
+        if getattr(config, name) is not None and not config.dry_run:
+            raise UserError(f"--{name} means nothing without --dry_run: start so many processes by torchrun")
 
 def check_warmup(config: Config):
     if config.warmup is not None and config.warmup > config.steps:

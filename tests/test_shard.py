@@ -1,26 +1,246 @@
 """shard.py: what several processes that hold one copy together compute, save and read."""
+import functools
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
-from conftest import files_of, lines, losses, train_in_forks
+import torch
+from conftest import (
+    ROOT,
+    SMALL,
+    ended,
+    files_of,
+    in_forks,
+    launch,
+    lines,
+    losses,
+    metrics,
+    started,
+    status,
+    step_folder,
+    train_in_forks,
+    updates,
+)
+from safetensors.torch import load_file, save_file
 
 import train
+from nanolost import checkpoint, optim, shard
+from nanolost.job import Job
+from nanolost.settings import resolve, settle_device
+from nanolost.tensors import TensorFiles, write_tensors
+from nanolost.tokenizer import Tokenizer
 
-# of each a float32 run by one process is the reference: losses relative to it within
+def passes(processes, *works, log):
+    codes = in_forks(processes, *works, log=log)
+    assert codes == [0] * processes, open(log).read()
+
+# --- the same losses ---
+
+# the losses of the whole model in one process, relative to which those of a split one lie within
 VARIANTS = {
     "adamw": (dict(), 1e-6),
-    "dense tied": (dict(linear="dense", tie_embeddings=True), 1e-6),
-    "learned gamma, accumulation": (dict(learn_gamma=True, micro_batch=1), 1e-6),
-    "muon": (dict(optimizer="muon"), 1e-5),
+    "dense, tied": (dict(linear="dense", tie_embeddings=True), 1e-6),
+    "γ, accumulation": (dict(learn_gamma=True, micro_batch=1), 1e-6),
+    "muon, empty parts": (dict(optimizer="muon", rank=2), 1e-5),
     "bfloat16, recompute": (dict(dtype="bfloat16", recompute=True, lr=1e-3), 1e-4),
 }
 
-@pytest.mark.parametrize("processes, shards", [(2, 2)])
-def test_a_split_model_has_the_losses_of_a_whole_one(small, tmp_path, processes, shards):
-    one, split = [], []
-    for number, (flags, _) in enumerate(VARIANTS.values()):
-        one.append(small(**flags, out_dir=str(tmp_path / f"one{number}")))
-        split.append(small(**flags, shard=shards, out_dir=str(tmp_path / f"split{number}")))
-    train_in_forks(processes, *split, log=tmp_path / "log")
-    for config, other, (_, within) in zip(one, split, VARIANTS.values(), strict=True):
-        train.main(config)
-        expected = [loss for _, loss in losses(config)]
-        assert [loss for _, loss in losses(other)] == pytest.approx(expected, rel=within), other
+@pytest.fixture(scope="module")
+def straight(data_dir, tmp_path_factory):
+    """The config of each variant, trained as a whole model."""
+    found = {}
+    for number, (name, (flags, _)) in enumerate(VARIANTS.items()):
+        method = {} if flags.get("linear") == "dense" else {"rank": 8}
+        folders = {"data_dir": data_dir, "out_dir": str(tmp_path_factory.mktemp(f"one{number}"))}
+        found[name] = resolve({**SMALL, **method, **folders, **flags})
+        train.main(found[name])
+    return found
+
+SIZES = [(2, 2), (4, 2), pytest.param(4, 4, marks=pytest.mark.slow)]
+
+@pytest.mark.parametrize("processes, shards", SIZES)
+def test_a_split_model_trains_as_a_whole_one_and_continues_bit_for_bit(
+        small, straight, tmp_path, processes, shards):
+    split = {name: small(**flags, shard=shards, out_dir=str(tmp_path / str(number)))
+             for number, (name, (flags, _)) in enumerate(VARIANTS.items())}
+    train_in_forks(processes, *split.values(), log=tmp_path / "log")
+    before = {}
+    for name, config in split.items():
+        expected = [loss for _, loss in losses(straight[name])]
+        assert [loss for _, loss in losses(config)] == pytest.approx(expected, rel=VARIANTS[name][1]), name
+        before[name] = files_of(config, 8), lines(config)
+        shutil.rmtree(step_folder(config, 8))
+    train_in_forks(processes, *split.values(), log=tmp_path / "log")
+    for name, config in split.items():
+        assert (files_of(config, 8), lines(config)) == before[name], name
+
+def test_shards_and_processes_may_change_at_every_start(small, straight, tmp_path):
+    # 2 processes, 1, 4, of which two hold a copy
+    plan = [(2, 2, 3), (1, 1, 5), (4, 2, 8)]
+    for processes, shards, steps in plan:
+        config = small(shard=shards, steps=steps, warmup=2, save_every=1, keep=1)
+        train_in_forks(processes, config, log=tmp_path / "log")
+    assert "changed: shard 1 → 2" in (tmp_path / "log").read_text()
+    assert status(config)["state"] == "finished" and len(losses(config)) == 8
+    assert checkpoint.load_model(config.out_dir)[1]["samples"] == 64
+
+def test_what_is_whole_on_every_process_stays_the_same_on_all(small, tmp_path):
+    def check():
+        config = small(shard=2, learn_gamma=True, steps=20)
+        with started(config) as (config, state, texts, job):
+            updates(config, state, texts, job, 20)
+            plain = [p.detach() for p in state.model.parameters() if not shard.is_split(p)]
+            assert len(plain) > 4 and all(p.dim() < 2 for p in plain)
+            digest = hashlib.sha256(torch.cat([p.flatten() for p in plain]).numpy().tobytes()).hexdigest()
+            assert len(set(job.gather(digest))) == 1
+    passes(2, check, log=tmp_path / "log")
+
+def test_shards_that_do_not_divide_are_refused_with_those_that_do(small):
+    output = ended(launch(small(shard=3), 2), None)
+    assert "error: --shard 3 does not divide 2 processes: use one of 1, 2" in output
+
+def test_a_run_that_does_not_split_loads_nothing_of_torchs_sharding():
+    # what torch's own optimizers load in their first step comes later
+    code = "import sys, train; print([m for m in sys.modules if m.startswith(('torch.distributed.fsdp', " \
+           "'torch.distributed.tensor', 'torch.distributed.device_mesh'))])"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
+
+# --- Muon ---
+
+SHAPES = [(257, 16), (8, 40), (2, 32), (16, 16), (5, 3), (1, 7)]
+HOW = dict(lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+
+def muon_steps(kind, first, gradients, cut) -> list:
+    """Weights and moments after three steps."""
+    parameters = [torch.nn.Parameter(cut(w)) for w in first]
+    optimizer = kind(parameters, **HOW)
+    for step in gradients:
+        for p, g in zip(parameters, step, strict=True):
+            p.grad = cut(g)
+        optimizer.step()
+    return [t.detach() for p in parameters for t in (p, optimizer.state[p]["momentum_buffer"])]
+
+def cut_for(job, shards):
+    """cut(tensor): the same split over so many processes."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    mesh = shard.mesh_of(job, shards)
+    place = [Replicate(), Shard(0)][2 - mesh.ndim:]
+    return functools.partial(distribute_tensor, device_mesh=mesh, placements=place)
+
+@pytest.mark.parametrize("owner", [False, True], ids=["all compute", "owner computes"])
+def test_muon_of_split_matrices_has_the_bits_of_torchs_on_whole_ones(small, tmp_path, owner):
+    generator = torch.Generator().manual_seed(1)
+    first = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    gradients = [[torch.randn(shape, generator=generator) for shape in SHAPES] for _ in range(3)]
+    whole = muon_steps(torch.optim.Muon, first, gradients, torch.clone)
+    def check():
+        shard.Muon.owner = owner
+        with Job.start(settle_device(small())) as job:
+            for shards in (2, 4):
+                split = muon_steps(shard.Muon, first, gradients, cut_for(job, shards))
+                for one, other in zip(whole, split, strict=True):
+                    assert torch.equal(one, shard.whole(other))
+    passes(4, check, log=tmp_path / "log")
+
+# --- the start ---
+
+def digests_of(config) -> str:
+    with started(config) as (_, state, _, job):
+        text = hashlib.sha256()
+        for name, t in state.model.state_dict().items():
+            text.update(name.encode() + shard.whole(t).contiguous().numpy().tobytes())
+        return text.hexdigest()
+
+@pytest.mark.parametrize("flags", [dict(), dict(linear="dense", tie_embeddings=True), dict(init="random")],
+                         ids=["svd", "dense, tied", "random"])
+def test_the_first_weights_are_the_same_for_any_number_of_processes_and_parts(small, tmp_path, flags):
+    def write():
+        found = digests_of(small(**flags, shard=int(os.environ["WORLD_SIZE"]), batch_tokens=32 * 12))
+        (tmp_path / f"{os.environ['WORLD_SIZE']}_{os.environ['RANK']}").write_text(found)
+    for processes in (1, 2, 3):
+        passes(processes, write, log=tmp_path / "log")
+    found = {path.read_text() for path in tmp_path.glob("?_?")}
+    # and as a whole model makes them
+    model = train.build_model(small(**flags, vocab_size=257), "cpu")
+    text = hashlib.sha256()
+    for name, t in model.state_dict().items():
+        text.update(name.encode() + t.numpy().tobytes())
+    assert found == {text.hexdigest()}
+
+# --- files ---
+
+def test_a_stream_writes_the_bytes_of_the_formats_own_library(tmp_path):
+    tensors = {"b.x": torch.randn(3, 4), "a": torch.tensor(3.0), "c": torch.arange(5, dtype=torch.int32),
+               "d": torch.randn(4).bfloat16(), "é": torch.zeros(0, 4), "f": torch.randn(2).double()}
+    notes = {"format": 'p"t é'}
+    save_file(tensors, tmp_path / "theirs", notes)
+    write_tensors(str(tmp_path), "ours", tensors, notes)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    files = TensorFiles.of(str(tmp_path / "ours"))
+    assert torch.equal(files.read("b.x", slice(1, 3)), tensors["b.x"][1:3])
+    assert files.read("b.x", slice(3, 3)).shape == (0, 4) and files.read("a") == 3
+
+def loaded(folder, config, job):
+    """Model and optimizers of a checkpoint, of which this process holds its part."""
+    model, saved = checkpoint.load_folder(folder, lambda model: train.settle_memory(model, config, job))
+    optimizers = optim.build_optimizers(model, config)
+    checkpoint.load_optimizer(folder, model, optimizers)
+    return model, optimizers, saved
+
+@pytest.mark.parametrize("name", ["muon, empty parts", "dense, tied"])
+def test_a_checkpoint_that_is_read_by_rows_and_written_again_has_the_same_bytes(
+        small, straight, tmp_path, monkeypatch, name):
+    config = straight[name]
+    folder = step_folder(config, 8)
+    byte = Tokenizer.named("byte")
+    def again(shards, longest, where):
+        monkeypatch.setattr(checkpoint, "LONGEST", longest)
+        split = small(**VARIANTS[name][0], shard=shards)
+        with Job.start(settle_device(split)) as job:
+            model, optimizers, saved = loaded(folder, settle_device(split), job)
+            checkpoint.save_checkpoint(str(tmp_path / where), 8, model, optimizers, saved, byte, 1, None, job)
+    plan = [(2, 10**9, "one file"), (2, 30_000, "several"), (1, 30_000, "several, whole")]
+    passes(2, *[functools.partial(again, *entry) for entry in plan], log=tmp_path / "log")
+    for _, _, where in plan:
+        made = str(tmp_path / where / "checkpoints" / "step_00000008")
+        assert checkpoint.verify(made) is None
+        if where == "one file":
+            assert files_of(small(out_dir=str(tmp_path / where)), 8) == files_of(config, 8)
+            continue
+        for kind in ("model", "optimizer"):
+            with open(os.path.join(made, f"{kind}.safetensors.index.json")) as f:
+                names = sorted(set(json.load(f)["weight_map"].values()))
+            assert len(names) > 2
+            tensors = {}
+            for file in names:
+                tensors |= load_file(os.path.join(made, file))
+            expected = load_file(os.path.join(folder, f"{kind}.safetensors"))
+            assert tensors.keys() == expected.keys()
+            assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+        model, _ = checkpoint.load_model(str(tmp_path / where))
+        assert all(torch.equal(t, checkpoint.load_model(folder)[0].state_dict()[key])
+                   for key, t in model.state_dict().items())
+
+# --- an evaluation ---
+
+def test_processes_of_a_split_model_evaluate_equally_often_and_stop_together(small, straight, tmp_path):
+    expected = metrics(straight["adamw"], "eval")[0]["val_loss"]
+    def check():
+        # 62 windows, in turns of 2 × 5: the last turn of one process is empty
+        config = small(shard=2, micro_batch=1)
+        with started(config) as (config, state, texts, job):
+            texts.validation.micro = 31 if job.world == 2 else 1
+            updates(config, state, texts, job, 4)
+            found = [train.run.evaluate(state.model, texts.validation, state.autocast, job)["val_loss"]]
+            texts.validation.micro = 61
+            found.append(train.run.evaluate(state.model, texts.validation, state.autocast, job)["val_loss"])
+            assert found == pytest.approx([expected] * 2, rel=1e-5), (found, expected)
+            if job.rank == 1:
+                job.asked.append("SIGTERM")
+            assert train.run.evaluate(state.model, texts.validation, state.autocast, job) is None
+    passes(2, check, log=tmp_path / "log")
