@@ -25,6 +25,7 @@ from nanolost.failures import failures_with_their_repair
 from nanolost.flags import command, parse, say
 from nanolost.job import Job, place
 from nanolost.loop import Report, State, Validation
+from nanolost.memory import describe_memory
 from nanolost.methods import build_model
 from nanolost.optim import freeze
 from nanolost.settings import FIXED, Config, resolve, settle_device, split_batch
@@ -118,6 +119,8 @@ def resumed(config: Config, job: Job, texts: run.Texts, folder: str, report: Rep
 def dry_run(config: Config):
     """Print what the run would cost."""
     rank, world = place()
+    world = config.world_size or world
+    shard.check_shards(config.shard, world)
     source = Source.of(config)
     tokenizer = vocabulary(config)
     settle_allocation(config, source)
@@ -130,6 +133,8 @@ def dry_run(config: Config):
         lines.append(describe_text(config, len(texts_of(config, tokenizer).train)))
     if config.linear != "dense":
         lines += describe_dense(model, config)
+    if config.world_size or config.gpu_memory or config.shard > 1:
+        lines += describe_memory(model, config, world)
     if rank == 0:
         say("\n".join(lines))
 

@@ -320,7 +320,10 @@ def check_warmup(config: Config):
 
 def settle_device(config: Config) -> Config:
     """A copy in which no value is "auto" any more."""
-    kind = pick_device(config.device)
+    kind = config.device
+    # what fits a cluster is asked where no GPU is
+    elsewhere = any(getattr(config, name, None) is not None for name in ("world_size", "gpu_memory"))
+    kind = "cuda" if elsewhere and kind == "auto" else pick_device(kind)
     auto = DEVICES[kind]
     config = dataclasses.replace(config, device=kind)
     if config.dtype == "auto":

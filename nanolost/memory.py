@@ -1,0 +1,203 @@
+"""What one GPU holds and sends in training, estimated from shapes: no GPU is needed, and no memory.
+
+In bytes, for T tokens of a micro-batch, width C, V words and N processes of a copy (--shard N):
+
+    weights, gradients   4 / N of each number       moments   8 / N with AdamW; 4 / N with Muon
+    gathered             embedding and head in float32, the block that computes and the next one
+    activations          what all blocks keep, and the larger of head and one block in its backward pass
+
+`experiments/sharding.py` holds this against torch's memory tracker on fake tensors. Neither counts what an
+allocator wastes, buffers of nccl and the context of CUDA: `SPARE`."""
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn as nn
+
+from model import Llama
+from nanolost.budget import count_bytes, size
+from nanolost.loss import LEAST_ROWS, SLICES
+from nanolost.methods import kind_of
+from nanolost.settings import divisors, split_batch
+
+# of a GPU's memory, beside 1 GB, that the estimate leaves free
+SPARE = 0.1
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one GPU at the peak."""
+
+    weights: float
+    gradients: float
+    moments: float
+    gathered: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+def words_of(model: Llama) -> list[nn.Parameter]:
+    """Embedding and head, once where they are tied."""
+    return [p for name, p in model.named_parameters() if p.dim() >= 2 and not name.startswith("model.layers.")]
+
+def matrices(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.dim() >= 2)
+
+def largest_block(model: Llama) -> nn.Module:
+    return max(model.model["layers"], key=matrices)
+
+# --- activations ---
+
+def narrow_widths(block: nn.Module, width: int) -> list[int]:
+    """Widths of the products that `model.keep_narrow` keeps."""
+    found = []
+    for module in block.modules():
+        if isinstance(module, nn.Linear) or kind_of(module):
+            # between the factors, and behind them
+            found += [getattr(module, "rank", 0), module.out_features]
+    return [w for w in found if 0 < w < width]
+
+def kept_again(block: nn.Module, model: Llama, tokens: int, item: int) -> int:
+    """Bytes of a block that is computed twice: its input, narrow products, attention with its denominators."""
+    config = model.config
+    numbers = sum(narrow_widths(block, config.n_embd)) + config.n_head * config.head_dim
+    return tokens * (4 * config.n_embd + item * numbers + 4 * config.n_head)
+
+def kept_all(block: nn.Module, model: Llama, micro: int, seq_len: int, dtype: torch.dtype) -> int:
+    """Bytes that autograd keeps of a block's forward pass, without its weights: of shapes, by running it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from model import rope_table
+    config = model.config
+    found = {}
+    with FakeTensorMode(), torch.device("cpu"):
+        weights = {name: torch.empty(p.shape, requires_grad=True) for name, p in block.named_parameters()}
+        weights |= {name: torch.empty(b.shape, dtype=b.dtype) for name, b in block.named_buffers()}
+        # in a split block they are gathered in the narrow dtype
+        if dtype != torch.float32:
+            weights = {name: w.to(dtype) if w.dim() == 2 else w for name, w in weights.items()}
+        own = {w.untyped_storage()._cdata for w in weights.values()}
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                # with the tensor, so that its number is not given again
+                found[storage._cdata] = tensor, storage.nbytes()
+            return tensor
+        x = torch.empty(micro, seq_len, config.n_embd, requires_grad=True)
+        rope = rope_table(torch.arange(seq_len), config.head_dim, config.rope_theta, config.rope_scaling)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+        ):
+            torch.func.functional_call(block, weights, (x, rope))
+    return sum(nbytes for _, nbytes in found.values())
+
+def head_bytes(model: Llama, tokens: int, item: int) -> int:
+    """Of `loss.HeadLoss`: a slice of logits in its dtype and in float32, three more of its size, the weight's
+    gradient and that of a slice, the weight and x in the dtype of the product."""
+    config = model.config
+    rows = min(tokens, max(LEAST_ROWS, tokens // SLICES))
+    narrow = item < 4
+    logits = rows * config.vocab_size * (16 + item * narrow)
+    weight = config.vocab_size * config.n_embd * (4 + item + item * narrow)
+    return logits + weight + item * tokens * config.n_embd
+
+def backward_bytes(model: Llama, block: nn.Module, tokens: int, item: int) -> int:
+    """Of one block's backward pass, beside what it has kept: gradients of the stream and of the MLP, and those
+    of its weights before and after they are put together for the sum; and of the head's weight."""
+    config = model.config
+    stream = 8 * tokens * config.n_embd
+    inner = 3 * item * tokens * config.n_ffn
+    return stream + inner + (item + 4) * matrices(block) + 4 * config.vocab_size * config.n_embd
+
+def activation_bytes(model: Llama, config, micro: int) -> int:
+    dtype = getattr(torch, config.dtype)
+    item = dtype.itemsize
+    tokens = micro * config.seq_len
+    block = largest_block(model)
+    every = kept_all(block, model, micro, config.seq_len, dtype)
+    kept = [every] * len(model.model["layers"])
+    again = 0
+    if config.recompute:
+        kept = [kept_again(block, model, tokens, item) for block in model.model["layers"]]
+        again = every - kept_again(block, model, tokens, item)
+    backward = again + backward_bytes(model, block, tokens, item)
+    return sum(kept) + max(head_bytes(model, tokens, item), backward)
+
+# --- all of it ---
+
+def gathered_bytes(model: Llama, config) -> int:
+    item = getattr(torch, config.dtype).itemsize
+    if config.shard == 1:
+        # autocast keeps its copies of the weights for a whole pass
+        return item * sum(map(matrices, model.model["layers"])) if item < 4 else 0
+    return 4 * sum(p.numel() for p in words_of(model)) + 2 * item * matrices(largest_block(model))
+
+def estimate(model: Llama, config, micro: int) -> Need:
+    """What a GPU of a run needs at its peak. model: on the meta device."""
+    weights, gradients, moments = count_bytes(model, config.optimizer)
+    # vectors, which are whole on every process, are too few to count apart
+    return Need(
+        weights / config.shard,
+        gradients / config.shard,
+        moments / config.shard,
+        gathered_bytes(model, config),
+        activation_bytes(model, config, micro),
+    )
+
+def traffic(model: Llama, config, world: int, accumulation: int) -> tuple[float, float]:
+    """Bytes that one GPU sends in an update: inside the group that holds a copy, and between the copies."""
+    shards = config.shard
+    copies = world // shards
+    item = getattr(torch, config.dtype).itemsize
+    blocks = sum(map(matrices, model.model["layers"]))
+    words = sum(p.numel() for p in words_of(model))
+    inside = 0
+    if shards > 1:
+        # gathered forward and backward, and a sum in float32, each micro-batch
+        each = 2 * item * blocks + 2 * 4 * words + 4 * (blocks + words)
+        inside = accumulation * each * (shards - 1) / shards
+    # an all-reduce sends everything twice, once an update
+    between = 2 * 4 * (blocks + words) / shards * (copies - 1) / copies
+    return inside, between
+
+def fits(need: Need, memory: float) -> bool:
+    return need.total * (1 + SPARE) + 1e9 <= memory
+
+def smallest(model: Llama, config, world: int, memory: float):
+    """(--shard, --micro_batch, Need) that fits into `memory` bytes: the fewest processes of a copy with the
+    micro-batch that the run would have, else with the largest one that fits; None where nothing does."""
+    wanted, accumulation = split_batch(config, world)
+    share = wanted * accumulation
+    for micro in sorted((d for d in divisors(share) if d <= wanted), reverse=True):
+        for shards in divisors(world):
+            need = estimate(model, replace(config, shard=shards), micro)
+            if fits(need, memory):
+                return shards, micro, need
+    return None
+
+def describe_memory(model: Llama, config, world: int) -> list[str]:
+    """The lines of a dry run about one GPU."""
+    micro, accumulation = split_batch(config, world)
+    need = estimate(model, config, micro)
+    inside, between = traffic(model, config, world, accumulation)
+    parts = ", ".join(f"{name} {size(value)}" for name, value in vars(need).items())
+    lines = [
+        f"a GPU       {size(need.total)} at the peak, estimated: {parts}",
+        f"traffic     a GPU sends {size(inside)} inside the {config.shard} processes of a copy and "
+        f"{size(between)} between the {world // config.shard} copies, an update",
+    ]
+    if config.gpu_memory is not None:
+        lines.append(describe_fit(model, config, world))
+    return lines
+
+def describe_fit(model: Llama, config, world: int) -> str:
+    memory = config.gpu_memory * 1e9
+    found = smallest(model, config, world, memory)
+    where = f"{world} GPUs of {config.gpu_memory:g} GB"
+    if found is None:
+        need = estimate(model, replace(config, shard=world), 1)
+        return (f"fits        not on {where}: --shard {world} --micro_batch 1 needs {size(need.total)}, and a "
+                f"tenth and 1 GB more; use more GPUs, or --recompute true")
+    shards, micro, need = found
+    return f"fits        on {where}: --shard {shards} --micro_batch {micro}, {size(need.total)} at the peak"
