@@ -3,11 +3,13 @@ import functools
 import hashlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 
 import pytest
+import test_reliability
 import torch
 from conftest import (
     ROOT,
@@ -244,3 +246,68 @@ def test_processes_of_a_split_model_evaluate_equally_often_and_stop_together(sma
                 job.asked.append("SIGTERM")
             assert train.run.evaluate(state.model, texts.validation, state.autocast, job) is None
     passes(2, check, log=tmp_path / "log")
+
+# --- what breaks: the tests of tests/test_reliability.py, of a split model ---
+
+slow = pytest.mark.slow
+
+@pytest.fixture
+def split(small):
+    return lambda **given: small(**{"shard": 2, **given})
+
+def test_a_disk_that_takes_half_of_a_save_ends_all_processes_with_the_reason(split, tmp_path):
+    config = split(steps=4, optimizer="muon")
+    def train_with_little_room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+        with pytest.raises(OSError, match="cannot save .*File too large.*make room"):
+            train.main(config)
+    passes(2, train_with_little_room, log=tmp_path / "log")
+    assert "cannot save" in status(config)["reason"] and not checkpoint.checkpoints(config.out_dir)
+    assert not [name for name in os.listdir(os.path.join(config.out_dir, "checkpoints")) if "tmp" in name]
+
+@slow
+def test_random_kills_change_nothing(split, tmp_path, request):
+    test_reliability.test_random_kills_change_nothing(split, tmp_path, 2, request)
+
+@slow
+def test_a_signal_stops_at_a_step_and_the_same_command_continues(split, tmp_path, capsys):
+    test_reliability.test_a_signal_stops_at_a_step_and_the_same_command_continues(
+        split, tmp_path, capsys, "training", 2, "SIGUSR1")
+
+@slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_alone_stops_all(split, rank):
+    test_reliability.test_a_signal_to_one_process_alone_stops_all(split, rank)
+
+@slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_process_ends_the_job_within_the_time_out(split, rank):
+    test_reliability.test_a_stopped_process_ends_the_job_within_the_time_out(split, rank)
+
+@slow
+@pytest.mark.parametrize("fault, timeout, reason", [
+    ("raise:1:5", 60, "process 1: RuntimeError: injected"),
+    ("raise:0:5", 60, "process 0: RuntimeError: injected"),
+    ("memory:1:5", 60, "process 1: MemoryError: CUDA out of memory. Tried 1 GiB. With a smaller"),
+    ("sleep:1:5", 10, "process 0: lost another process"),
+    ("nan:1:5", 60, "FloatingPointError: step 5: loss nan"),
+])
+def test_a_process_that_fails_or_hangs_ends_the_job_and_is_named(split, fault, timeout, reason):
+    test_reliability.test_a_process_that_fails_or_hangs_ends_the_job_and_is_named(
+        split, fault, timeout, reason)
+
+@slow
+def test_a_save_may_take_longer_than_the_timeout(split):
+    test_reliability.test_a_save_may_take_longer_than_the_timeout(split)
+
+@slow
+def test_a_save_that_fails_ends_all_processes_with_the_reason(split, tmp_path):
+    test_reliability.test_a_save_that_fails_ends_all_processes_with_the_reason(split, 2, tmp_path)
+
+@slow
+def test_a_run_that_is_done_ends_with_0(small, tmp_path):
+    for number in range(10):
+        config = small(shard=(2, 4)[number % 2], steps=2, eval_every=2, save_every=2,
+                       out_dir=str(tmp_path / str(number)))
+        ended(launch(config, 4, stdout=subprocess.PIPE))
+        assert status(config)["state"] == "finished"
