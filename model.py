@@ -165,6 +165,10 @@ def generator_of(seed: int, name: str) -> torch.Generator:
 
 def draw_normal(p: torch.Tensor, std: float, generator: torch.Generator):
     """Fill p with independent draws from N(0, std²), made on the CPU whatever its device."""
+    # there in place: of the largest matrix a second copy would be the most that a start holds
+    if p.device.type == "cpu" and p.is_contiguous():
+        p.normal_(0.0, std, generator=generator)
+        return
     drawn = torch.empty(p.shape, dtype=p.dtype, device="cpu")
     drawn.normal_(0.0, std, generator=generator)
     p.copy_(drawn)

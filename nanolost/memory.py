@@ -38,7 +38,8 @@ class Need:
 
 def words_of(model: Llama) -> list[nn.Parameter]:
     """Embedding and head, once where they are tied."""
-    return [p for name, p in model.named_parameters() if p.dim() >= 2 and not name.startswith("model.layers.")]
+    named = model.named_parameters()
+    return [p for name, p in named if p.dim() >= 2 and not name.startswith("model.layers.")]
 
 def matrices(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.dim() >= 2)
@@ -58,7 +59,7 @@ def narrow_widths(block: nn.Module, width: int) -> list[int]:
     return [w for w in found if 0 < w < width]
 
 def kept_again(block: nn.Module, model: Llama, tokens: int, item: int) -> int:
-    """Bytes of a block that is computed twice: its input, narrow products, attention with its denominators."""
+    """Bytes of a block that is computed twice: its input, narrow products, attention and its denominators."""
     config = model.config
     numbers = sum(narrow_widths(block, config.n_embd)) + config.n_head * config.head_dim
     return tokens * (4 * config.n_embd + item * numbers + 4 * config.n_head)
@@ -103,8 +104,8 @@ def head_bytes(model: Llama, tokens: int, item: int) -> int:
     return logits + weight + item * tokens * config.n_embd
 
 def backward_bytes(model: Llama, block: nn.Module, tokens: int, item: int) -> int:
-    """Of one block's backward pass, beside what it has kept: gradients of the stream and of the MLP, and those
-    of its weights before and after they are put together for the sum; and of the head's weight."""
+    """Of one block's backward pass, beside what it has kept: gradients of the stream and of the MLP, those of
+    its weights before and after they are put together for the sum, and of the head's weight."""
     config = model.config
     stream = 8 * tokens * config.n_embd
     inner = 3 * item * tokens * config.n_ffn
@@ -197,7 +198,7 @@ def describe_fit(model: Llama, config, world: int) -> str:
     where = f"{world} GPUs of {config.gpu_memory:g} GB"
     if found is None:
         need = estimate(model, replace(config, shard=world), 1)
-        return (f"fits        not on {where}: --shard {world} --micro_batch 1 needs {size(need.total)}, and a "
-                f"tenth and 1 GB more; use more GPUs, or --recompute true")
+        return (f"fits        not on {where}: --shard {world} --micro_batch 1 needs {size(need.total)}, "
+                "and a tenth and 1 GB more; use more GPUs, or --recompute true")
     shards, micro, need = found
     return f"fits        on {where}: --shard {shards} --micro_batch {micro}, {size(need.total)} at the peak"

@@ -56,10 +56,12 @@ def made(name: str, weights, config, device, faithful: bool) -> dict[str, torch.
     """The tensors of a layer that replaces the dense one `name`, on `device`. faithful: see
     `keep_function`."""
     shape = weights.shapes.get_submodule(name)
-    linear = nn.utils.skip_init(nn.Linear, shape.in_features, shape.out_features, shape.bias is not None)
-    for key, p in linear.named_parameters():
-        p.copy_(weights.read(f"{name}.{key}"))
-    layer = METHODS[config.linear].one(name, linear.to(device), config)
+    with torch.device("meta"):
+        linear = nn.Linear(shape.in_features, shape.out_features, shape.bias is not None)
+    for key, p in list(linear.named_parameters()):
+        tensor = weights.read(f"{name}.{key}").to(device)
+        setattr(linear, key, nn.Parameter(tensor, p.requires_grad))
+    layer = METHODS[config.linear].one(name, linear, config)
     if faithful:
         keep_function(layer, config)
     return layer.state_dict()
@@ -104,7 +106,8 @@ class Filling:
             mine = self.attempt(names)
             for owner, name in enumerate(names):
                 for key, own in own_tensors(self.model.get_submodule(name)).items():
-                    tensor = mine[key] if owner == self.job.rank else empty_like(own, self.job.device)
+                    # let go when it is sent
+                    tensor = mine.pop(key) if owner == self.job.rank else empty_like(own, self.job.device)
                     self.job.broadcast(tensor, owner)
                     put(own, tensor)
 
