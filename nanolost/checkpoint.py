@@ -422,20 +422,17 @@ class Writing:
         self.writer = None
 
 def write_turns(folder: str, queues: list[list[Turn]], rank: int) -> Writing:
-    """Write the queue of process `rank`; what is split is gathered by all, in one order. A process holds the
-    tensor that it is to write and one that is gathered for another, never more."""
+    """Write the queue of process `rank`. What is split is sent to who writes it, in one order: a process
+    holds the one tensor that it is to write."""
     mine = Writing(folder)
     for turns in itertools.zip_longest(*queues):
         held = None
         for number, turn in enumerate(turns):
             if turn is None:
                 continue
-            tensor = shard.whole(turn.tensor)
+            tensor = shard.collected(turn.tensor, number)
             if number == rank:
                 held = turn, tensor.cpu()
-            elif shard.is_split(turn.tensor):
-                # seen through: nccl counts a time-out from where a process asks, not from where it waits
-                tensor.flatten()[:1].cpu()
             del tensor
         # all at once
         if held is not None:

@@ -33,11 +33,39 @@ def rows(tensor: torch.Tensor) -> slice:
     if not is_split(tensor):
         return slice(None)
     mesh = tensor.device_mesh["shard"]
-    height = tensor.shape[0]
-    # as torch.chunk: the last processes may have fewer, or none
-    size = math.ceil(height / mesh.size())
-    first = mesh.get_local_rank() * size
-    return slice(min(first, height), min(first + size, height))
+    return part_of(tensor.shape[0], mesh.size(), mesh.get_local_rank())
+
+def part_of(height: int, parts: int, number: int) -> slice:
+    # as torch.chunk: the last ones may have fewer rows, or none
+    size = math.ceil(height / parts)
+    return slice(min(number * size, height), min((number + 1) * size, height))
+
+def collected(tensor: torch.Tensor, writer: int) -> torch.Tensor | None:
+    """All rows on process `writer`, None on the others, which hold no more than before. Every process must
+    ask, in the same order."""
+    if not is_split(tensor):
+        return tensor
+    import torch.distributed as dist
+    group = tensor.device_mesh["shard"].get_group()
+    ranks = dist.get_process_group_ranks(group)
+    if writer not in ranks:
+        # it has a copy of its own
+        return None
+    mine = local(tensor).contiguous()
+    if dist.get_rank() != writer:
+        if len(mine):
+            dist.send(mine, writer, group)
+            # waited for: nccl counts a time-out from where it is asked
+            mine.flatten()[:1].cpu()
+        return None
+    full = torch.empty(tensor.shape, dtype=tensor.dtype, device=mine.device)
+    for number, rank in enumerate(ranks):
+        part = full[part_of(len(full), len(ranks), number)]
+        if rank == writer:
+            part.copy_(mine)
+        elif len(part):
+            dist.recv(part, rank, group)
+    return full
 
 def split_like(part: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """The split tensor whose rows of this process are `part`, laid out as `tensor` is."""

@@ -238,7 +238,23 @@ def in_forks(processes: int, *works, log=None) -> list[int]:
             finally:
                 os._exit(code)
         children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return codes_of(children)
+
+def codes_of(children: list[int]) -> list[int]:
+    """How they ended; where one fails the others have half a minute to notice."""
+    codes = {}
+    end = time.monotonic() + PATIENCE
+    while len(codes) < len(children):
+        for child in set(children) - set(codes):
+            if time.monotonic() > end:
+                os.kill(child, signal.SIGKILL)
+            found, code = os.waitpid(child, os.WNOHANG)
+            if found:
+                codes[child] = os.waitstatus_to_exitcode(code)
+                if code:
+                    end = min(end, time.monotonic() + 30)
+        time.sleep(0.02)
+    return [codes[child] for child in children]
 
 def redirect(log):
     if log is not None:

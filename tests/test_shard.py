@@ -247,6 +247,26 @@ def test_processes_of_a_split_model_evaluate_equally_often_and_stop_together(sma
             assert train.run.evaluate(state.model, texts.validation, state.autocast, job) is None
     passes(2, check, log=tmp_path / "log")
 
+# --- compiled ---
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_blocks_of_more_ranks_than_the_compiler_allows_are_all_compiled(
+        small, tmp_path, monkeypatch, recompute):
+    ranks = {f"{layer}.self_attn.q_proj": 3 + layer for layer in range(10)}
+    flags = dict(n_layer=10, rank={**ranks, "default": 8}, recompute=recompute, steps=2, warmup=1)
+    whole = small(**flags, out_dir=str(tmp_path / "whole"))
+    train.main(whole)
+    # the compiler's first half alone, without the minutes of the second
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    def check():
+        config = small(**flags, shard=2, compile="true")
+        train.main(config)
+        # ten blocks in training, ten in evaluation
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 20
+        assert losses(config) == pytest.approx(losses(whole), rel=1e-6)
+        assert lines(config, "eval")[-1]["layers"]
+    passes(2, check, log=tmp_path / "log")
+
 # --- what breaks: the tests of tests/test_reliability.py, of a split model ---
 
 slow = pytest.mark.slow
