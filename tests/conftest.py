@@ -107,12 +107,16 @@ def default_interrupt():
     # a shell starts a background process with SIGINT ignored, which children inherit
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-def launch(config, processes=1, fault="", flags=(), under=(), env=(), **kwargs) -> subprocess.Popen:
+def launch(
+        config, processes=1, fault="", flags=(), under=(), env=(), meet=(), **kwargs) -> subprocess.Popen:
     """train.py as a command of its own, under torchrun for several processes; fault: see faulty.py; flags: of
-    torchrun; under: a command that starts the command; env: more variables."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *flags]
+    torchrun; under: a command that starts the command; env: more variables; meet: how torchrun finds those of
+    other machines."""
+    torchrun = ["-m", "torch.distributed.run", *(meet or ["--standalone"])]
+    torchrun += [f"--nproc_per_node={processes}", *flags]
     script = os.path.join(ROOT, "tests/faulty.py" if fault else "train.py")
-    command = [*under, sys.executable, *(torchrun if processes > 1 else []), script, *flags_of(config)]
+    several = processes > 1 or meet
+    command = [*under, sys.executable, *(torchrun if several else []), script, *flags_of(config)]
     defaults = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "preexec_fn": default_interrupt}
     kwargs = {**defaults, **kwargs}
     # torchrun ends a process that does not end itself after 30 s, from torch 2.12 on after these seconds; a

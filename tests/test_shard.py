@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -12,10 +13,13 @@ import pytest
 import test_reliability
 import torch
 from conftest import (
+    PATIENCE,
     ROOT,
     SMALL,
     ended,
     files_of,
+    flags_of,
+    free_port,
     in_forks,
     launch,
     lines,
@@ -26,10 +30,12 @@ from conftest import (
     step_folder,
     train_in_forks,
     updates,
+    wait_for,
 )
 from safetensors.torch import load_file, save_file
 
 import train
+from lost import apply_lost
 from nanolost import checkpoint, optim, shard
 from nanolost.job import Job
 from nanolost.settings import resolve, settle_device
@@ -331,3 +337,104 @@ def test_a_run_that_is_done_ends_with_0(small, tmp_path):
                        out_dir=str(tmp_path / str(number)))
         ended(launch(config, 4, stdout=subprocess.PIPE))
         assert status(config)["state"] == "finished"
+
+# --- several machines, on the loopback of one ---
+
+def machines(config, count: int, processes: int) -> list[subprocess.Popen]:
+    """A torchrun for each of `count` machines."""
+    port = free_port()
+    def meet(number):
+        place = [f"--nnodes={count}", f"--node_rank={number}"]
+        return [*place, "--master_addr=127.0.0.1", f"--master_port={port}"]
+    return [launch(config, processes, meet=meet(number)) for number in range(count)]
+
+@slow
+@pytest.mark.parametrize("count, processes", [(2, 2), (4, 1)])
+def test_a_machine_that_is_lost_ends_the_job_and_the_same_command_continues(
+        small, tmp_path, count, processes):
+    # a machine, or two of them, hold a copy
+    config = small(shard=2, steps=60, save_every=10, eval_every=60, timeout=60)
+    straight = small(shard=2, steps=60, save_every=10, eval_every=60, out_dir=str(tmp_path / "straight"))
+    for process in machines(straight, count, processes):
+        ended(process)
+    running = machines(config, count, processes)
+    wait_for(running[0], "step     20/")
+    running[-1].kill()
+    running[-1].communicate()
+    for process in running[:-1]:
+        output = ended(process, None)
+        assert process.returncode not in (0, 2), output
+    assert status(config)["state"] == "failed"
+    assert checkpoint.newest_checkpoint(config.out_dir)
+    for process in machines(config, count, processes):
+        ended(process)
+    assert status(config)["state"] == "finished"
+    assert lines(config) == lines(straight) and files_of(config, 60) == files_of(straight, 60)
+
+@slow
+def test_the_slurm_script_starts_a_torchrun_on_each_machine(small, tmp_path):
+    config = small(shard=2, steps=40, save_every=40, eval_every=40)
+    # stands for SLURM: the command on two machines, with the signals that srun passes on
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    (bin / "srun").write_text("""#!/bin/bash
+for node in 0 1; do SLURM_NODEID=$node "$@" & pids="$pids $!"; done
+trap 'kill -USR1 $pids' USR1
+echo srun $$
+while wait -n || [ $? -gt 128 ]; do :; done
+wait
+""")
+    (bin / "scontrol").write_text(f"""#!/bin/sh
+if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> {tmp_path}/queue; fi
+""")
+    (bin / "torchrun").write_text(f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n')
+    for program in bin.iterdir():
+        program.chmod(0o755)
+    number = str(free_port() % 10_000)
+    env = {**os.environ, "PATH": f"{bin}:{os.environ['PATH']}", "SLURM_JOB_ID": number, "PROCESSES": "1",
+           "OUT": config.out_dir, "OMP_NUM_THREADS": "1", "SLURM_JOB_NUM_NODES": "2",
+           "SLURM_JOB_NODELIST": "two"}
+    def job():
+        return subprocess.Popen(["bash", "runs/slurm.sh", *flags_of(config)], cwd=ROOT, env=env, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = job()
+    pid = int(wait_for(process, "srun ").split()[-1])
+    wait_for(process, "step     10/")
+    os.kill(pid, signal.SIGUSR1)
+    output = process.communicate(timeout=PATIENCE)[0]
+    assert status(config)["state"] == "stopped", output
+    assert (tmp_path / "queue").read_text() == f"requeue {number}\n"
+    output = job().communicate(timeout=PATIENCE)[0]
+    assert "continuing from" in output and status(config)["state"] == "finished", output
+
+# --- in another's model ---
+
+def test_lost_layers_split_in_a_model_of_transformers(small, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                 num_attention_heads=2, use_cache=False)
+    def make():
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+        return apply_lost(model, rank=8, sparsity=0.05)
+    def loss_of(model):
+        idx = torch.arange(64).view(2, 32)
+        return model(input_ids=idx, labels=idx).loss
+    def check():
+        from torch.distributed.fsdp import fully_shard
+        expected = make()
+        with Job.start(settle_device(small())):
+            model = make()
+            for block in model.model.layers:
+                fully_shard(block)
+            fully_shard(model)
+            for step in range(2):
+                losses = []
+                for one in (model, expected):
+                    loss = loss_of(one)
+                    loss.backward()
+                    torch.optim.SGD(one.parameters(), lr=0.1).step()
+                    one.zero_grad()
+                    losses.append(loss.item())
+                assert losses[0] == pytest.approx(losses[1], rel=1e-6), step
+    passes(2, check, log=tmp_path / "log")
