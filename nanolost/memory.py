@@ -134,8 +134,10 @@ def gathered_bytes(model: Llama, config) -> int:
         return item * sum(map(matrices, model.model["layers"])) if item < 4 else 0
     return 4 * sum(p.numel() for p in words_of(model)) + 2 * item * matrices(largest_block(model))
 
-def estimate(model: Llama, config, micro: int) -> Need:
-    """What a GPU of a run needs at its peak. model: on the meta device."""
+def estimate(model: Llama, config, micro: int, activations: float | None = None) -> Need:
+    """What a GPU of a run needs at its peak. model: on the meta device. activations: where they are known."""
+    if activations is None:
+        activations = activation_bytes(model, config, micro)
     weights, gradients, moments = count_bytes(model, config.optimizer)
     # vectors, which are whole on every process, are too few to count apart
     return Need(
@@ -143,7 +145,7 @@ def estimate(model: Llama, config, micro: int) -> Need:
         gradients / config.shard,
         moments / config.shard,
         gathered_bytes(model, config),
-        activation_bytes(model, config, micro),
+        activations,
     )
 
 def traffic(model: Llama, config, world: int, accumulation: int) -> tuple[float, float]:
@@ -171,8 +173,10 @@ def smallest(model: Llama, config, world: int, memory: float):
     wanted, accumulation = split_batch(config, world)
     share = wanted * accumulation
     for micro in sorted((d for d in divisors(share) if d <= wanted), reverse=True):
+        # the same for any --shard
+        activations = activation_bytes(model, config, micro)
         for shards in divisors(world):
-            need = estimate(model, replace(config, shard=shards), micro)
+            need = estimate(model, replace(config, shard=shards), micro, activations)
             if fits(need, memory):
                 return shards, micro, need
     return None
