@@ -330,6 +330,15 @@ def paper_perplexity(windows: list[tuple], batch: int, tokens: int) -> float:
         read += targets + len(part)
     return math.exp(min(total / batches, 700))
 
+def turns(text: Validation, job, split: bool):
+    """Numbers of the windows of this process's micro-batches: every world-th. A split model is run by all
+    processes equally often, or they would wait for each other for ever: the last may be empty then."""
+    for first in range(0, text.samples, job.world * text.micro):
+        start = first + job.rank * text.micro
+        mine = np.arange(start, min(start + text.micro, text.samples))
+        if len(mine) or split:
+            yield mine
+
 @torch.no_grad()
 def evaluate(model: Llama, text: Validation, context, job, windows: list | None = None) -> dict | None:
     """Mean loss over a text: every token weighs the same for any micro-batch and number of processes. Bits
@@ -341,14 +350,8 @@ def evaluate(model: Llama, text: Validation, context, job, windows: list | None 
     if windows is None and text.paper:
         windows = []
     split = shard.is_split_model(model)
-    # each process takes every world-th micro-batch, the last of which may be empty: a split model is run by
-    # all of them equally often, or they would wait for each other for ever
-    for first in range(0, text.samples, job.world * text.micro):
+    for mine in turns(text, job, split):
         if job.stop_reason() if split else job.asked:
-            break
-        start = first + job.rank * text.micro
-        mine = np.arange(start, min(start + text.micro, text.samples))
-        if not len(mine) and not split:
             break
         x, y = text.data.batch(mine)
         # a target below 0 is none

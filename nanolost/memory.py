@@ -76,7 +76,7 @@ def kept_all(block: nn.Module, model: Llama, micro: int, seq_len: int, dtype: to
         weights |= {name: torch.empty(b.shape, dtype=b.dtype) for name, b in block.named_buffers()}
         # in a split block they are gathered in the narrow dtype
         if dtype != torch.float32:
-            weights = {name: w.to(dtype) if w.dim() == 2 else w for name, w in weights.items()}
+            weights = {name: w.to(dtype) if w.dim() >= 2 and w.is_floating_point() else w for name, w in weights.items()}
         own = {w.untyped_storage()._cdata for w in weights.values()}
         def pack(tensor):
             storage = tensor.untyped_storage()

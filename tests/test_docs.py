@@ -30,7 +30,7 @@ FLAGS_OF = {"train.py": "nanolost.settings", "layers.py": "nanolost.settings",
 OTHERS = {"pip", "git", "tail", "sbatch", "srun", "cd", "source", "cat", "export"}
 # flags of torchrun, pytest and sbatch that the pages name
 FOREIGN = {"--standalone", "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port",
-           "--signals-to-handle", "--signal", "--slow", "--kills", "--ntasks-per-node"}
+           "--nodes", "--signals-to-handle", "--signal", "--slow", "--kills", "--ntasks-per-node"}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
