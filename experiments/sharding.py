@@ -7,8 +7,9 @@ adds, from which follows the whole model. Beside it what `train.py --dry_run` es
 no waste of an allocator, no buffers of nccl and no second stream, which add some GB on a GPU."""
 import nanolost  # noqa: F401, I001  before torch: OpenMP reads its settings once
 
-import argparse
 import json
+import sys
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -17,8 +18,10 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from nanolost import shard
-from nanolost.methods import build_model
+from model import MODELS
+from nanolost import memory, shard
+from nanolost.flags import command, flag, parse
+from nanolost.methods import METHODS, build_model
 from nanolost.settings import resolve
 
 def peak(config, mesh) -> dict[str, int]:
@@ -44,28 +47,42 @@ def peak(config, mesh) -> dict[str, int]:
     kinds = next(iter(found.values()))
     return {getattr(kind, "value", str(kind)): size for kind, size in kinds.items()}
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default="7b")
-    parser.add_argument("--linear", default="lost")
-    parser.add_argument("--shard", type=int, default=8)
-    parser.add_argument("--micro_batch", type=int, default=64)
-    parser.add_argument("--recompute", default="true")
-    parser.add_argument("--layers", default="4,8")
-    given = parser.parse_args()
-    dist.init_process_group("fake", rank=0, world_size=given.shard, store=FakeStore())
-    mesh = init_device_mesh("cpu", (given.shard,), mesh_dim_names=("shard",))
-    found = {}
-    few, many = map(int, given.layers.split(","))
-    flags = dict(model=given.model, linear=given.linear, vocab_size=50257, micro_batch=given.micro_batch,
-                 recompute=given.recompute == "true", shard=given.shard, dtype="bfloat16")
-    for layers in (few, many):
-        found[layers] = peak(resolve({**flags, "n_layer": layers}), mesh)
+@dataclass
+class Config:
+    model: str = flag("7b", "size", list(MODELS))
+    linear: str = flag("lost", "kind of linear layer", METHODS)
+    shard: int = flag(8, "processes that hold one copy")
+    micro_batch: int = flag(64, "windows of 256 tokens in a forward pass")
+    recompute: bool = flag(True, "compute wide activations again in backward")
+    few: int = flag(4, "blocks of the smaller simulation")
+    many: int = flag(8, "blocks of the larger one")
+
+def simulated(config: Config) -> dict:
+    """Bytes of the whole model's pass, and of the estimate beside it."""
+    names = ("model", "linear", "shard", "micro_batch", "recompute")
+    flags = {name: getattr(config, name) for name in names}
+    flags |= {"vocab_size": 50257, "dtype": "bfloat16"}
+    mesh = init_device_mesh("cpu", (config.shard,), mesh_dim_names=("shard",))
+    depths = config.few, config.many
+    peaks = {layers: peak(resolve({**flags, "n_layer": layers}), mesh) for layers in depths}
+    few, many = (peaks[layers]["Total"] for layers in depths)
+    block = (many - few) / (config.many - config.few)
     full = resolve(flags)
-    totals = {layers: kinds["Total"] for layers, kinds in found.items()}
-    block = (totals[many] - totals[few]) / (many - few)
-    pass_ = totals[many] + block * (full.n_layer - many)
-    print(json.dumps({**vars(given), "peaks": found, "block": block, "forward_backward": pass_}))
+    need = memory.estimate(build_model(full, "meta"), full, full.micro_batch)
+    passes = many + block * (full.n_layer - config.many)
+    return {
+        **vars(config),
+        "peaks": peaks,
+        "block": block,
+        "forward_backward": passes,
+        # gradients and moments are there too
+        "total": passes + need.gradients + need.moments,
+        "estimate": need.total,
+    }
+
+def main(config: Config):
+    dist.init_process_group("fake", rank=0, world_size=config.shard, store=FakeStore())
+    print(json.dumps(simulated(config)))
 
 if __name__ == "__main__":
-    main()
+    command(lambda: main(parse(Config, sys.argv[1:], __doc__)))

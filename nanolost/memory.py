@@ -72,11 +72,11 @@ def kept_all(block: nn.Module, model: Llama, micro: int, seq_len: int, dtype: to
     config = model.config
     found = {}
     with FakeTensorMode(), torch.device("cpu"):
-        weights = {name: torch.empty(p.shape, requires_grad=True) for name, p in block.named_parameters()}
-        weights |= {name: torch.empty(b.shape, dtype=b.dtype) for name, b in block.named_buffers()}
-        # in a split block they are gathered in the narrow dtype
-        if dtype != torch.float32:
-            weights = {name: w.to(dtype) if w.dim() >= 2 and w.is_floating_point() else w for name, w in weights.items()}
+        weights = {name: torch.empty(b.shape, dtype=b.dtype) for name, b in block.named_buffers()}
+        for name, p in block.named_parameters():
+            # in a split block matrices are gathered in the narrow dtype
+            kind = dtype if p.dim() >= 2 else torch.float32
+            weights[name] = torch.empty(p.shape, dtype=kind, requires_grad=True)
         own = {w.untyped_storage()._cdata for w in weights.values()}
         def pack(tensor):
             storage = tensor.untyped_storage()

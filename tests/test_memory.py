@@ -78,7 +78,7 @@ def test_the_estimate_lies_within_a_tenth_of_torchs_memory_tracker(size, linear,
 
 @pytest.mark.slow
 def test_torchs_memory_tracker_still_says_so():
-    command = [sys.executable, "experiments/sharding.py", "--model", "7b", "--layers", "4,8"]
+    command = [sys.executable, "experiments/sharding.py", "--model", "7b"]
     env = {**os.environ, "PYTHONPATH": ROOT}
     found = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
     assert json.loads(found)["forward_backward"] / 1e9 == pytest.approx(TRACKED["7b", "lost", 8], rel=0.02)
