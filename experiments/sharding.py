@@ -85,4 +85,4 @@ def main(config: Config):
     print(json.dumps(simulated(config)))
 
 if __name__ == "__main__":
-    command(lambda: main(parse(Config, sys.argv[1:], __doc__)))
+    command(lambda: main(Config(**parse(Config, sys.argv[1:], __doc__))))
