@@ -122,8 +122,8 @@ def level(target: float, floors: Numbers, sizes: Numbers) -> float:
             return left / width
         left -= floor * size
         width -= size
-    # rounding alone leads here: all floors are the mean
-    return target
+    # rounding alone leads here, where no block can rise
+    return min(floors)
 
 def bounds(target: float, floors: Numbers, sizes: Numbers) -> tuple[list, list]:
     """The box as numbers of zeros. What one block gives up another one can take, whatever their sizes."""
