@@ -37,39 +37,41 @@ from nanolost.tuning import FIXED, METHODS, Config
 
 # --- data ---
 
-def training_text(config: Config, tokenizer) -> TokenDataset:
+def training_text(config: Config, tokenizer, window: int) -> TokenDataset:
+    """Windows of shards, or rows of lines; config.seq_len is what a sample has then."""
     if os.path.isdir(config.data):
-        return TokenDataset(config.data, "train", config.seq_len)
-    text = LineDataset(config.data, tokenizer, config.seq_len)
+        text = TokenDataset(config.data, "train", window)
+    else:
+        text = LineDataset(config.data, tokenizer, window)
     # rows are as long as the longest line, where that is less
     config.seq_len = text.seq_len
     return text
 
-def validation_text(config: Config, tokenizer, rows: int) -> Validation | None:
-    """The validation split of --eval_dir, or of --data where that is shards."""
+def validation_text(config: Config, tokenizer, window: int, rows: int) -> Validation | None:
+    """The validation split of --eval_dir, or of --data where that is shards; None without either."""
     place = config.eval_dir
     if place is None and os.path.isdir(config.data):
         place = config.data
     if place is None:
         return None
-    window = min(config.seq_len, WINDOW)
     data = TokenDataset(place, "val", window)
     samples = data.samples_for(config.eval_tokens)
+    # as many tokens at a time as in training
     micro = max(1, config.micro_batch * config.seq_len // window)
     return Validation.of(data, samples, micro, tokenizer, rows)
 
 def texts_of(config: Config, tokenizer, model: Llama, world: int) -> run.Texts:
     limit = model.config.max_seq_len
-    if config.seq_len is None:
-        config.seq_len = min(WINDOW, limit)
-    if config.seq_len > limit:
-        raise UserError(f"--seq_len {config.seq_len} is above the {limit} tokens that the model in "
-                        f"{config.ckpt} was made for: use {limit} or less")
-    train = training_text(config, tokenizer)
+    window = config.seq_len or min(WINDOW, limit)
+    if window > limit:
+        raise UserError(f"--seq_len {window} is above the {limit} tokens that the model in {config.ckpt} was "
+                        f"made for: use {limit} or less")
+    train = training_text(config, tokenizer, window)
     tuning.settle_batch(config, len(train), world)
     config.micro_batch, _ = split_batch(config, world)
-    validation = validation_text(config, tokenizer, model.config.vocab_size)
-    texts = run.Texts(train, validation, tokenizer, model.config.vocab_size, config.seed)
+    rows = model.config.vocab_size
+    validation = validation_text(config, tokenizer, window, rows)
+    texts = run.Texts(train, validation, tokenizer, rows, config.seed)
     texts.micro = config.micro_batch
     if config.eval is not None:
         texts.questions = Questions.read(config.eval, tokenizer, limit)
@@ -83,6 +85,7 @@ def plain_layers(model: Llama) -> list[str]:
 
 def check_layers(model: Llama, config: Config):
     """Merge LOST layers where the method needs matrices. UserError for those that SiLU keeps apart."""
+    # these two train them as they are
     if config.method in ("full", "lost") or not special_layers(model):
         return
     try:
@@ -95,10 +98,17 @@ def switches(config: Config) -> tuple[float, bool, str]:
     """Of every update: scale, whether it is under a mask, and what stands between its factors."""
     return config.alpha / config.rank, METHODS[config.method].update == "masked", config.activation
 
+def train_own_updates(model: Llama, config: Config):
+    """Layers that are low rank and channels already are their own update, to LOST."""
+    if METHODS[config.method].update == "channels":
+        for layer in special_layers(model).values():
+            layer.requires_grad_(True)
+
 def make_trained(model: Llama, config: Config):
     """Say which parameters are trained, and give frozen weights their updates, in place."""
     method = METHODS[config.method]
     names = plain_layers(model)
+    # all, or only what comes beside them
     model.requires_grad_(method.update is None)
     if method.update is None:
         if method.masks:
@@ -107,22 +117,18 @@ def make_trained(model: Llama, config: Config):
     share = config.sparsity if method.update == "channels" else 0
     scale, masked, activation = switches(config)
     adapters.put_updates(model, names, config.rank, scale, masked, share, activation)
-    if method.update == "channels":
-        # layers that are low rank and channels already are their own update
-        for layer in special_layers(model).values():
-            layer.requires_grad_(True)
     adapters.draw_updates(model, config.seed)
+    train_own_updates(model, config)
 
 def resumed(model: Llama, folder: str, config: Config, job: Job) -> State:
     """The state that the checkpoint `folder` holds; model: the merged one in there."""
-    method = METHODS[config.method]
-    if method.update is None:
+    if METHODS[config.method].update is None:
         make_trained(model, config)
     else:
+        # as `make_trained`, with the updates that were saved
         model.requires_grad_(False)
         checkpoint.load_parts(folder, model, *switches(config))
-        for layer in special_layers(model).values():
-            layer.requires_grad_(True)
+        train_own_updates(model, config)
     return State.of(model.to(job.device), config)
 
 # --- the run ---
@@ -136,15 +142,6 @@ def prepare_out_dir(config: Config, texts: run.Texts, model: Llama) -> str | Non
     out_dir.check_space(config.out_dir, config.keep, 2 * checkpoint_bytes(model, config.optimizer))
     texts.check(config)
     return out_dir.choose_checkpoint(config.out_dir, config.resume, config.overwrite)
-
-# chosen once for a run, where nothing is typed
-CHOSEN = ("method", "zeros", "seq_len", "batch_tokens", "steps", "lr", "warmup")
-
-def remember(config: Config, saved: dict):
-    """Fill in what an earlier start of this run chose."""
-    for name in CHOSEN:
-        if getattr(config, name) is None and name in saved:
-            setattr(config, name, saved[name])
 
 def warn(config: Config, there: float, report: Report):
     """Say what a run will do to the zeros of its folder, before it starts."""
@@ -212,7 +209,7 @@ def opened(config: Config, job: Job, at_end: contextlib.ExitStack) -> Opened:
     tuning.settle_paths(config)
     # a run that goes on knows what it chose, and has its model
     own, before = own_checkpoint(config.out_dir, config.resume, "ckpt")
-    remember(config, before)
+    tuning.remember(config, before)
     source = own or checkpoint.checkpoint_folder(config.ckpt)
     model, tokenizer, _ = checkpoint.load_with_tokenizer(source)
     there = adapters.share_of_zeros(model)

@@ -5,11 +5,11 @@ import os
 from dataclasses import dataclass
 
 from lost import SWITCHES
-from nanolost import pruning
+from nanolost import pruning, settings
 from nanolost.errors import UserError
 from nanolost.flags import flag
 from nanolost.optim import OPTIMIZERS
-from nanolost.settings import FROM_TRAINED, RunFlags, TrainingFlags, check_limits
+from nanolost.settings import FROM_TRAINED, RunFlags, TrainingFlags, check_limits, saved_value
 
 # --- methods ---
 
@@ -133,6 +133,7 @@ LIMITS = {
     "calibration_tokens": ("be positive", lambda n: n >= 1),
     "gradient_tokens": ("be positive", lambda n: n >= 1),
 }
+LIMITS = {**settings.LIMITS, **LIMITS}
 # flags that mean something with some methods alone
 ONLY = {
     "stages": lambda method: method.staged,
@@ -153,11 +154,7 @@ def resolve(given: dict) -> Config:
         if not given.get(name):
             raise UserError(f"give --{name}: python finetune.py --ckpt FOLDER --data FILE.jsonl|DIR")
     config = Config(**given)
-    check_limits(config)
-    for name, (must, fits) in LIMITS.items():
-        value = getattr(config, name)
-        if value is not None and not fits(value):
-            raise UserError(f"--{name} {value}: must {must}")
+    check_limits(config, LIMITS)
     if config.gradient_tokens is None:
         config.gradient_tokens = config.calibration_tokens
     if config.gradient_tokens > config.calibration_tokens:
@@ -183,6 +180,16 @@ def check_method(config: Config, given: dict):
         raise UserError(f"--optimizer muon would fill the zeros of --method {config.method}: use adamw")
 
 # --- what depends on the model ---
+
+# chosen once for a run, where nothing is typed
+CHOSEN = ("method", "zeros", "seq_len", "batch_tokens", "steps", "lr")
+
+def remember(config: Config, saved: dict):
+    """Fill in what an earlier start of this run chose; `saved` is the config of its checkpoint."""
+    for name in CHOSEN:
+        # what never was chosen, such as zeros of a method without, stays open
+        if getattr(config, name) is None and saved.get(name) is not None:
+            setattr(config, name, saved_value(saved, name, None, Config, LIMITS))
 
 # zeros that a trained model has by chance are no sparsity
 BY_CHANCE = 0.01
