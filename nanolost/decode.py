@@ -5,6 +5,7 @@ import copy
 import torch
 
 from model import Llama
+from nanolost.sparse import share_calls
 
 BLOCK = 256                                    # tokens that a cache has room for at first
 PREFILL = 2048                                 # tokens read at once: the mask is this times the text
@@ -235,6 +236,7 @@ def compile_for_cpu(model, cache, tensors):
     # clones, as the trace writes to them
     clones = [tensor.clone() for tensor in tensors]
     graph = make_fx(run)(*clones)
+    share_calls(graph)
     # the weights become constants, so that what is made of them is made once
     with torch._inductor.config.patch(freezing=True):
         return compile_fx(graph, tensors, decompositions=decompositions())

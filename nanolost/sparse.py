@@ -8,6 +8,7 @@ bfloat16, at 70 % 0.36. The product of a few columns puts the kept values in the
     pack(model)                                # after loading, before compile_step
 
 On disk such a model is a plain one with exact zeros. Nothing here learns."""
+import contextlib
 import functools
 import hashlib
 import os
@@ -15,6 +16,9 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -146,7 +150,7 @@ def load_kernel() -> frozenset[torch.dtype]:
         torch.ops.load_library(built(needed))
     # a file that is no library (any more) is an OSError
     except (NoKernel, OSError) as e:
-        warn_once(f"no kernel for weights with zeros: {e}")
+        warn_once(f"weights with zeros are not packed, and decode as slowly as dense ones: {e}")
         return frozenset()
     return frozenset(dtypes)
 
@@ -170,22 +174,17 @@ def pack_matrix(weight: Tensor) -> Packed:
     bits = np.packbits(padded.numpy(), axis=1, bitorder="little")
     return Packed(torch.from_numpy(bits).view(torch.int32), values, start)
 
-class PackedLinear(nn.Module):
-    """An nn.Linear, packed; not to be trained. Up to `columns` rows of x take the kernel."""
+class SparseLinear(nn.Module):
+    """Stands for an nn.Linear, not to be trained. Up to `columns` rows of x take `product`; for more, as in a
+    prefill, the matrix becomes dense again, a block of rows at a time."""
 
     def __init__(self, linear: nn.Linear, columns: int):
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         self.columns = columns
         self.bias = linear.bias
-        for name, part in pack_matrix(linear.weight.detach())._asdict().items():
+        for name, part in self.parts(linear.weight.detach()).items():
             self.register_buffer(name, part)
-
-    def blocks(self):
-        """The matrix dense again, some rows at a time."""
-        rows = max(1, UNPACKED // self.in_features)
-        for bits, start in zip(self.bits.split(rows), self.start.split(rows), strict=True):
-            yield torch.ops.nanolost.unpack.default(bits, self.values, start, self.in_features)
 
     @property
     def weight(self) -> Tensor:
@@ -194,10 +193,161 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() <= self.columns * self.in_features:
-            y, = torch.ops.nanolost.packed_linear.default(x, [self.bits], [self.values], [self.start])
+            y = self.product(x)
         else:
             y = torch.cat([F.linear(x, block) for block in self.blocks()], dim=-1)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+class PackedLinear(SparseLinear):
+    """By our kernel."""
+
+    @staticmethod
+    def parts(weight: Tensor) -> dict[str, Tensor]:
+        return pack_matrix(weight)._asdict()
+
+    def blocks(self):
+        rows = max(1, UNPACKED // self.in_features)
+        for bits, start in zip(self.bits.split(rows), self.start.split(rows), strict=True):
+            yield torch.ops.nanolost.unpack.default(bits, self.values, start, self.in_features)
+
+    def product(self, x: Tensor) -> Tensor:
+        y, = torch.ops.nanolost.packed_linear.default(x, [self.bits], [self.values], [self.start])
+        return y
+
+# --- without a kernel: torch's products of compressed rows, which are MKL's ---
+
+@contextlib.contextmanager
+def quiet():
+    """Without torch's warning that these matrices are "in beta state"."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+@quiet()
+def csr(crow: Tensor, col: Tensor, values: Tensor, width: int) -> Tensor:
+    size = (len(crow) - 1, width)
+    return torch.sparse_csr_tensor(crow, col, values, size, check_invariants=False)
+
+# operations of their own: a traced model holds no sparse tensor
+
+@torch.library.custom_op("nanolost::csr_linear", mutates_args=())
+def csr_linear(x: Tensor, crow: Tensor, col: Tensor, values: Tensor) -> Tensor:
+    """x (..., in) → (..., out)."""
+    width = x.shape[-1]
+    columns = x.reshape(-1, width).T
+    y = csr(crow, col, values, width) @ columns                                            # (out, n)
+    return y.T.reshape(*x.shape[:-1], -1).contiguous()
+
+@csr_linear.register_fake
+def _(x, crow, col, values):
+    return x.new_empty(*x.shape[:-1], len(crow) - 1)
+
+@torch.library.custom_op("nanolost::csr_dense", mutates_args=())
+def csr_dense(crow: Tensor, col: Tensor, values: Tensor, width: int) -> Tensor:
+    return csr(crow, col, values, width).to_dense()
+
+@csr_dense.register_fake
+def _(crow, col, values, width):
+    return values.new_empty(len(crow) - 1, width)
+
+class CSRLinear(SparseLinear):
+    """By MKL, in float32: 8 bytes a kept weight."""
+
+    @staticmethod
+    @quiet()
+    def parts(weight: Tensor) -> dict[str, Tensor]:
+        matrix = weight.to_sparse_csr()
+        # MKL takes indices of 32 bits only
+        return {
+            "crow": matrix.crow_indices().int(),
+            "col": matrix.col_indices().int(),
+            # a view of the matrix would be traced as one
+            "values": matrix.values().clone(),
+        }
+
+    def blocks(self):
+        yield csr_dense(self.crow, self.col, self.values, self.in_features)
+
+    def product(self, x: Tensor) -> Tensor:
+        return csr_linear(x, self.crow, self.col, self.values)
+
+# --- which form a matrix takes ---
+
+# Of each form and dtype (share of zeros, columns): from so many zeros on, up to so many columns, it is faster
+# than dense in every shape that was measured (docs/speed.md). A table and never a race at the start, so that
+# the same command always computes the same numbers
+COLUMNS = {
+    PackedLinear: {
+        torch.float32: ((0.45, 8), (0.65, 16)),
+        torch.bfloat16: ((0.45, 4), (0.65, 8)),
+    },
+    CSRLinear: {torch.float32: ((0.8, 16),)},
+}
+
+def most_columns(form: type[SparseLinear], dtype: torch.dtype, zeros: float) -> int:
+    """How many columns such a matrix multiplies faster than a dense one; 0 for none."""
+    table = COLUMNS[form].get(dtype, ())
+    return max((columns for least, columns in table if zeros >= least), default=0)
+
+def pack_linear(linear: nn.Linear, columns: int) -> SparseLinear | None:
+    """The faster form for a decode step of `columns` texts; None: dense is the fastest."""
+    weight = linear.weight
+    if weight.device.type != "cpu":
+        return None
+    zeros = (weight == 0).sum().item() / max(1, weight.numel())
+    most = most_columns(PackedLinear, weight.dtype, zeros)
+    if columns <= most and weight.dtype in load_kernel():
+        return PackedLinear(linear, most)
+    most = most_columns(CSRLinear, weight.dtype, zeros)
+    if columns <= most and torch.backends.mkl.is_available():
+        return CSRLinear(linear, most)
+    return None
+
+# by the class of a module: a kind of layer that holds such a matrix adds a function of its own
+FORMS: dict[type[nn.Module], Callable[[nn.Module, int], nn.Module | None]] = {nn.Linear: pack_linear}
+
+def pack_inside(parent: nn.Module, columns: int, holders: Counter):
+    for name, module in list(parent.named_children()):
+        form = FORMS.get(type(module))
+        # a tied head stays in memory as the embedding: packed, it would only be there twice
+        tied = any(holders[p] > 1 for p in module.parameters(recurse=False))
+        layer = None if form is None or tied else form(module, columns)
+        if layer is not None:
+            parent.set_submodule(name, layer)
+        else:
+            pack_inside(module, columns, holders)
+
+@torch.no_grad()
+def pack(model: nn.Module, columns: int = 1) -> nn.Module:
+    """Give every layer the form in which it decodes `columns` texts at once the fastest, in place and one by
+    one: a model without zeros stays as it is. Call it once the model has its device and dtype, and before its
+    decode step is compiled; it cannot be trained afterwards."""
+    holders = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
+    pack_inside(model, columns, holders)
+    return model
+
+# --- in a compiled decode step ---
+
+def share_calls(module: torch.fx.GraphModule):
+    """One call for all packed products with the same x, as of q, k and v, or of gate and up: each call has
+    its own barrier, and Python before it."""
+    packed_linear = torch.ops.nanolost.packed_linear.default
+    first_of = {}
+    for node in module.graph.find_nodes(op="call_function", target=packed_linear):
+        x, *parts = node.args
+        first = first_of.setdefault(x, node)
+        if first is node:
+            continue
+        # what it reads are constants, which can stand earlier
+        for part in parts:
+            for constant in part:
+                first.prepend(constant)
+        before = len(first.args[1])
+        first.args = (x, *(own + part for own, part in zip(first.args[1:], parts, strict=True)))
+        for item in list(node.users):
+            item.args = (first, before + item.args[1])
+        module.graph.erase_node(node)
+    module.recompile()

@@ -1,7 +1,9 @@
 """Packed weights against dense ones: the kernel, what is done without one, whole models."""
+import copy
 import ctypes
 import mmap
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,10 +11,16 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from small_models import all_logits, largest_difference, small, tokens
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
+import sample
 from nanolost import sparse
-from nanolost.checkpoint import warn_once
+from nanolost.checkpoint import save_checkpoint, warn_once
+from nanolost.decode import KVCache, compile_step, generate
+from nanolost.sparse import CSRLinear, PackedLinear, pack
+from nanolost.tokenizer import Tokenizer
 
 pack_op, unpack_op = torch.ops.nanolost.packed_linear.default, torch.ops.nanolost.unpack.default
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -170,7 +178,7 @@ def no_kernel(capsys):
     """The one line that says why there is none."""
     assert sparse.load_kernel() == frozenset()
     line, = capsys.readouterr().err.splitlines()
-    assert line.startswith("WARNING: no kernel for weights with zeros: ")
+    assert line.startswith("WARNING: weights with zeros are not packed")
     return line
 
 def fake_compiler(tmp_path, monkeypatch, body):
@@ -235,3 +243,182 @@ def test_the_cache_of_another_user_is_not_run(cache, capsys, monkeypatch):
         os.chown(cache, 1234, -1)
     monkeypatch.setattr(os, "geteuid", lambda: 4321)
     assert "belongs to another user" in no_kernel(capsys)
+
+# --- which form ---
+
+def packed_layers(model):
+    return [name for name, module in model.named_modules() if isinstance(module, sparse.SparseLinear)]
+
+def linear_with(zeros, shape=(64, 96), dtype=torch.float32):
+    linear = nn.Linear(shape[1], shape[0], bias=False)
+    linear.weight.data = with_zeros(*shape, zeros=zeros, dtype=dtype)
+    return linear
+
+def test_the_table_has_more_columns_for_more_zeros_and_never_less_than_one():
+    for form, by_dtype in sparse.COLUMNS.items():
+        for dtype, table in by_dtype.items():
+            assert list(table) == sorted(table) and all(columns >= 1 for _, columns in table)
+            found = [sparse.most_columns(form, dtype, zeros / 100) for zeros in range(101)]
+            assert found == sorted(found) and found[0] == 0
+    assert sparse.most_columns(PackedLinear, torch.float64, 0.9) == 0
+
+@dtypes
+def test_zeros_and_columns_decide_the_form(kernel, dtype):
+    for least, columns in sparse.COLUMNS[PackedLinear][dtype]:
+        enough, few = linear_with(least + 0.04, dtype=dtype), linear_with(least - 0.04, dtype=dtype)
+        layer = sparse.pack_linear(enough, columns)
+        assert type(layer) is PackedLinear and layer.columns == columns
+        assert type(sparse.pack_linear(few, columns)) is not PackedLinear
+    assert sparse.pack_linear(enough, columns + 1) is None
+    assert sparse.pack_linear(nn.Linear(0, 5), 1) is None
+
+def test_where_the_kernel_ends_the_matrix_is_dense_again(kernel, monkeypatch):
+    monkeypatch.setattr(sparse, "UNPACKED", 1000)                             # ten rows at a time
+    linear = linear_with(0.6)
+    layer, calls = PackedLinear(linear, 4), []
+    monkeypatch.setattr(PackedLinear, "product", lambda self, x: calls.append(x.shape) or linear(x))
+    for shape in ((4, 96), (2, 2, 96), (1, 5, 96), (96,), (7, 3, 96)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(layer(x), linear(x))
+    assert calls == [(4, 96), (2, 2, 96), (96,)] and torch.equal(layer.weight, linear.weight)
+
+def test_without_a_kernel_compressed_rows_where_they_are_faster(monkeypatch, recwarn):
+    monkeypatch.setattr(sparse, "load_kernel", frozenset)
+    assert sparse.pack_linear(linear_with(0.7), 1) is None
+    assert sparse.pack_linear(linear_with(0.9, dtype=torch.bfloat16), 1) is None
+    linear = linear_with(0.9)
+    layer = sparse.pack_linear(linear, 1)
+    assert type(layer) is CSRLinear and {layer.crow.dtype, layer.col.dtype} == {torch.int32}
+    for shape in ((1, 1, 96), (3, 96), (4, 30, 96)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(layer(x), linear(x))
+        assert layer(x).is_contiguous()
+    assert torch.equal(layer.weight, linear.weight)
+    parts = layer.crow, layer.col, layer.values
+    torch.library.opcheck(sparse.csr_linear, (torch.randn(1, 2, 96), *parts))
+    torch.library.opcheck(sparse.csr_dense, (*parts, 96))
+    assert not [str(one.message) for one in recwarn if "Sparse" in str(one.message)]
+
+def test_packed_weights_alone_stay_in_memory(kernel):
+    layer = sparse.pack_linear(linear_with(0.7, (512, 1024), torch.bfloat16), 1)
+    held = sum(tensor.nbytes for tensor in [*layer.parameters(), *layer.buffers()])
+    # a bit and 0.3 × 2 bytes a weight; 8 bytes a row
+    assert held == pytest.approx(512 * 1024 * (1 / 8 + 0.3 * 2) + 512 * 8, rel=0.01)
+
+# --- whole models ---
+
+def sparse_model(zeros=0.6, **sizes):
+    """A model whose blocks have zeros, and a copy that is packed."""
+    model = small(n_kv_head=2, **sizes)
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and name != "lm_head":
+            module.weight.data *= torch.rand_like(module.weight) >= zeros
+    return model, pack(copy.deepcopy(model))
+
+BIASES = dict(qkv_bias=True, o_bias=True, mlp_bias=True)
+models = pytest.mark.parametrize("sizes", [{}, BIASES], ids=["plain", "biases"])
+
+@models
+def test_a_packed_model_computes_and_writes_what_the_dense_one_does(kernel, sizes):
+    model, packed = sparse_model(**sizes)
+    assert len(packed_layers(packed)) == 14 and "lm_head" not in packed_layers(packed)
+    for rows in (1, 4, 9):
+        idx = tokens(rows, 12)
+        assert largest_difference(all_logits(packed, idx), all_logits(model, idx)) <= 1e-4
+        new = generate(packed, idx[:, :5], 40, temperature=0)
+        assert torch.equal(new, generate(model, idx[:, :5], 40, temperature=0))
+
+@models
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_the_compiled_step_of_a_packed_model_writes_the_same(kernel, sizes, rows):
+    model, packed = sparse_model(**sizes)
+    idx = tokens(rows, 5)
+    new = generate(packed, idx, 30, temperature=0, step=compile_step(packed))
+    assert torch.equal(new, generate(model, idx, 30, temperature=0))
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_compressed_rows_are_compiled_too(monkeypatch, rows):
+    monkeypatch.setattr(sparse, "load_kernel", frozenset)
+    model, packed = sparse_model(zeros=0.9)
+    assert len(packed_layers(packed)) >= 10
+    idx = tokens(rows, 5)
+    new = generate(packed, idx, 30, temperature=0, step=compile_step(packed))
+    assert torch.equal(new, generate(model, idx, 30, temperature=0))
+
+@torch.inference_mode()
+def test_the_compiled_step_makes_one_call_for_what_reads_the_same_x(kernel):
+    _, packed = sparse_model()
+    token, cache = tokens(1, 1), KVCache(12)
+    packed(token, cache=cache)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, (code,) = run_and_get_code(compile_step(packed), token, cache=cache)
+    calls = re.findall(r"packed_linear\.default\(\w+[^\[]*\[([^]]*)\]", code)
+    # q, k, v; o; gate, up; down: of two blocks
+    assert [len(call.split(",")) for call in calls] == [3, 1, 2, 1] * 2
+
+@torch.inference_mode()
+def test_torch_compile_takes_a_packed_model_whole(kernel):
+    _, packed = sparse_model()
+    idx = tokens(2, 12)
+    compiled = torch.compile(packed, fullgraph=True)
+    assert largest_difference(compiled(idx)[0], packed(idx)[0]) <= 1e-4
+
+def test_bfloat16_differs_by_its_rounding(kernel):
+    model, _ = sparse_model()
+    model, idx = model.bfloat16(), tokens(2, 12)
+    packed = pack(copy.deepcopy(model))
+    exact = all_logits(copy.deepcopy(model).float(), idx)
+    error = largest_difference(all_logits(packed, idx).float(), exact)
+    assert packed_layers(packed) and error <= 2 * largest_difference(all_logits(model, idx).float(), exact)
+
+def test_a_dense_model_is_left_alone_and_needs_no_kernel(monkeypatch):
+    monkeypatch.setattr(sparse, "load_kernel", lambda: 1 / 0)
+    model = small()
+    before = list(model.modules())
+    assert pack(model) is model and list(model.modules()) == before
+
+def test_a_weight_that_something_else_holds_stays_dense(kernel):
+    model = small(tie_embeddings=True)
+    model.lm_head.weight.data *= torch.rand_like(model.lm_head.weight) > 0.7
+    assert not packed_layers(pack(model)) and model.lm_head.weight is model.model["embed_tokens"].weight
+
+def test_several_texts_stay_dense_where_that_is_faster(kernel):
+    model, _ = sparse_model()
+    assert not packed_layers(pack(model, columns=1000))
+
+A, B = torch.randn(3, 96), torch.randn(64, 3)
+
+class WithLowRank(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + x @ A.T @ B.T
+
+class PackedWithLowRank(PackedLinear):
+    def forward(self, x):
+        return super().forward(x) + x @ A.T @ B.T
+
+def test_a_kind_of_layer_adds_its_own_form(kernel, monkeypatch):
+    linear = WithLowRank(96, 64)
+    linear.weight.data = with_zeros(64, 96)
+    model, x = nn.Sequential(nn.Sequential(linear)), torch.randn(1, 96)
+    assert not packed_layers(pack(model))
+    monkeypatch.setitem(sparse.FORMS, WithLowRank, PackedWithLowRank)
+    assert packed_layers(pack(model)) == ["0.0"]
+    torch.testing.assert_close(model(x), linear(x))
+
+# --- the command ---
+
+@pytest.mark.parametrize("flags", [{}, {"num_samples": 3}, {"compile": True}], ids=["one", "three", "fast"])
+def test_sample_packs_and_writes_the_same_text(kernel, tmp_path, capsys, monkeypatch, flags):
+    tokenizer = Tokenizer.named("byte")
+    model, _ = sparse_model(vocab_size=tokenizer.vocab_size, max_seq_len=32)
+    folder = save_checkpoint(str(tmp_path), 1, model, [], {"step": 1}, tokenizer, keep=1)
+    def text():
+        sample.main(sample.Config(ckpt=folder, prompt="On", device="cpu", max_new_tokens=25, **flags))
+        return capsys.readouterr().out
+    packed = []
+    def look(model, columns):
+        packed.append(packed_layers(pack(model, columns)))
+    monkeypatch.setattr(sample, "pack", look)
+    faster = text()
+    monkeypatch.setattr(sample, "pack", lambda model, columns: model)
+    assert text() == faster and len(packed[0]) == 14 and len(faster) > 25
