@@ -29,8 +29,8 @@ from torch import Tensor
 
 from nanolost.checkpoint import warn_once
 
-SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sparse.cpp")
-TORCH = os.path.dirname(os.path.abspath(torch.__file__))
+SOURCE = os.path.join(os.path.dirname(__file__), "sparse.cpp")
+TORCH = os.path.dirname(torch.__file__)
 
 # instructions that the kernel is made of, as Linux names them in /proc/cpuinfo: expansion of 32-bit values is
 # in the first AVX-512 (2017), of 16-bit values in VBMI2, products of bfloat16 in BF16 (both: Sapphire Rapids,
@@ -43,6 +43,9 @@ NEEDED = {
 PAD = 64
 # weights that are unpacked at once: 8 MB in bfloat16, which a cache holds and no allocator gives back
 UNPACKED = 1 << 22
+
+# seconds that the compiler may take for what takes 2
+PATIENCE = 300
 
 # --- the kernel: compiled once, by the system's compiler ---
 
@@ -62,7 +65,10 @@ def cpu_flags(path: str = "/proc/cpuinfo") -> set[str]:
 
 def cache_folder() -> str:
     """Where the compiled kernel stays, for all commands of a user."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    home = os.environ.get("XDG_CACHE_HOME")
+    # set and empty counts as not set (the XDG base directory specification)
+    if not home:
+        home = os.path.expanduser("~/.cache")
     return os.path.join(home, "nanolost")
 
 def compiler() -> list[str]:
@@ -74,25 +80,39 @@ def compiler() -> list[str]:
     raise NoKernel("there is no C++ compiler (c++, g++ or clang++; CXX names another)")
 
 def run(command: list[str]) -> str:
-    """What a command prints; NoKernel with its last line where it fails."""
+    """What a command prints; NoKernel with its first error where it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PATIENCE,
+        )
     except (OSError, subprocess.TimeoutExpired) as e:
         raise NoKernel(f"{command[0]} failed: {e}") from None
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
-        raise NoKernel(f"{command[0]} failed: {lines[0]:.200}")
+        lines = done.stderr.splitlines()
+        error = next((line for line in lines if "error" in line), "no message")
+        raise NoKernel(f"{command[0]} failed: {error:.200}")
     return done.stdout
 
 def build_command(flags: set[str]) -> list[str]:
     """The command that compiles the kernel for a CPU with these flags, without the name of its output."""
-    machine = ["-m" + flag.replace("_", "") for flag in sorted(flags)]
+    # gcc leaves out the underscores that Linux has
+    machine = [f"-m{flag}".replace("_", "") for flag in sorted(flags)]
     return [
-        *compiler(), "-std=c++17", "-O3", "-fPIC", "-shared", *machine,
-        # in gcc's own header of AVX-512
-        "-Wno-maybe-uninitialized",
-        f"-I{TORCH}/include", SOURCE,
-        f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10",
+        *compiler(),
+        "-std=c++17",
+        "-O3",
+        "-fPIC",
+        "-shared",
+        *machine,
+        f"-I{TORCH}/include",
+        SOURCE,
+        f"-L{TORCH}/lib",
+        "-ltorch_cpu",
+        "-lc10",
     ]
 
 def key_of(command: list[str]) -> str:
@@ -100,43 +120,57 @@ def key_of(command: list[str]) -> str:
     digest = hashlib.sha256()
     with open(SOURCE, "rb") as file:
         digest.update(file.read())
-    words = [*command, run([command[0], "--version"]), torch.__version__]
-    digest.update("\0".join(words).encode())
+    version = run([command[0], "--version"])
+    text = "\0".join([*command, version, torch.__version__])
+    digest.update(text.encode())
     return digest.hexdigest()[:16]
+
+def compile_into(folder: str, name: str, command: list[str]):
+    """A file that is there as a whole or not at all. Several processes may make it: the last rename wins, and
+    all have made the same."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp_") as temporary:
+        output = os.path.join(temporary, name)
+        run([*command, "-o", output])
+        os.replace(output, os.path.join(folder, name))
 
 def built(flags: set[str]) -> str:
     """The path of the compiled kernel, which is compiled where it is not yet there: 2 s."""
     command = build_command(flags)
     folder = cache_folder()
-    path = os.path.join(folder, f"sparse_{key_of(command)}.so")
+    name = f"sparse_{key_of(command)}.so"
+    path = os.path.join(folder, name)
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
-        # who may write there may have their code run here
-        if os.stat(folder).st_uid not in (0, os.geteuid()):
+        # whoever may write there may have their code run here
+        owner = os.stat(folder).st_uid
+        if owner not in (0, os.geteuid()):
             raise NoKernel(f"{folder} belongs to another user: set XDG_CACHE_HOME")
         if not os.path.exists(path):
-            # several processes may: the last rename wins, and all have made the same
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp_") as temporary:
-                output = os.path.join(temporary, "sparse.so")
-                run([*command, "-o", output])
-                os.replace(output, path)
+            compile_into(folder, name, command)
     except OSError as e:
         raise NoKernel(f"{folder}: {e.strerror or e} (XDG_CACHE_HOME names another place)") from None
     return path
 
-# what loads it defines what it computes: shapes alone are enough to trace a model
-torch.library.define(
-    "nanolost::packed_linear", "(Tensor x, Tensor[] bits, Tensor[] values, Tensor[] start) -> Tensor[]"
-)
-torch.library.define("nanolost::unpack", "(Tensor bits, Tensor values, Tensor start, int width) -> Tensor")
+# What the library computes, a matrix in three parts each (see `Packed`): products of one x with several
+# matrices, and a dense matrix
+SCHEMAS = {
+    "packed_linear": "(Tensor x, Tensor[] bits, Tensor[] values, Tensor[] start) -> Tensor[]",
+    "unpack": "(Tensor bits, Tensor values, Tensor start, int width) -> Tensor",
+}
+for name, schema in SCHEMAS.items():
+    torch.library.define(f"nanolost::{name}", schema)
+
+packed_linear = torch.ops.nanolost.packed_linear.default
+unpack = torch.ops.nanolost.unpack.default
 
 @torch.library.register_fake("nanolost::packed_linear")
 def _(x, bits, values, start):
-    return [x.new_empty(*x.shape[:-1], one.shape[0]) for one in bits]
+    *rows, _ = x.shape
+    return [x.new_empty(*rows, len(one)) for one in bits]
 
 @torch.library.register_fake("nanolost::unpack")
 def _(bits, values, start, width):
-    return values.new_empty(bits.shape[0], width)
+    return values.new_empty(len(bits), width)
 
 @functools.cache
 def load_kernel() -> frozenset[torch.dtype]:
@@ -170,9 +204,11 @@ def pack_matrix(weight: Tensor) -> Packed:
     values = weight.new_zeros(total + PAD)
     torch.masked_select(weight, kept, out=values[:total])
     # whole words, the rest of which are zeros
-    padded = F.pad(kept, (0, -weight.shape[1] % 32))
-    bits = np.packbits(padded.numpy(), axis=1, bitorder="little")
-    return Packed(torch.from_numpy(bits).view(torch.int32), values, start)
+    rest = -weight.shape[1] % 32
+    padded = F.pad(kept, (0, rest)).numpy()
+    octets = np.packbits(padded, axis=1, bitorder="little")
+    bits = torch.from_numpy(octets).view(torch.int32)
+    return Packed(bits, values, start)
 
 class SparseLinear(nn.Module):
     """Stands for an nn.Linear, not to be trained. Up to `columns` rows of x take `product`; for more, as in a
@@ -183,20 +219,25 @@ class SparseLinear(nn.Module):
         self.out_features, self.in_features = linear.weight.shape
         self.columns = columns
         self.bias = linear.bias
-        for name, part in self.parts(linear.weight.detach()).items():
+        weight = linear.weight.detach()
+        for name, part in self.parts(weight).items():
             self.register_buffer(name, part)
 
     @property
     def weight(self) -> Tensor:
-        """Made anew each time."""
-        return torch.cat(list(self.blocks()))
+        """Dense, made anew each time."""
+        blocks = list(self.blocks())
+        return torch.cat(blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() <= self.columns * self.in_features:
             y = self.product(x)
         else:
-            y = torch.cat([F.linear(x, block) for block in self.blocks()], dim=-1)
-        return y if self.bias is None else y + self.bias
+            pieces = [F.linear(x, block) for block in self.blocks()]
+            y = torch.cat(pieces, dim=-1)
+        if self.bias is None:
+            return y
+        return y + self.bias
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -210,11 +251,12 @@ class PackedLinear(SparseLinear):
 
     def blocks(self):
         rows = max(1, UNPACKED // self.in_features)
-        for bits, start in zip(self.bits.split(rows), self.start.split(rows), strict=True):
-            yield torch.ops.nanolost.unpack.default(bits, self.values, start, self.in_features)
+        starts = self.start.split(rows)
+        for bits, start in zip(self.bits.split(rows), starts, strict=True):
+            yield unpack(bits, self.values, start, self.in_features)
 
     def product(self, x: Tensor) -> Tensor:
-        y, = torch.ops.nanolost.packed_linear.default(x, [self.bits], [self.values], [self.start])
+        y, = packed_linear(x, [self.bits], [self.values], [self.start])
         return y
 
 # --- without a kernel: torch's products of compressed rows, which are MKL's ---
@@ -236,14 +278,16 @@ def csr(crow: Tensor, col: Tensor, values: Tensor, width: int) -> Tensor:
 @torch.library.custom_op("nanolost::csr_linear", mutates_args=())
 def csr_linear(x: Tensor, crow: Tensor, col: Tensor, values: Tensor) -> Tensor:
     """x (..., in) → (..., out)."""
-    width = x.shape[-1]
+    *rows, width = x.shape
     columns = x.reshape(-1, width).T
-    y = csr(crow, col, values, width) @ columns                                            # (out, n)
-    return y.T.reshape(*x.shape[:-1], -1).contiguous()
+    matrix = csr(crow, col, values, width)
+    y = matrix @ columns                                                                   # (out, n)
+    return y.T.contiguous().view(*rows, -1)
 
 @csr_linear.register_fake
 def _(x, crow, col, values):
-    return x.new_empty(*x.shape[:-1], len(crow) - 1)
+    *rows, _ = x.shape
+    return x.new_empty(*rows, len(crow) - 1)
 
 @torch.library.custom_op("nanolost::csr_dense", mutates_args=())
 def csr_dense(crow: Tensor, col: Tensor, values: Tensor, width: int) -> Tensor:
@@ -289,15 +333,19 @@ COLUMNS = {
 
 def most_columns(form: type[SparseLinear], dtype: torch.dtype, zeros: float) -> int:
     """How many columns such a matrix multiplies faster than a dense one; 0 for none."""
-    table = COLUMNS[form].get(dtype, ())
-    return max((columns for least, columns in table if zeros >= least), default=0)
+    most = 0
+    for least, columns in COLUMNS[form].get(dtype, ()):
+        if zeros >= least:
+            most = columns
+    return most
 
 def pack_linear(linear: nn.Linear, columns: int) -> SparseLinear | None:
     """The faster form for a decode step of `columns` texts; None: dense is the fastest."""
     weight = linear.weight
     if weight.device.type != "cpu":
         return None
-    zeros = (weight == 0).sum().item() / max(1, weight.numel())
+    zero = (weight == 0).sum().item()
+    zeros = zero / max(1, weight.numel())
     most = most_columns(PackedLinear, weight.dtype, zeros)
     if columns <= most and weight.dtype in load_kernel():
         return PackedLinear(linear, most)
@@ -306,15 +354,20 @@ def pack_linear(linear: nn.Linear, columns: int) -> SparseLinear | None:
         return CSRLinear(linear, most)
     return None
 
-# by the class of a module: a kind of layer that holds such a matrix adds a function of its own
-FORMS: dict[type[nn.Module], Callable[[nn.Module, int], nn.Module | None]] = {nn.Linear: pack_linear}
+# from a layer and a number of columns; None: it stays as it is
+Form = Callable[[nn.Module, int], nn.Module | None]
+# by the class of the layer: a kind that holds such a matrix adds a function of its own
+FORMS: dict[type[nn.Module], Form] = {nn.Linear: pack_linear}
 
 def pack_inside(parent: nn.Module, columns: int, holders: Counter):
     for name, module in list(parent.named_children()):
         form = FORMS.get(type(module))
+        own = module.parameters(recurse=False)
         # a tied head stays in memory as the embedding: packed, it would only be there twice
-        tied = any(holders[p] > 1 for p in module.parameters(recurse=False))
-        layer = None if form is None or tied else form(module, columns)
+        tied = any(holders[p] > 1 for p in own)
+        layer = None
+        if form is not None and not tied:
+            layer = form(module, columns)
         if layer is not None:
             parent.set_submodule(name, layer)
         else:
@@ -325,29 +378,38 @@ def pack(model: nn.Module, columns: int = 1) -> nn.Module:
     """Give every layer the form in which it decodes `columns` texts at once the fastest, in place and one by
     one: a model without zeros stays as it is. Call it once the model has its device and dtype, and before its
     decode step is compiled; it cannot be trained afterwards."""
-    holders = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
+    holders = Counter()
+    for module in model.modules():
+        holders.update(module.parameters(recurse=False))
     pack_inside(model, columns, holders)
     return model
 
 # --- in a compiled decode step ---
 
+def join(first: torch.fx.Node, other: torch.fx.Node):
+    """Let a call of `packed_linear` compute what another one does with the same x, which is erased."""
+    x, *parts = first.args
+    before = len(parts[0])
+    joined = []
+    for own, more in zip(parts, other.args[1:], strict=True):
+        # constants, which can stand earlier
+        for constant in more:
+            first.prepend(constant)
+        joined.append([*own, *more])
+    first.args = (x, *joined)
+    # each takes its matrix out of the list by number
+    for item in list(other.users):
+        item.args = (first, before + item.args[1])
+    other.graph.erase_node(other)
+
 def share_calls(module: torch.fx.GraphModule):
     """One call for all packed products with the same x, as of q, k and v, or of gate and up: each call has
     its own barrier, and Python before it."""
-    packed_linear = torch.ops.nanolost.packed_linear.default
-    first_of = {}
+    calls = {}
     for node in module.graph.find_nodes(op="call_function", target=packed_linear):
-        x, *parts = node.args
-        first = first_of.setdefault(x, node)
-        if first is node:
-            continue
-        # what it reads are constants, which can stand earlier
-        for part in parts:
-            for constant in part:
-                first.prepend(constant)
-        before = len(first.args[1])
-        first.args = (x, *(own + part for own, part in zip(first.args[1:], parts, strict=True)))
-        for item in list(node.users):
-            item.args = (first, before + item.args[1])
-        module.graph.erase_node(node)
+        x = node.args[0]
+        if x in calls:
+            join(calls[x], node)
+        else:
+            calls[x] = node
     module.recompile()
