@@ -39,6 +39,8 @@ NEEDED = {
     torch.float32: {"avx512f", "popcnt"},
     torch.bfloat16: {"avx512f", "popcnt", "avx512bw", "avx512_vbmi2", "avx512_bf16"},
 }
+# where counting bits beats the instruction for it, by vendor: see `expand` in sparse.cpp
+RANKS = {"avx512_vpopcntdq", "avx512_bitalg"}
 # behind the values, because the kernel loads 64 bytes at a time: enough in either format
 PAD = 64
 # weights that are unpacked at once: 8 MB in bfloat16, which a cache holds and no allocator gives back
@@ -53,15 +55,20 @@ class NoKernel(Exception):
     """Why there is none, for one line."""
 
 def cpu_flags(path: str = "/proc/cpuinfo") -> set[str]:
-    """What this CPU can do, in Linux's words; empty elsewhere."""
+    """Its vendor and what this CPU can do, in Linux's words; empty elsewhere."""
+    found = set()
     try:
         with open(path, encoding="utf-8") as file:
             for line in file:
-                if line.startswith("flags"):
-                    return set(line.split()[2:])
+                name, _, words = line.partition(":")
+                if name.strip() in ("vendor_id", "flags"):
+                    found.update(words.split())
+                # one core is like the other
+                if name.strip() == "flags":
+                    break
     except OSError:
         pass
-    return set()
+    return found
 
 def cache_folder() -> str:
     """Where the compiled kernel stays, for all commands of a user."""
@@ -101,6 +108,8 @@ def build_command(flags: set[str]) -> list[str]:
     """The command that compiles the kernel for a CPU with these flags, without the name of its output."""
     # gcc leaves out the underscores that Linux has
     machine = [f"-m{flag}".replace("_", "") for flag in sorted(flags)]
+    if RANKS <= flags:
+        machine.append("-DRANKS")
     return [
         *compiler(),
         "-std=c++17",
@@ -181,6 +190,8 @@ def load_kernel() -> frozenset[torch.dtype]:
         if not dtypes:
             raise NoKernel("this CPU has no AVX-512")
         needed = set.union(*(NEEDED[dtype] for dtype in dtypes))
+        if "AuthenticAMD" in flags and RANKS <= flags:
+            needed |= RANKS
         torch.ops.load_library(built(needed))
     # a file that is no library (any more) is an OSError
     except (NoKernel, OSError) as e:
