@@ -43,6 +43,9 @@ NEEDED = {
 RANKS = {"avx512_vpopcntdq", "avx512_bitalg"}
 # behind the values, because the kernel loads 64 bytes at a time: enough in either format
 PAD = 64
+# rows of a group and weights of a word of bits, as in sparse.cpp
+ROWS = 4
+WORD = 32
 # weights that are unpacked at once: 8 MB in bfloat16, which a cache holds and no allocator gives back
 UNPACKED = 1 << 22
 
@@ -163,7 +166,7 @@ def built(flags: set[str]) -> str:
 # What the library computes, a matrix in three parts each (see `Packed`): products of one x with several
 # matrices, and a dense matrix
 SCHEMAS = {
-    "packed_linear": "(Tensor x, Tensor[] bits, Tensor[] values, Tensor[] start) -> Tensor[]",
+    "packed_linear": "(Tensor x, Tensor[] bits, Tensor[] values, Tensor[] start, int[] rows) -> Tensor[]",
     "unpack": "(Tensor bits, Tensor values, Tensor start, int width) -> Tensor",
 }
 for name, schema in SCHEMAS.items():
@@ -173,13 +176,13 @@ packed_linear = torch.ops.nanolost.packed_linear.default
 unpack = torch.ops.nanolost.unpack.default
 
 @torch.library.register_fake("nanolost::packed_linear")
-def _(x, bits, values, start):
-    *rows, _ = x.shape
-    return [x.new_empty(*rows, len(one)) for one in bits]
+def _(x, bits, values, start, rows):
+    *shape, _ = x.shape
+    return [x.new_empty(*shape, number) for number in rows]
 
 @torch.library.register_fake("nanolost::unpack")
 def _(bits, values, start, width):
-    return values.new_empty(len(bits), width)
+    return values.new_empty(ROWS * len(bits), width)
 
 @functools.cache
 def load_kernel() -> frozenset[torch.dtype]:
@@ -202,24 +205,28 @@ def load_kernel() -> frozenset[torch.dtype]:
 # --- packing ---
 
 class Packed(NamedTuple):
-    bits: Tensor                         # (out, ⌈in / 32⌉) int32, 1 = kept, lowest bit first
-    values: Tensor                       # (kept + PAD,) row by row
-    start: Tensor                        # (out,) int64, where a row's values begin
+    """Rows in groups of four, and of a group 32 weights of each row in turn: see sparse.cpp."""
+
+    bits: Tensor                         # (groups, ⌈in / 32⌉, 4) int32, 1 = kept, lowest bit first
+    values: Tensor                       # (kept + PAD,)
+    start: Tensor                        # (groups,) int64, where a group's values begin
 
 def pack_matrix(weight: Tensor) -> Packed:
     """A matrix (out, in) without its zeros. -0 is one of them."""
-    kept = weight != 0
-    count = kept.sum(1)
+    out, width = weight.shape
+    # whole words and whole groups, the rest of which are zeros
+    weight = F.pad(weight, (0, -width % WORD, 0, -out % ROWS))
+    words = weight.shape[1] // WORD
+    cells = weight.view(-1, ROWS, words, WORD).transpose(1, 2)
+    kept = cells != 0                                                          # (groups, words, 4, 32)
+    count = kept.sum((1, 2, 3))
     start = count.cumsum(0) - count
     total = int(count.sum())
     values = weight.new_zeros(total + PAD)
-    torch.masked_select(weight, kept, out=values[:total])
-    # whole words, the rest of which are zeros
-    rest = -weight.shape[1] % 32
-    padded = F.pad(kept, (0, rest)).numpy()
-    octets = np.packbits(padded, axis=1, bitorder="little")
+    torch.masked_select(cells, kept, out=values[:total])
+    octets = np.packbits(kept.numpy(), axis=-1, bitorder="little")
     bits = torch.from_numpy(octets).view(torch.int32)
-    return Packed(bits, values, start)
+    return Packed(bits.squeeze(-1), values, start)
 
 class SparseLinear(nn.Module):
     """Stands for an nn.Linear, not to be trained. Up to `columns` rows of x take `product`; for more, as in a
@@ -261,13 +268,17 @@ class PackedLinear(SparseLinear):
         return pack_matrix(weight)._asdict()
 
     def blocks(self):
-        rows = max(1, UNPACKED // self.in_features)
-        starts = self.start.split(rows)
-        for bits, start in zip(self.bits.split(rows), starts, strict=True):
-            yield unpack(bits, self.values, start, self.in_features)
+        groups = max(1, UNPACKED // (ROWS * self.in_features))
+        left = self.out_features
+        starts = self.start.split(groups)
+        for bits, start in zip(self.bits.split(groups), starts, strict=True):
+            block = unpack(bits, self.values, start, self.in_features)
+            # the last group may be short
+            yield block[:left]
+            left -= len(block)
 
     def product(self, x: Tensor) -> Tensor:
-        y, = packed_linear(x, [self.bits], [self.values], [self.start])
+        y, = packed_linear(x, [self.bits], [self.values], [self.start], [self.out_features])
         return y
 
 # --- without a kernel: torch's products of compressed rows, which are MKL's ---
@@ -403,9 +414,10 @@ def join(first: torch.fx.Node, other: torch.fx.Node):
     before = len(parts[0])
     joined = []
     for own, more in zip(parts, other.args[1:], strict=True):
-        # constants, which can stand earlier
         for constant in more:
-            first.prepend(constant)
+            # the matrices are, and can stand earlier; numbers of rows stand nowhere
+            if isinstance(constant, torch.fx.Node):
+                first.prepend(constant)
         joined.append([*own, *more])
     first.args = (x, *joined)
     # each takes its matrix out of the list by number
