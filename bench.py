@@ -7,7 +7,7 @@ Prints a table of each part, and last one JSON object on one line. Times are med
 gain. The limit of LOST over dense is the ratio of their multiplications."""
 import nanolost  # noqa: F401, I001  before torch: OpenMP reads its settings once
 
-import functools
+import copy
 import json
 import math
 import os
@@ -57,6 +57,8 @@ PROMPT = 32
 COLUMNS = (1, 2, 4, 8, 16)
 # weights times columns in one turn of the sparse part
 TURN = 1 << 28
+# bytes of dense weights in the sparse part: several times the last cache
+BEYOND_CACHE = 1 << 27
 
 @dataclass
 class Config:
@@ -443,31 +445,32 @@ def bench_decode(config: Config, device: torch.device) -> list[dict]:
 
 # --- sparse: products of a decode step, weights with zeros ---
 
-def repeated(product: Callable, times: int) -> Callable:
+def repeated(layers: list[Callable], x: torch.Tensor, times: int) -> Callable:
     def work():
         with torch.inference_mode():
             for _ in range(times):
-                product()
+                for layer in layers:
+                    layer(x)
     return work
 
 def race_of_products(config: Config, linear: nn.Linear, share: float) -> list[dict]:
     """Dense and packed, a row for each number of columns. best: the faster one of dense, compiled or not."""
     device = linear.weight.device
-    packed = PackedLinear(linear, max(COLUMNS))
+    # as many as no cache holds: a decode step meets each weight once
+    copies = math.ceil(BEYOND_CACHE / linear.weight.nbytes)
+    dense = [copy.deepcopy(linear) for _ in range(copies)]
+    packed = [PackedLinear(one, max(COLUMNS)) for one in dense]
     rows = []
     for columns in COLUMNS:
         x = torch.randn(1, columns, linear.in_features, dtype=linear.weight.dtype)
         # a turn is about a tenth of a second: a timer knows it well
-        times = max(1, TURN // (linear.weight.numel() * columns))
-        contestants = {
-            "dense": repeated(functools.partial(linear, x), times),
-            "packed": repeated(functools.partial(packed, x), times),
-        }
+        times = max(1, TURN // (linear.weight.numel() * columns * copies))
+        contestants = {"dense": repeated(dense, x, times), "packed": repeated(packed, x, times)}
         if config.compile:
-            compiled = compile_frozen(lambda x: [linear(x)], [x])
-            contestants["compiled"] = repeated(functools.partial(compiled, x), times)
+            step = compile_frozen(lambda x: [one(x) for one in dense], [x])
+            contestants["compiled"] = repeated([lambda x, step=step: step(x)], x, times)
         seconds = race(contestants, config.rounds, device)
-        ms = {name: 1000 * one / times for name, one in seconds.items()}
+        ms = {name: 1000 * one / (times * copies) for name, one in seconds.items()}
         best = min(ms["dense"], ms.get("compiled", ms["dense"]))
         rows.append({
             "sparse": f"{linear.in_features}→{linear.out_features}, {share:.0%}",
@@ -475,7 +478,7 @@ def race_of_products(config: Config, linear: nn.Linear, share: float) -> list[di
             **{f"{name}, ms": one for name, one in ms.items()},
             "over dense": ms["dense"] / ms["packed"],
             "over best": best / ms["packed"],
-            "bytes": held_bytes(packed) / held_bytes(linear),
+            "bytes": held_bytes(packed[0]) / held_bytes(linear),
             "used": "packed" if columns <= most_columns(PackedLinear, x.dtype, share) else "dense",
         })
     return rows

@@ -9,6 +9,7 @@ bfloat16, at 70 % 0.36. The product of a few columns puts the kept values in the
 
 On disk such a model is a plain one with exact zeros. Nothing here learns."""
 import contextlib
+import fcntl
 import functools
 import hashlib
 import os
@@ -137,13 +138,24 @@ def key_of(command: list[str]) -> str:
     digest.update(text.encode())
     return digest.hexdigest()[:16]
 
-def compile_into(folder: str, name: str, command: list[str]):
-    """A file that is there as a whole or not at all. Several processes may make it: the last rename wins, and
-    all have made the same."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp_") as temporary:
+@contextlib.contextmanager
+def one_at_a_time(folder: str):
+    """Others of this user wait until the first has compiled."""
+    with open(os.path.join(folder, ".lock"), "a") as file:
+        # a file system without locks: each compiles, and the last rename wins with the same file
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+def compile_to(path: str, command: list[str]):
+    """A file that is there as a whole or not at all."""
+    folder, name = os.path.split(path)
+    with one_at_a_time(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".tmp_") as temporary:
+        if os.path.exists(path):
+            return
         output = os.path.join(temporary, name)
         run([*command, "-o", output])
-        os.replace(output, os.path.join(folder, name))
+        os.replace(output, path)
 
 def built(flags: set[str]) -> str:
     """The path of the compiled kernel, which is compiled where it is not yet there: 2 s."""
@@ -158,7 +170,7 @@ def built(flags: set[str]) -> str:
         if owner not in (0, os.geteuid()):
             raise NoKernel(f"{folder} belongs to another user: set XDG_CACHE_HOME")
         if not os.path.exists(path):
-            compile_into(folder, name, command)
+            compile_to(path, command)
     except OSError as e:
         raise NoKernel(f"{folder}: {e.strerror or e} (XDG_CACHE_HOME names another place)") from None
     return path
@@ -343,12 +355,12 @@ class CSRLinear(SparseLinear):
 # --- which form a matrix takes ---
 
 # Of each form and dtype (share of zeros, columns): from so many zeros on, up to so many columns, it is faster
-# than dense in every shape that was measured (docs/speed.md). A table and never a race at the start, so that
-# the same command always computes the same numbers
+# than dense, compiled or not, in every shape that was measured (docs/finetuning.md). A table and never a race
+# at the start, so that the same command always computes the same numbers
 COLUMNS = {
     PackedLinear: {
-        torch.float32: ((0.45, 8), (0.65, 16)),
-        torch.bfloat16: ((0.45, 4), (0.65, 8)),
+        torch.float32: ((0.39, 16),),
+        torch.bfloat16: ((0.39, 4), (0.49, 8)),
     },
     CSRLinear: {torch.float32: ((0.8, 16),)},
 }
@@ -361,9 +373,27 @@ def most_columns(form: type[SparseLinear], dtype: torch.dtype, zeros: float) -> 
             most = columns
     return most
 
-def pack_linear(linear: nn.Linear, columns: int) -> SparseLinear | None:
-    """The faster form for a decode step of `columns` texts; None: dense is the fastest."""
+def semi_structured(linear: nn.Linear) -> nn.Linear | None:
+    """The same layer with its weight in torch's form for sparse tensor cores (Ampere and later, in half
+    precision), where every four weights of a row have two zeros."""
+    weight = linear.weight.detach()
+    rows, width = weight.shape
+    # what torch's kernels ask for (torch.sparse.SparseSemiStructuredTensor)
+    if weight.dtype not in (torch.bfloat16, torch.float16) or rows % 32 or width % 64:
+        return None
+    kept = (weight.view(-1, 4) != 0).sum(1)
+    if kept.amax() > 2:
+        return None
+    packed = torch.sparse.to_sparse_semi_structured(weight)
+    linear.weight = nn.Parameter(packed, requires_grad=False)
+    return linear
+
+def pack_linear(linear: nn.Module, columns: int) -> nn.Module | None:
+    """The faster form of its weight and bias for a decode step of `columns` texts; None: dense is the
+    fastest."""
     weight = linear.weight
+    if weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) >= (8, 0):
+        return semi_structured(linear)
     if weight.device.type != "cpu":
         return None
     zero = (weight == 0).sum().item()
@@ -376,14 +406,42 @@ def pack_linear(linear: nn.Linear, columns: int) -> SparseLinear | None:
         return CSRLinear(linear, most)
     return None
 
+class WithLowRank(nn.Module):
+    """Stands for a SparseLowRankLinear: x weightᵀ by one of the forms above, and (x Aᵀ) Bᵀ."""
+
+    def __init__(self, layer: nn.Module, weight: nn.Module):
+        super().__init__()
+        self.weight = weight
+        self.A = layer.A
+        self.B = layer.B
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.linear(x, self.A)
+        return self.weight(x) + F.linear(inner, self.B)
+
+def pack_low_rank(layer: nn.Module, columns: int) -> nn.Module | None:
+    weight = pack_linear(layer, columns)
+    if weight is None or not layer.rank:
+        return weight
+    return WithLowRank(layer, weight)
+
 # from a layer and a number of columns; None: it stays as it is
 Form = Callable[[nn.Module, int], nn.Module | None]
-# by the class of the layer: a kind that holds such a matrix adds a function of its own
-FORMS: dict[type[nn.Module], Form] = {nn.Linear: pack_linear}
+# by file and class of the layer, since a folder brings its own copy of lost.py to transformers; a kind that
+# holds such a matrix adds a function of its own
+FORMS: dict[tuple[str, str], Form] = {
+    ("linear", "Linear"): pack_linear,
+    ("lost", "SparseLowRankLinear"): pack_low_rank,
+}
+
+def form_of(module: nn.Module) -> Form | None:
+    kind = type(module)
+    file = kind.__module__.rpartition(".")[2]
+    return FORMS.get((file, kind.__name__))
 
 def pack_inside(parent: nn.Module, columns: int, holders: Counter):
     for name, module in list(parent.named_children()):
-        form = FORMS.get(type(module))
+        form = form_of(module)
         own = module.parameters(recurse=False)
         # a tied head stays in memory as the embedding: packed, it would only be there twice
         tied = any(holders[p] > 1 for p in own)

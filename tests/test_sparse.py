@@ -2,6 +2,7 @@
 import copy
 import ctypes
 import mmap
+import multiprocessing
 import os
 import re
 import signal
@@ -14,8 +15,10 @@ from conftest import ROOT
 from small_models import all_logits, largest_difference, small, tokens
 from torch import nn
 from torch._inductor.utils import run_and_get_code
+from torch.sparse import _semi_structured_conversions as conversions
 
 import sample
+from lost import SparseLowRankLinear
 from nanolost import sparse
 from nanolost.checkpoint import save_checkpoint, warn_once
 from nanolost.decode import KVCache, compile_step, generate
@@ -49,9 +52,10 @@ def product(weight, x):
 def unpacked(weight):
     return unpack_op(*sparse.pack_matrix(weight), weight.shape[1])[:len(weight)]
 
-def check_product(weight, x):
+def check_product(weight, x, y=None):
     """Within a rounding of the result, and those of a sum in float32."""
-    y, W, X = product(weight, x), weight.double(), x.double()
+    y = product(weight, x) if y is None else y
+    W, X = weight.double(), x.double()
     assert y.shape == (*x.shape[:-1], len(weight)) and y.dtype == x.dtype
     rounding = {torch.float32: 0, torch.bfloat16: 2**-8}[x.dtype]
     allowed = rounding * (X @ W.T).abs() + 1e-6 * (X.abs() @ W.abs().T) + 1e-30
@@ -156,25 +160,34 @@ def at_the_end(tensor):
     copy = torch.frombuffer(area, dtype=tensor.dtype, count=tensor.numel(), offset=room - size)
     return copy.view(tensor.shape).copy_(tensor)
 
-def read_at_the_end(pad):
-    """In a process of its own: every kind of width, with `pad` values behind the last one."""
+def read_at_the_end(pad, vendor):
+    """In a process of its own, for the CPUs of one vendor: every kind of width, right to the last bit with
+    `pad` values behind the last one."""
+    flags = sparse.cpu_flags() - {"AuthenticAMD", "GenuineIntel"}
+    sparse.cpu_flags = lambda: flags | {vendor}
     assert sparse.load_kernel()
     for dtype in sparse.NEEDED:
         for width in (1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 129, 1000):
-            bits, values, start = sparse.pack_matrix(with_zeros(3, width, zeros=0.1, dtype=dtype))
+            weight = with_zeros(5, width, zeros=0.1, dtype=dtype)
+            bits, values, start = sparse.pack_matrix(weight)
             parts = [at_the_end(part) for part in (bits, values[:len(values) - sparse.PAD + pad], start)]
-            for columns in (1, 9):
+            for columns in (1, 7):
                 x = at_the_end(torch.randn(columns, width).to(dtype))
-                pack_op(x, *([part] for part in parts), [3])
-            unpack_op(*parts, width)
+                y, = pack_op(x, *([part] for part in parts), [5])
+                check_product(weight, x, y)
+            assert torch.equal(unpack_op(*parts, width)[:5], weight)
 
-def test_nothing_is_read_behind_the_end_of_a_buffer(kernel):
-    for pad, code in ((sparse.PAD, 0), (0, -signal.SIGSEGV)):
-        program = f"import test_sparse\ntest_sparse.read_at_the_end({pad})"
-        path = os.pathsep.join([ROOT, os.path.join(ROOT, "tests")])
-        done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path},
-                              capture_output=True, text=True)
-        assert done.returncode == code, done.stderr
+@pytest.mark.parametrize("pad, vendor, code", [
+    (sparse.PAD, "AuthenticAMD", 0),
+    (sparse.PAD, "GenuineIntel", 0),
+    (0, "AuthenticAMD", -signal.SIGSEGV),
+])
+def test_nothing_is_read_behind_the_end_of_a_buffer(kernel, pad, vendor, code):
+    program = f"import test_sparse\ntest_sparse.read_at_the_end({pad}, {vendor!r})"
+    path = os.pathsep.join([ROOT, os.path.join(ROOT, "tests")])
+    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path},
+                          capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
 
 # --- compiling it ---
 
@@ -203,7 +216,7 @@ def test_the_kernel_is_compiled_once_and_leaves_one_file(cache, monkeypatch):
     before = sorted(os.listdir(os.path.dirname(sparse.SOURCE)))
     path = sparse.built(sparse.NEEDED[torch.bfloat16])
     made = os.stat(path)
-    assert os.listdir(cache) == [os.path.basename(path)] and made.st_mode & 0o022 == 0
+    assert set(os.listdir(cache)) == {".lock", os.path.basename(path)} and made.st_mode & 0o022 == 0
     monkeypatch.setattr(sparse, "run", lambda command: "" if command[1] == "--version" else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sparse.built(sparse.NEEDED[torch.float32])                            # another key
@@ -211,6 +224,23 @@ def test_the_kernel_is_compiled_once_and_leaves_one_file(cache, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
     assert sparse.built(sparse.NEEDED[torch.bfloat16]) == path and os.stat(path) == made
     assert sorted(os.listdir(os.path.dirname(sparse.SOURCE))) == before
+
+def test_two_processes_compile_once(cache, tmp_path, monkeypatch):
+    compiles = f'for last; do :; done; echo x >> {tmp_path}/log; sleep 0.3; echo > "$last"'
+    fake_compiler(tmp_path, monkeypatch, f'[ "$1" = --version ] || {{ {compiles}; }}')
+    context = multiprocessing.get_context("fork")
+    pair = [context.Process(target=sparse.built, args=({"avx512f"},)) for _ in range(2)]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join(60)
+    assert [process.exitcode for process in pair] == [0, 0]
+    assert (tmp_path / "log").read_text() == "x\n" and len(os.listdir(cache)) == 2
+
+def test_a_file_system_without_locks_compiles_all_the_same(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(sparse.fcntl, "flock", lambda *args: os.stat("/nowhere"))
+    fake_compiler(tmp_path, monkeypatch, 'for last; do :; done; [ "$1" = --version ] || echo > "$last"')
+    assert os.path.exists(sparse.built({"avx512f"}))
 
 def test_source_compiler_and_cpu_each_have_their_own_library(cache, tmp_path, monkeypatch):
     def key(flags=sparse.NEEDED[torch.bfloat16]):
@@ -237,7 +267,7 @@ def test_without_a_compiler_one_line_says_so(cache, capsys, monkeypatch):
 
 def test_a_compiler_that_fails_is_one_line_and_leaves_nothing(cache, tmp_path, capsys, monkeypatch):
     fake_compiler(tmp_path, monkeypatch, '[ "$1" = --version ] || { echo "x.cpp:1: error: no" >&2; exit 1; }')
-    assert "x.cpp:1: error: no" in no_kernel(capsys) and not os.listdir(cache)
+    assert "x.cpp:1: error: no" in no_kernel(capsys) and os.listdir(cache) == [".lock"]
 
 def test_a_compiler_that_writes_no_library_is_one_line(cache, tmp_path, capsys, monkeypatch):
     fake_compiler(tmp_path, monkeypatch, 'for last; do :; done; [ "$1" = --version ] || echo text > "$last"')
@@ -340,20 +370,18 @@ def test_a_packed_model_computes_and_writes_what_the_dense_one_does(kernel, size
         new = generate(packed, idx[:, :5], 40, temperature=0)
         assert torch.equal(new, generate(model, idx[:, :5], 40, temperature=0))
 
-@models
-@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("sizes, rows", [({}, 1), (BIASES, 3), ({}, 20)], ids=["one", "three", "many"])
 def test_the_compiled_step_of_a_packed_model_writes_the_same(kernel, sizes, rows):
     model, packed = sparse_model(**sizes)
     idx = tokens(rows, 5)
     new = generate(packed, idx, 30, temperature=0, step=compile_step(packed))
     assert torch.equal(new, generate(model, idx, 30, temperature=0))
 
-@pytest.mark.parametrize("rows", [1, 20])
-def test_compressed_rows_are_compiled_too(monkeypatch, rows):
+def test_compressed_rows_are_compiled_too(monkeypatch):
     monkeypatch.setattr(sparse, "load_kernel", frozenset)
     model, packed = sparse_model(zeros=0.9)
     assert len(packed_layers(packed)) >= 10
-    idx = tokens(rows, 5)
+    idx = tokens(1, 5)
     new = generate(packed, idx, 30, temperature=0, step=compile_step(packed))
     assert torch.equal(new, generate(model, idx, 30, temperature=0))
 
@@ -398,24 +426,66 @@ def test_several_texts_stay_dense_where_that_is_faster(kernel):
     model, _ = sparse_model()
     assert not packed_layers(pack(model, columns=1000))
 
-A, B = torch.randn(3, 96), torch.randn(64, 3)
+def with_low_rank(linear, rank):
+    layer = SparseLowRankLinear(linear.in_features, linear.out_features, rank, linear.bias is not None)
+    for p in layer.parameters():
+        p.data = torch.randn(p.shape) / 8
+    layer.weight.data = linear.weight.data.clone()
+    return layer
 
-class WithLowRank(nn.Linear):
-    def forward(self, x):
-        return super().forward(x) + x @ A.T @ B.T
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_matrix_with_zeros_beside_one_of_low_rank_is_packed_too(kernel, rank):
+    layer = with_low_rank(linear_with(0.7), rank)
+    model, x = nn.Sequential(nn.Sequential(layer)), torch.randn(1, 96)
+    expected = layer(x)
+    assert packed_layers(pack(model)) == ["0.0.weight" if rank else "0.0"]
+    torch.testing.assert_close(model(x), expected)
 
-class PackedWithLowRank(PackedLinear):
-    def forward(self, x):
-        return super().forward(x) + x @ A.T @ B.T
+def test_a_model_in_transformers_is_packed_too(kernel, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, _ = sparse_model(vocab_size=257, max_seq_len=32)
+    for name, rank in (("self_attn.o_proj", 2), ("mlp.up_proj", 0)):
+        block = model.model["layers"][0]
+        block.set_submodule(name, with_low_rank(block.get_submodule(name), rank))
+    folder = save_checkpoint(str(tmp_path), 1, model, [], {"step": 1}, Tokenizer.named("byte"), keep=1)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert len(packed_layers(pack(theirs))) == 14
+    idx = tokens(1, 5)
+    new = theirs.generate(idx, max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert torch.equal(new, generate(model, idx, 12, temperature=0))
 
 def test_a_kind_of_layer_adds_its_own_form(kernel, monkeypatch):
-    linear = WithLowRank(96, 64)
-    linear.weight.data = with_zeros(64, 96)
-    model, x = nn.Sequential(nn.Sequential(linear)), torch.randn(1, 96)
+    class Mine(nn.Linear):
+        pass
+
+    model = nn.Sequential(Mine(96, 64))
+    model[0].weight.data = with_zeros(64, 96)
     assert not packed_layers(pack(model))
-    monkeypatch.setitem(sparse.FORMS, WithLowRank, PackedWithLowRank)
-    assert packed_layers(pack(model)) == ["0.0"]
-    torch.testing.assert_close(model(x), linear(x))
+    monkeypatch.setitem(sparse.FORMS, ("test_sparse", "Mine"), sparse.pack_linear)
+    assert packed_layers(pack(model)) == ["0"]
+
+# --- two of four, on a GPU ---
+
+def through_torchs_packing(weight):
+    """What is left of a weight in the form of sparse tensor cores: half of its values, and their places."""
+    values, places = conversions.sparse_semi_structured_from_dense_cutlass(weight)
+    assert values.shape == (len(weight), weight.shape[1] // 2)
+    return conversions.sparse_semi_structured_to_dense_cutlass(values, places)
+
+def test_two_zeros_in_every_four_are_packed_for_sparse_tensor_cores(monkeypatch):
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", through_torchs_packing)
+    def layer(rows, width, kept, dtype=torch.bfloat16):
+        linear = nn.Linear(width, rows, bias=False)
+        places = torch.rand(rows, width // 4, 4).argsort(-1)
+        linear.weight.data = (torch.randn(rows, width) * (places < kept).view(rows, width)).to(dtype)
+        return linear
+    for kept in (0, 1, 2):
+        linear = layer(64, 128, kept)
+        before = linear.weight.detach().clone()
+        assert sparse.semi_structured(linear) is linear and torch.equal(linear.weight, before)
+        assert not linear.weight.requires_grad
+    for other in (layer(64, 128, 3), layer(40, 128, 2), layer(64, 96, 2), layer(64, 128, 2, torch.float32)):
+        assert sparse.semi_structured(other) is None
 
 # --- the command ---
 
