@@ -53,6 +53,8 @@ LONG_SHARD_TOKENS = 200_000_000
 READS = 1000
 # tokens before those that decode adds
 PROMPT = 32
+# a pattern of zeros, beside shares of them
+TWO_OF_FOUR = "2:4"
 # columns of the sparse part: texts that are decoded at once
 COLUMNS = (1, 2, 4, 8, 16)
 # weights times columns in one turn of the sparse part
@@ -62,7 +64,8 @@ BEYOND_CACHE = 1 << 27
 
 @dataclass
 class Config:
-    what: str = flag("init,layer,step,decode,sparse,data", "the parts to measure")
+    what: str = flag("init,layer,step,decode,data", "the parts to measure; there is also sparse, the products of "
+                     "a decode step")
     model: str = flag("130m", "size", list(MODELS))
     device: str = flag("auto", "the best there is", ["auto", *DEVICES])
     dtype: str = flag("bfloat16", "autocast, and the weights in the decode part", ["float32", "bfloat16"])
@@ -387,13 +390,20 @@ def continuation_by_transformers(model: Llama, idx: torch.Tensor, new_tokens: in
         )
     return work
 
-def with_zeros(model: nn.Module, share: float) -> nn.Module:
-    """The same with so many of the weights of its blocks set to zero, anywhere, and packed."""
+def with_zeros(model: nn.Module, share: float | str) -> nn.Module:
+    """The same with so many of the weights of its blocks set to zero, anywhere, or two of every four."""
     generator = torch.Generator().manual_seed(0)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name != "lm_head":
-            drop = torch.rand(module.weight.shape, generator=generator) < share
-            module.weight.data[drop] = 0
+        if not isinstance(module, nn.Linear) or name == "lm_head":
+            continue
+        drawn = torch.rand(module.weight.shape, generator=generator)
+        if share == TWO_OF_FOUR:
+            order = drawn.view(-1, 4).argsort(1)
+            drop = (order < 2).view_as(drawn)
+        else:
+            drop = drawn < share
+        drop = drop.to(module.weight.device)
+        module.weight.data.masked_fill_(drop, 0)
     return model
 
 def decoders(config: Config, device: torch.device):
@@ -404,12 +414,16 @@ def decoders(config: Config, device: torch.device):
         return build_model(train_config(config, linear), device)
     # no autocast: it would cast every weight again for each token
     dtype = getattr(torch, config.dtype)
+    # without zeros a model is as fast, so that one dense model stands for all shares
     yield "dense", build("dense").to(dtype)
     if not config.ckpt:
         yield "lost", build("lost").to(dtype)
-    for share in config.zeros:
+    # a GPU has kernels for one pattern alone
+    shares = config.zeros if device.type == "cpu" else (TWO_OF_FOUR,)
+    for share in shares:
         model = with_zeros(build("dense").to(dtype), share)
-        yield f"{share:.0%} zeros", pack(model, config.texts)
+        name = share if share == TWO_OF_FOUR else f"{share:.0%}"
+        yield f"{name} zeros", pack(model, config.texts)
 
 def bench_decode(config: Config, device: torch.device) -> list[dict]:
     """Texts continued greedily, weights in --dtype. compiled: only the decode step is, never the prefill."""
@@ -568,6 +582,12 @@ def check(config: Config):
         value = getattr(config, name)
         if value < 1:
             raise UserError(f"--{name} {value}: must be positive")
+    if config.n_layer is not None and config.n_layer < 1:
+        raise UserError(f"--n_layer {config.n_layer}: must be positive")
+    for share in config.zeros:
+        # NaN compares as false
+        if not 0 < share < 1:
+            raise UserError(f"--zeros {share}: must lie between 0 and 1")
     wrong = set(config.what.split(",")) - set(BENCHES)
     if wrong:
         raise UserError(f"--what {', '.join(sorted(wrong))}: use {', '.join(BENCHES)}")

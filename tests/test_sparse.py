@@ -28,14 +28,6 @@ from nanolost.tokenizer import Tokenizer
 pack_op, unpack_op = torch.ops.nanolost.packed_linear.default, torch.ops.nanolost.unpack.default
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
-@pytest.fixture
-def kernel():
-    """The dtypes of the kernel; skips where this machine cannot have one."""
-    missing = sparse.NEEDED[torch.bfloat16] - sparse.cpu_flags()
-    if missing:
-        pytest.skip(f"this CPU has no {', '.join(sorted(missing))}")
-    assert sparse.load_kernel() == set(sparse.NEEDED)
-
 def with_zeros(*shape, zeros=0.6, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(*shape, generator=generator)
