@@ -64,7 +64,7 @@ BEYOND_CACHE = 1 << 27
 
 @dataclass
 class Config:
-    what: str = flag("init,layer,step,decode,data", "the parts to measure; there is also sparse, the products of "
+    what: str = flag("init,layer,step,decode,data", "the parts to measure; there is also sparse, products of "
                      "a decode step")
     model: str = flag("130m", "size", list(MODELS))
     device: str = flag("auto", "the best there is", ["auto", *DEVICES])

@@ -104,12 +104,13 @@ def test_what_is_not_finite_comes_through_as_in_a_dense_product(kernel, dtype):
 def test_threads_and_neighbours_change_no_bit(kernel, dtype):
     weights = [with_zeros(rows, 1000, dtype=dtype, seed=rows) for rows in (500, 1, 700)]
     x, before = torch.randn(2, 3, 1000).to(dtype), torch.get_num_threads()
-    together = pack_op(*arguments(x, *weights))
+    alone = [product(weight, x) for weight in weights]
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            for weight, y in zip(weights, together, strict=True):
-                assert torch.equal(product(weight, x), y)
+            together = pack_op(*arguments(x, *weights))
+            for weight, y, expected in zip(weights, together, alone, strict=True):
+                assert torch.equal(y, expected) and torch.equal(product(weight, x), expected)
     finally:
         torch.set_num_threads(before)
 
@@ -307,8 +308,8 @@ def test_zeros_and_columns_decide_the_form(kernel, dtype):
     assert sparse.pack_linear(nn.Linear(0, 5), 1) is None
 
 def test_where_the_kernel_ends_the_matrix_is_dense_again(kernel, monkeypatch):
-    monkeypatch.setattr(sparse, "UNPACKED", 1000)                             # ten rows at a time
-    linear = linear_with(0.6)
+    monkeypatch.setattr(sparse, "UNPACKED", 1000)                             # eight rows at a time
+    linear = linear_with(0.6, (63, 96))
     layer, calls = PackedLinear(linear, 4), []
     monkeypatch.setattr(PackedLinear, "product", lambda self, x: calls.append(x.shape) or linear(x))
     for shape in ((4, 96), (2, 2, 96), (1, 5, 96), (96,), (7, 3, 96)):
