@@ -210,8 +210,9 @@ def load_kernel() -> frozenset[torch.dtype]:
         torch.ops.load_library(built(needed))
     # a file that is no library (any more) is an OSError
     except (NoKernel, OSError) as e:
-        warn_once(f"weights with zeros are not packed ({e}): float32 from 80 % zeros on takes torch's CSR, "
-                  "all others stay dense")
+        (least, _), = COLUMNS[CSRLinear][torch.float32]
+        warn_once(f"weights with zeros are not packed ({e}): float32 from {least:.0%} zeros on takes torch's "
+                  "CSR, all others stay dense")
         return frozenset()
     return frozenset(dtypes)
 
@@ -333,7 +334,8 @@ def _(crow, col, values, width):
     return values.new_empty(len(crow) - 1, width)
 
 class CSRLinear(SparseLinear):
-    """By MKL, in float32: 8 bytes a kept weight."""
+    """By MKL, in float32: 8 bytes a kept weight. From 80 % zeros on it is faster than the eager product, from
+    88 % on than the compiled one too."""
 
     @staticmethod
     @quiet()
@@ -363,7 +365,7 @@ COLUMNS = {
         torch.float32: ((0.39, 16),),
         torch.bfloat16: ((0.39, 4), (0.49, 8)),
     },
-    CSRLinear: {torch.float32: ((0.8, 16),)},
+    CSRLinear: {torch.float32: ((0.88, 16),)},
 }
 
 def most_columns(form: type[SparseLinear], dtype: torch.dtype, zeros: float) -> int:
