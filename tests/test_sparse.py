@@ -434,15 +434,19 @@ def test_a_matrix_with_zeros_beside_one_of_low_rank_is_packed_too(kernel, rank):
     assert packed_layers(pack(model)) == ["0.0.weight" if rank else "0.0"]
     torch.testing.assert_close(model(x), expected)
 
-def test_a_model_in_transformers_is_packed_too(kernel, tmp_path):
-    transformers = pytest.importorskip("transformers")
+def test_the_docs_pack_a_model_in_transformers(kernel, tmp_path):
+    pytest.importorskip("transformers")
     model, _ = sparse_model(vocab_size=257, max_seq_len=32)
     for name, rank in (("self_attn.o_proj", 2), ("mlp.up_proj", 0)):
         block = model.model["layers"][0]
         block.set_submodule(name, with_low_rank(block.get_submodule(name), rank))
     folder = save_checkpoint(str(tmp_path), 1, model, [], {"step": 1}, Tokenizer.named("byte"), keep=1)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    assert len(packed_layers(pack(theirs))) == 14
+    with open(os.path.join(ROOT, "docs", "finetuning.md"), encoding="utf-8") as page:
+        block = re.search("^```python\n(.*?)^```", page.read(), re.S | re.M)
+    shown = {}
+    exec(block[1], shown)
+    theirs = shown["packed"](folder, torch.float32)
+    assert len(packed_layers(theirs)) == 14
     idx = tokens(1, 5)
     new = theirs.generate(idx, max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)
     assert torch.equal(new, generate(model, idx, 12, temperature=0))
