@@ -37,7 +37,7 @@ from nanolost.huggingface import config_to_hf
 from nanolost.job import Job, pick_device, place
 from nanolost.loop import State, update
 from nanolost.methods import build_model
-from nanolost.settings import DEVICES, autocast, resolve, settle_device, settle_schedule
+from nanolost.settings import DEVICES, autocast, resolve, settle_device
 from nanolost.settings import Config as TrainConfig
 from nanolost.sparse import PackedLinear, load_kernel, most_columns, pack
 
@@ -138,7 +138,7 @@ def train_config(config: Config, linear: str, **given) -> TrainConfig:
     })
     settings = settle_device(settings)
     # the warm-up of a new run: `update` sets a learning rate
-    settle_schedule(settings, {})
+    settings.settle_schedule({})
     return settings
 
 def transformers_llama():

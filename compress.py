@@ -10,9 +10,7 @@ as any other. It is whole or absent."""
 import nanolost  # noqa: F401, I001  before torch: OpenMP reads its settings once
 
 import contextlib
-import math
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -20,11 +18,11 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from model import Llama
 from nanolost import lowrank, pruning
 from nanolost.budget import peak_memory, size
+from nanolost.calibration import key_of, statistics_of, temporary_folder
 from nanolost.checkpoint import (
     SAVE_DTYPES,
     check_free,
@@ -42,9 +40,6 @@ from nanolost.covariance import (
     Batch,
     Statistics,
     batches,
-    block_file,
-    collect,
-    count_tokens,
     covariance_bytes,
     linears,
     place_of,
@@ -55,11 +50,11 @@ from nanolost.errors import UserError
 from nanolost.estimate import duration, rates, seconds_of
 from nanolost.factored_layers import ALWAYS_FACTORED, FACTORED, to_factors
 from nanolost.failures import failures_with_their_repair
-from nanolost.files import claim, ended_by_signals, read_json
+from nanolost.files import ended_by_signals
 from nanolost.flags import command, flag, parse, say
 from nanolost.huggingface import travelling_files
 from nanolost.job import Job, pick_device, place
-from nanolost.loop import Validation, evaluate
+from nanolost.loop import Validation, evaluate, require_finite
 from nanolost.low_rank_layers import to_low_rank
 from nanolost.methods import merge_layers
 from nanolost.settings import DEVICES, autocast
@@ -176,6 +171,8 @@ def settle(config: Config):
     known = pruning.pattern_of(config.pattern)
     if config.budget is None and known:
         config.budget = known[0] / known[1]
+    # who names a pair that cannot be is not asked for more first
+    check_sparse(config)
     if config.budget is None:
         raise UserError("give --budget, the share of the values to keep, such as 0.8")
     # NaN fails both comparisons
@@ -196,7 +193,6 @@ def settle(config: Config):
     if config.closed_loop and config.method not in ("fisher", "svdllm"):
         raise UserError(f"--closed_loop true: --method {config.method} has no metric that a loop could "
                         "change; use fisher or svdllm")
-    check_sparse(config)
 
 def check_sparse(config: Config):
     """UserError for a share or a pattern that the method does not choose."""
@@ -317,70 +313,6 @@ def disk_bytes(config: Config, model: Llama) -> int:
         need += 4 * values if config.factors else 0
     return need
 
-@contextlib.contextmanager
-def temporary_folder(need: int):
-    """A folder that goes in the end, with room for `need` bytes."""
-    # refused before the work, not in the middle of it
-    home = tempfile.gettempdir()
-    free = shutil.disk_usage(home).free
-    if need > free:
-        raise UserError(f"{home} has {size(free)} free, and {size(need)} are needed meanwhile: name a larger "
-                        "place by the variable TMPDIR")
-    with tempfile.TemporaryDirectory(prefix="nanolost-", dir=home) as folder:
-        yield folder
-
-# --- statistics ---
-
-def key_of(config: Config, folder: str, texts: Texts) -> dict:
-    """What statistics depend on."""
-    # sizes and times stand for the weights: a hash would read the whole model
-    names = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
-    stamps = [(name, os.stat(os.path.join(folder, name))) for name in names]
-    return {
-        "ckpt": os.path.abspath(folder),
-        "weights": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stamps],
-        "text": texts.train.fingerprint,
-        "calibration_tokens": config.calibration_tokens,
-        "gradient_tokens": config.gradient_tokens,
-        "seq_len": config.seq_len,
-        "seed": config.seed,
-        "dtype": config.dtype,
-    }
-
-def statistics_of(config: Config, model: Llama, texts: Texts, key: dict, spool: str, device) -> Statistics:
-    """Those of --statistics where they are of this model and text, else new ones."""
-    place = config.statistics or os.path.join(spool, "statistics")
-    done = os.path.join(place, "statistics.json")
-    found = texts.calibration(config, device)
-    if os.path.exists(done):
-        check_statistics(place, model, key)
-        return Statistics(place, count_tokens(found))
-    try:
-        # two that write the same files would mix them
-        with claim(place, "collects statistics", "--statistics"):
-            made = collect(model, found, place, config.seed, autocast(config), spool)
-            # last: statistics without their key are made again
-            write_json(place, "statistics.json", key)
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"cannot write statistics ({e}): make room, or name another place by --statistics "
-                        "and the variable TMPDIR") from None
-    return made
-
-def check_statistics(place: str, model: Llama, key: dict):
-    """UserError for statistics that are not of this model and text, or not whole."""
-    if read_json(os.path.join(place, "statistics.json")) != key:
-        raise UserError(f"{place} has statistics of another model, text, seed or number of tokens: use "
-                        "another --statistics")
-    for layer in range(model.config.n_layer):
-        path = block_file(place, layer)
-        try:
-            # the sizes that it names are those that it has
-            with safe_open(path, "pt"):
-                pass
-        except (OSError, SafetensorError) as e:
-            raise UserError(f"cannot read {path} ({e}): remove {place}, or use another "
-                            "--statistics") from None
-
 # --- what is said ---
 
 def cell(entry: dict, values: int) -> str:
@@ -427,8 +359,9 @@ def poor(statistics: Statistics | None, model: Llama) -> dict[str, str]:
             found[name] = f"{dead} inputs that are always zero"
     return found
 
-def measured(model: Llama, texts: Texts, config: Config, job: Job) -> dict[str, float]:
+def measured(model: Llama, texts: Texts, config: Config, job: Job, name: str) -> dict[str, float]:
     found = evaluate(model, texts.validation, autocast(config), job)
+    require_finite(found, name, config.dtype)
     return {"loss": found["val_loss"], "perplexity": found["val_ppl"], "tokens": found["val_tokens"]}
 
 def summary(report: dict) -> str:
@@ -458,7 +391,9 @@ def compress(config: Config, model: Llama, texts: Texts, key: dict, job: Job) ->
         started = time.perf_counter()
         statistics = None
         if config.method not in BLIND:
-            statistics = statistics_of(config, model, texts, key, spool, device)
+            windows = texts.calibration(config, device)
+            context = autocast(config)
+            statistics = statistics_of(model, windows, config.statistics, key, spool, context)
         seconds["statistics"] = time.perf_counter() - started
         # further text, for those that look at the compressed model
         reads = config.closed_loop or config.method == "cap"
@@ -511,12 +446,10 @@ def main(config: Config) -> dict:
     travelling = travelling_files(folder)
     model.to(job.device).requires_grad_(False)
     with ended_by_signals(), failures_with_their_repair(), beyond_numbers():
-        before = measured(model, texts, config, job)
-        check_loss(before, folder)
-        entries, found = compress(config, model, texts, key_of(config, folder, texts), job)
+        before = measured(model, texts, config, job, folder)
+        entries, found = compress(config, model, texts, key_of(config, folder, texts.train), job)
         # the compressed one, on the same windows
-        after = measured(model, texts, config, job)
-        check_loss(after, "the compressed model")
+        after = measured(model, texts, config, job, "the compressed model")
         report = {
             "out_dir": config.out_dir,
             "ckpt": folder,
@@ -534,11 +467,6 @@ def main(config: Config) -> dict:
         write(config, model.to("cpu"), tokenizer, travelling, dtype, entries, report)
     say(summary(report))
     return report
-
-def check_loss(found: dict, name: str):
-    if not math.isfinite(found["loss"]):
-        raise UserError(f"{name} has a loss of {found['loss']} on the validation text: use an earlier "
-                        "checkpoint")
 
 @contextlib.contextmanager
 def beyond_numbers():

@@ -10,35 +10,23 @@ number of processes: the state of a run is weights, moments and a few counters."
 import nanolost  # noqa: F401, I001  before torch: OpenMP reads its settings once
 
 import contextlib
-import dataclasses
 import os
 import sys
 
-import numpy as np
-
-from model import Llama, LlamaConfig, shown
-from nanolost import checkpoint, out_dir
+from model import Llama, LlamaConfig
+from nanolost import checkpoint, out_dir, run
 from nanolost.allocation import settle_allocation
 from nanolost.budget import checkpoint_bytes, describe, describe_dense, describe_text
-from nanolost.data import SampleOrder, TokenDataset
+from nanolost.data import TokenDataset
 from nanolost.errors import UserError
 from nanolost.failures import failures_with_their_repair
 from nanolost.flags import command, parse, say
 from nanolost.job import Job, place
-from nanolost.loop import Report, State, Validation, evaluate, identity, measure, update
+from nanolost.loop import Report, State, Validation
 from nanolost.methods import build_model, owners
 from nanolost.optim import freeze
-from nanolost.settings import (
-    FIXED,
-    Config,
-    resolve,
-    saved_value,
-    settle_device,
-    settle_schedule,
-    split_batch,
-)
+from nanolost.settings import FIXED, Config, resolve, settle_device, split_batch
 from nanolost.source import Source, remembered
-from nanolost.threads import use_threads
 from nanolost.tokenizer import Tokenizer
 
 # --- data ---
@@ -64,40 +52,15 @@ def vocabulary(config: Config) -> Tokenizer | None:
         raise UserError(f"--vocab_size {config.vocab_size} is below the tokenizer's {needed}")
     return tokenizer
 
-class Texts:
-    """What a run reads: the training split in its order, and the validation text."""
-
-    def __init__(self, config: Config, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        self.tokenizer_file = config.tokenizer
-        self.digest = tokenizer.identity()
-        self.train = TokenDataset(config.data_dir, "train", config.seq_len)
-        self.order = SampleOrder(len(self.train), config.seed)
-        val = TokenDataset(config.data_dir, "val", config.seq_len)
-        self.rows = config.vocab_size
-        samples = val.samples_for(config.eval_tokens)
-        self.validation = Validation.of(val, samples, config.micro_batch, tokenizer, self.rows)
-        if config.paper_batch:
-            self.validation.paper = (config.paper_batch, config.eval_tokens)
-
-    def splits(self) -> list[TokenDataset]:
-        return [self.train, self.validation.data]
-
-    def check(self, data_dir: str):
-        """Read every token once: UserError for shards of another tokenizer."""
-        for data in self.splits():
-            known = data.tokenizer_sha256
-            if known is not None and not self.tokenizer.matches(known):
-                raise UserError(f"{self.tokenizer_file} is not the tokenizer that {data_dir} was made with: "
-                                "use its tokenizer.json as it was, or prepare the text again")
-            data.check_ids(min(self.tokenizer.vocab_size, self.rows))
-
-    def samples(self, state: State, shape: tuple[int, int, int]) -> np.ndarray:
-        """Numbers of the samples of the next update, (micro-batches, processes, samples)."""
-        micro_batches, processes, samples = shape
-        count = micro_batches * processes * samples
-        # where the data are read next is a function of the samples read so far, so nothing is replayed
-        return self.order[np.arange(count) + state.samples].reshape(shape)
+def texts_of(config: Config, tokenizer: Tokenizer) -> run.Texts:
+    """The training split in its order, and the validation text."""
+    train = TokenDataset(config.data_dir, "train", config.seq_len)
+    val = TokenDataset(config.data_dir, "val", config.seq_len)
+    samples = val.samples_for(config.eval_tokens)
+    validation = Validation.of(val, samples, config.micro_batch, tokenizer, config.vocab_size)
+    if config.paper_batch:
+        validation.paper = (config.paper_batch, config.eval_tokens)
+    return run.Texts(train, validation, tokenizer, config.vocab_size, config.seed)
 
 # --- a new run, or one that goes on ---
 
@@ -107,7 +70,7 @@ def first_model(config: Config, source: Source | None, device, part: tuple[int, 
         return build_model(config, device, part)
     return source.build(config, device, part)
 
-def prepare_out_dir(config: Config, texts: Texts, source: Source | None) -> str | None:
+def prepare_out_dir(config: Config, texts: run.Texts, source: Source | None) -> str | None:
     """Rank 0's look at out_dir and at the data before anything is written: the folder of the checkpoint to
     continue from, None for a new run."""
     # what a killed run was to overwrite, and what a killed save left behind, which takes room
@@ -116,7 +79,7 @@ def prepare_out_dir(config: Config, texts: Texts, source: Source | None) -> str 
     shapes = first_model(config, source, "meta")
     freeze(shapes, config.freeze)
     out_dir.check_space(config.out_dir, config.keep, checkpoint_bytes(shapes, config.optimizer))
-    texts.check(config.data_dir)
+    texts.check(config)
     return out_dir.choose_checkpoint(config.out_dir, config.resume, config.overwrite)
 
 def fresh(config: Config, job: Job, source: Source | None = None) -> State:
@@ -129,58 +92,12 @@ def fresh(config: Config, job: Job, source: Source | None = None) -> State:
         job.broadcast(tensor, owner.get(layer, 0))
     return State.of(model, config)
 
-def unlike(name: str, before, now) -> tuple:
-    """Name and values of a changed setting, for one line: of two by layer those of the first that differs."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for layer in {**before, **now}:
-            old = before.get(layer)
-            new = now.get(layer)
-            if old != new:
-                return f"{name} of {layer}", old, new
-    # one alone may have hundreds of layers
-    if isinstance(before, dict):
-        before = shown(before)
-    if isinstance(now, dict):
-        now = shown(now)
-    return name, before, now
-
-def check_same_run(saved: dict, now: dict, say):
-    """Refuse a changed architecture or data set, print any other change."""
-    for name, value in now.items():
-        # how a run is started says nothing of the run; what an old checkpoint lacks cannot have changed
-        if name in ("resume", "overwrite") or name not in saved:
-            continue
-        before = saved[name]
-        if before == value:
-            continue
-        if name in FIXED:
-            name, before, value = unlike(name, before, value)
-            raise UserError(f"{name} was {before} when this run began and is {value} now: give the old "
-                            "value, or use another --out_dir")
-        # the steps done had the rates of the old cosine
-        rest = ", and from here on the learning rates are those of a run so long" if name == "steps" else ""
-        say(f"changed: {name} {before} → {value}{rest}")
-
-def settle(config: Config, saved: dict):
-    """Choose what is chosen once for a run; `saved` is the config of its checkpoint."""
-    settle_schedule(config, saved)
-    # bit for bit holds for equal threads only
-    if config.threads is None and saved.get("threads") is not None:
-        config.threads = saved_value(saved, "threads")
-    config.threads = use_threads(config.threads)
-
-def resumed(config: Config, job: Job, texts: Texts, folder: str, report: Report) -> tuple[State, dict]:
+def resumed(config: Config, job: Job, texts: run.Texts, folder: str, report: Report) -> tuple[State, dict]:
     """The state that the checkpoint `folder` holds, and what the run is now."""
     model, saved = checkpoint.load_folder(folder)
     if "config" not in saved:
         raise UserError(f"{folder} has no training state to continue from: it is a model alone")
-    settle(config, saved["config"])
-    now = identity(config, texts.splits(), texts.digest, job.world)
-    before = saved["config"].get("tokenizer_sha256")
-    # earlier versions named the file, not the vocabulary
-    if before is not None and texts.tokenizer.matches(before):
-        saved["config"]["tokenizer_sha256"] = texts.digest
-    job.first(lambda: check_same_run(saved["config"], now, report.say))
+    now = run.go_on(saved["config"], config, texts, FIXED, job, report)
     report.say(f"continuing from {folder}")
     state = State.of(model.to(job.device), config)
     checkpoint.load_optimizer(folder, model, state.optimizers)
@@ -202,40 +119,11 @@ def dry_run(config: Config):
     lines = describe(model, config, world, accumulation)
     # where the text is there, it must be one that the run itself would take
     if tokenizer is not None and os.path.isdir(config.data_dir):
-        lines.append(describe_text(config, len(Texts(config, tokenizer).train)))
+        lines.append(describe_text(config, len(texts_of(config, tokenizer).train)))
     if config.linear != "dense":
         lines += describe_dense(model, config)
     if rank == 0:
         say("\n".join(lines))
-
-def train(state: State, texts: Texts, config: Config, job: Job, report: Report, save) -> str:
-    """Update, evaluate and save until the last step, or until a signal: returns its name, "" at the end."""
-    saved = state.counters()
-    stopped = ""
-    _, accumulation = split_batch(config, job.world)
-    shape = (accumulation, job.world, config.micro_batch)
-    while True:
-        done = state.step >= config.steps
-        due = done or state.step % config.eval_every == 0
-        # a resumed run may have an evaluation to make up; one that was asked to stop makes it up later
-        if due and state.step > state.evaluated and not stopped:
-            figures = evaluate(state.model, texts.validation, state.autocast, job)
-            if figures is None:
-                stopped = job.stop_reason()
-            else:
-                state.evaluated = state.step
-                report.evaluation(figures, measure(state, texts.validation, job))
-        due = done or stopped or state.step % config.save_every == 0
-        # a run that is finished already has nothing to save
-        if due and state.counters() != saved:
-            save()
-            saved = state.counters()
-        if done or stopped:
-            return stopped
-        figures = update(state, texts.train, texts.samples(state, shape), config, job)
-        report.update(figures)
-        if figures.asked:
-            stopped = job.stop_reason()
 
 def main(config: Config):
     """Train as `config` (from `resolve`) says. Returns when the run is finished, or stopped by a signal."""
@@ -254,7 +142,7 @@ def main(config: Config):
         travelling = source.travelling() if source else {}
         config.micro_batch, accumulation = split_batch(config, job.world)
         # everything that can be refused is looked at before anything is written
-        texts = Texts(config, vocabulary(config))
+        texts = texts_of(config, vocabulary(config))
         settle_allocation(config, source)
         job.claim(config.out_dir)
         folder = job.first(lambda: prepare_out_dir(config, texts, source))
@@ -262,8 +150,7 @@ def main(config: Config):
         if folder:
             state, now = resumed(config, job, texts, folder, report)
         else:
-            settle(config, {})
-            now = identity(config, texts.splits(), texts.digest, job.world)
+            now = run.start(config, texts, job)
             state = fresh(config, job, source)
         report.say("\n".join(describe(state.model, config, job.world, accumulation)))
         report.say(describe_text(config, len(texts.train)))
@@ -271,21 +158,9 @@ def main(config: Config):
             # in place: parameters keep their names
             state.model.compile()
 
-        # nothing can refuse any more: now a run gives way, to be deleted once this one has saved
-        if job.rank == 0:
-            at_end.enter_context(out_dir.overwriting(config.out_dir))
-        job.first(lambda: out_dir.make_way(config.out_dir, folder, config.resume, config.overwrite))
-        report.begin(state)
-        job.first(lambda: out_dir.write_config(config.out_dir, dataclasses.asdict(config)))
-        def write():
-            checkpoint.save_checkpoint(
-                config.out_dir, state.step, state.model, state.optimizers,
-                {**state.counters(), "config": now}, texts.tokenizer, config.keep, travelling)
-            out_dir.end_overwrite(config.out_dir)
-        def save():
-            report.sync()
-            job.first(write)
-        report.end(train(state, texts, config, job, report, save))
+        run.begin(state, folder, config, job, report, at_end)
+        save = run.saver(state, now, texts, travelling, config, job, report)
+        report.end(run.train(state, texts, config, job, report, save))
 
 if __name__ == "__main__":
     command(lambda: main(resolve(remembered(parse(Config, sys.argv[1:], __doc__)))))

@@ -2,6 +2,7 @@
 
     out/checkpoints/step_00001000/   model.safetensors  config.json  tokenizer.json  tokenizer_config.json
                                      optimizer.safetensors  state.json
+                                     update.safetensors (what the weights are the sum of, of a fine-tuning)
                                      modeling_lost.py  lost.py (where a layer needs them)
                                      manifest.json (sha256 of each of the others)
 
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from lost import LOSTError
 from model import ConfigError, Llama
+from nanolost import adapters
 from nanolost.errors import UserError, as_user_error
 from nanolost.files import (
     ended_by_signals,
@@ -49,6 +51,7 @@ WEIGHTS = "model.safetensors"
 # Hugging Face's list of which tensor is in which file, where a model has several
 INDEX = "model.safetensors.index.json"
 MOMENTS = "optimizer.safetensors"
+UPDATE = "update.safetensors"
 STATE = "state.json"
 MANIFEST = "manifest.json"
 # every version of this program has written these beside the weights
@@ -354,8 +357,12 @@ def write(
     """All files of a checkpoint and their manifest, on the disk for certain when it returns."""
     # before the folder is made: an optimizer that is refused leaves nothing behind
     values = optimizer_values(model, optimizers)
+    parts = adapters.parts(model)
+    whole = adapters.merged(model) if parts else model
     # a resume goes on bit for bit: float32
-    write_model(folder, model, tokenizer, travelling)
+    write_model(folder, whole, tokenizer, travelling)
+    if parts:
+        write_tensors(folder, UPDATE, parts, {"format": "pt"})
     notes = {"nanolost": json.dumps(values, sort_keys=True)}
     write_tensors(folder, MOMENTS, optimizer_tensors(model, optimizers), notes)
     write_json(folder, STATE, state)
@@ -401,7 +408,8 @@ def save_checkpoint(
     except (OSError, SafetensorError) as e:
         # on a full disk the part that was written would keep it full
         shutil.rmtree(temporary, ignore_errors=True)
-        tensors = model_tensors(model) | optimizer_tensors(model, optimizers)
+        # with an update its parts, which are about as large as the merged weights
+        tensors = model_tensors(model) | adapters.parts(model) | optimizer_tensors(model, optimizers)
         need = sum(t.nbytes for t in tensors.values())
         free = shutil.disk_usage(out_dir).free
         raise OSError(f"cannot save {final}: {e}. It takes {need:,} bytes, {free:,} are free. The earlier "
@@ -747,6 +755,14 @@ def load_folder(folder: str) -> tuple[Llama, dict]:
     # a model alone has none, which is no state to train on but enough to sample from
     path = os.path.join(folder, STATE)
     return model, read_json(path) if os.path.exists(path) else {}
+
+def load_parts(folder: str, model: Llama, *switches):
+    """Take the model of a checkpoint apart into frozen weights and updates, where it was saved with some.
+    switches: those of `adapters.restore`. UserError for a file that does not fit."""
+    path = os.path.join(folder, UPDATE)
+    if os.path.exists(path):
+        with as_user_error(AttributeError, KeyError, RuntimeError, prefix=f"{path} does not fit: "):
+            adapters.restore(model, load_tensors(path), *switches)
 
 def load_model(path: str) -> tuple[Llama, dict]:
     """Model and state.json (empty for a folder of Hugging Face) from an out_dir or a checkpoint folder, on

@@ -40,12 +40,15 @@ ROWS = 512
 def block_name(layer: int) -> str:
     return f"model.layers.{layer}"
 
+def linears_of(layer: int, block: nn.Module) -> dict[str, nn.Linear]:
+    """Those of one block, by the names that they have in the model."""
+    return {f"{block_name(layer)}.{name}": block.get_submodule(name) for name in GROUP_OF}
+
 def linears(model: Llama) -> dict[str, nn.Linear]:
     """Every linear layer of the blocks by its name, in the order of the model."""
     found = {}
     for layer, block in enumerate(model.model["layers"]):
-        for name in GROUP_OF:
-            found[f"{block_name(layer)}.{name}"] = block.get_submodule(name)
+        found |= linears_of(layer, block)
     return found
 
 def place_of(name: str) -> tuple[int, str]:
@@ -264,15 +267,20 @@ class Spool:
         values = tensor.float().cpu().numpy()
         values.tofile(self.path(name, number))
 
-    def take(self, name: str, number: int, device) -> Tensor:
-        """What was put there, once."""
-        path = self.path(name, number)
-        shape = self.shapes.pop((name, number))
+    def read(self, name: str, number: int, device) -> Tensor:
+        """What was put there, which stays."""
+        shape = self.shapes[name, number]
         # read, not mapped: a file that is deleted meanwhile would keep its room
-        values = np.fromfile(path, np.float32)
-        os.remove(path)
+        values = np.fromfile(self.path(name, number), np.float32)
         tensor = torch.from_numpy(values).view(shape)
         return tensor.to(device)
+
+    def take(self, name: str, number: int, device) -> Tensor:
+        """What was put there, once."""
+        tensor = self.read(name, number, device)
+        os.remove(self.path(name, number))
+        del self.shapes[name, number]
+        return tensor
 
 def drawn_labels(p: Tensor, generator: torch.Generator) -> Tensor:
     """One word (N, 1) of each row of the distributions p (N, V)."""

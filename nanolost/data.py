@@ -441,6 +441,14 @@ def fingerprint(shards: list[dict], lengths: list[int]) -> str:
     text = json.dumps(known)
     return hashlib.sha256(text.encode()).hexdigest()
 
+def of_rows(tokens: np.ndarray, marks: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets of rows (B, seq_len) int64, of which those marked, (B, seq_len) bool, are targets;
+    -1 where there is none."""
+    # nothing follows a row's last token
+    targets = np.full_like(tokens, -1)
+    targets[:, :-1] = np.where(marks[:, 1:], tokens[:, 1:], -1)
+    return torch.from_numpy(tokens), torch.from_numpy(targets)
+
 class TokenDataset:
     """The windows, or rows, of one split ("train" or "val") of a folder of shards, checked against its
     manifest.json. Without one the words train, val and validation in the names of *.bin files count.
@@ -579,10 +587,7 @@ class TokenDataset:
     def _rows(self, samples: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = self._gather(samples, self._tokens, self.seq_len, np.int64)
         marks = self._gather(samples, self._marks, self.seq_len, np.uint8)
-        # nothing follows a row's last token
-        targets = np.full_like(tokens, -1)
-        targets[:, :-1] = np.where(marks[:, 1:] > 0, tokens[:, 1:], -1)
-        return torch.from_numpy(tokens), torch.from_numpy(targets)
+        return of_rows(tokens, marks > 0)
 
     def _gather(self, samples: np.ndarray, load, reach: int, dtype) -> np.ndarray:
         """What load(shard) holds from the start of each sample on, (len(samples), reach)."""

@@ -88,7 +88,7 @@ def check_source(source: str):
     except OSError as e:
         raise UserError(f"cannot read {source}: {e.strerror}") from None
     if empty:
-        raise UserError(f"{source} holds no document: remove it from the input")
+        raise UserError(f"{source} holds no document: leave it out, or give another file")
 
 def place(source: str) -> str | tuple[int, int]:
     """Equal for two names of one file: a.jsonl, ./a.jsonl, and a link to it of either kind."""
@@ -279,6 +279,17 @@ def entries(path: str, names: tuple[str, ...]):
         # of several lines for some damages
         raise OSError(str(e).partition("\n")[0]) from None
 
+def fault_of(value, name: str) -> str | None:
+    """What is wrong with the field `name` as a text, None where nothing is."""
+    if not isinstance(value, str):
+        return f'has a "{name}" that is no string'
+    try:
+        # half a surrogate pair may come out of a JSON escape
+        value.encode()
+    except UnicodeEncodeError:
+        return "is not UTF-8"
+    return None
+
 # --- documents ---
 
 class Documents:
@@ -287,6 +298,9 @@ class Documents:
     text. pairs: whether prompts with completions are welcome. skip_bad: count what is no document in
     `skipped`."""
 
+    # what a user can do about a line that is no document
+    repair = "mend or remove it, or say --skip_bad true"
+
     def __init__(self, sources: list[str], manifest: dict, text_key: str, pairs: bool, skip_bad: bool):
         self.sources = sources
         self.manifest = manifest
@@ -294,6 +308,8 @@ class Documents:
         self.pairs = pairs
         self.skip_bad = skip_bad
         self.skipped = 0
+        # what a line must be
+        self.wanted = f'a JSON object whose "{text_key}" is a string'
 
     def read(self, first: int = 0):
         """((source, number), document) from source number `first` on."""
@@ -305,7 +321,7 @@ class Documents:
                 yield (s, number), document
             # a .gz of nothing, or blank lines only: `check_source` does not look that far
             if number < 0:
-                raise UserError(f"{source} holds no document: remove it from the input")
+                raise UserError(f"{source} holds no document: leave it out, or give another file")
             # a log that still grows, say: what was written of it is a part that no run could make again
             if identity(source) != self.manifest["sources"].get(source):
                 raise UserError(f"{source} changed while it was read: begin again once it is complete")
@@ -340,7 +356,7 @@ class Documents:
         except (ValueError, RecursionError):
             entry = None
         if not isinstance(entry, dict):
-            return self._bad(path, number, f'is not a JSON object whose "{self.text_key}" is a string')
+            return self._bad(path, number, f"is not {self.wanted}")
         return self._entry(entry, path, number)
 
     def _entry(self, entry: dict, path: str, number: int) -> str | Pair | None:
@@ -355,13 +371,9 @@ class Documents:
         for name in names:
             if name not in entry:
                 return self._bad(path, number, f'has no "{name}" key (--text_key names another)')
-            if not isinstance(entry[name], str):
-                return self._bad(path, number, f'has a "{name}" that is no string')
-            try:
-                # half a surrogate pair may come out of a JSON escape
-                entry[name].encode()
-            except UnicodeEncodeError:
-                return self._bad(path, number, "is not UTF-8")
+            fault = fault_of(entry[name], name)
+            if fault:
+                return self._bad(path, number, fault)
             texts.append(entry[name])
         return Pair(*texts) if len(texts) == 2 else texts[0]
 
@@ -386,5 +398,18 @@ class Documents:
 
     def _bad(self, path: str, number: int, fault: str):
         if not self.skip_bad:
-            raise UserError(f"{path}:{number}: {fault}; mend or remove it, or say --skip_bad true")
+            raise UserError(f"{path}:{number}: {fault}; {self.repair}")
         self.skipped += 1
+
+class JsonLines(Documents):
+    """Those of one file of JSON lines, which is read whole. UserError for a file that is none."""
+
+    # nothing that is learned, or asked, is left out unseen
+    repair = "mend or remove it"
+
+    def __init__(self, path: str):
+        if kind_of(path) != "json":
+            raise UserError(f"{path} holds no JSON lines: give a .jsonl, also with .gz or .zst")
+        check_source(path)
+        manifest = {"sources": {path: identity(path)}, "revisions": {}}
+        super().__init__([path], manifest, "text", pairs=True, skip_bad=False)

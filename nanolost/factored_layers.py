@@ -13,15 +13,9 @@ from nanolost.compression import Task, damage_of, entry_of, too_small
 from nanolost.covariance import linears
 from nanolost.lowrank import Metric, root
 from nanolost.pruning import NEAR
-from nanolost.sparse_layers import (
-    own_shares,
-    roots_of,
-    split_zeros,
-    walked,
-    walked_in_patterns,
-    weights_of,
-)
+from nanolost.sparse_layers import matrices_of, weights_of
 from nanolost.splitting import shrunk_pair
+from nanolost.zeros import own_shares, split_zeros, walked, walked_in_patterns
 
 # the share of its values that OATS gives the product (its own default)
 OATS_RANK = 0.25
@@ -131,17 +125,19 @@ def own_metric(task: Task, name: str) -> Metric:
 def composite_parts(task: Task) -> Parts:
     """The matrices that do not stay dense, in which directions and entries buy from one budget."""
     config = task.config
+    matrices = matrices_of(task)
     patterns = None
     if config.pattern == "unstructured":
         # splitting goes on from there: it need not be exact
-        start = walked(task, config.budget, 10 * NEAR)
+        start = walked(matrices, config.budget, 10 * NEAR, config.uniform)
     else:
         pattern = pruning.pattern_of(config.pattern)
         patterns = dict.fromkeys(task.sizes, pattern)
-        start = walked_in_patterns(task, roots_of(task), patterns)
-    scaled = split_zeros(task, start, patterns)
+        roots = matrices.roots(config.method)
+        start = walked_in_patterns(matrices, roots, patterns)
+    scaled = split_zeros(matrices, start, config.budget, patterns, config.uniform)
     metric = partial(own_metric, task)
-    composite = Composite(scaled, weights_of(task), metric, patterns, task.device)
+    composite = Composite(scaled, matrices.weights, metric, patterns, task.device)
     composite.compose(task.values())
     return composite.parts()
 

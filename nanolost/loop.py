@@ -38,6 +38,7 @@ COUNTERS = {
     "samples": (int, 0, MOST),
     "tokens": (int, 0, MOST),
     "evaluated": (int, 0, MOST),
+    "began": (int, 0, MOST),
     "norms": (list[float], 0.0, sys.float_info.max),
 }
 
@@ -59,7 +60,8 @@ def check_counter(name: str, value):
 @dataclass
 class State:
     """All that an update changes. gradients: the flat vector of which every p.grad is a view. samples,
-    tokens: read so far. evaluated: step of the last evaluation. norms: the last 100 gradient norms."""
+    tokens: read so far. evaluated: step of the last evaluation. began: the step at which the optimizers did,
+    and their schedule with them. norms: the last 100 gradient norms."""
 
     model: Llama
     optimizers: list[torch.optim.Optimizer]
@@ -69,6 +71,7 @@ class State:
     samples: int = 0
     tokens: int = 0
     evaluated: int = 0
+    began: int = 0
     norms: list[float] = field(default_factory=list)
 
     @classmethod
@@ -78,6 +81,16 @@ class State:
         # before anything counts what is trained
         freeze(model, config.freeze)
         return cls(model, build_optimizers(model, config), flat_gradients(model), autocast(config))
+
+    def restart(self, config):
+        """Begin a stage: fresh optimizers, of what is trained from here on."""
+        for p in self.model.parameters():
+            # views of a vector that goes
+            p.grad = None
+        freeze(self.model, config.freeze)
+        self.optimizers = build_optimizers(self.model, config)
+        self.gradients = flat_gradients(self.model)
+        self.began = self.step
 
     def counters(self) -> dict:
         """What state.json keeps beside the tensors."""
@@ -91,9 +104,11 @@ class State:
                 check_counter(name, saved[name])
                 setattr(self, name, saved[name])
         # it would not be evaluated again before that step
-        if self.evaluated > self.step:
-            raise UserError(f'"evaluated" of its state.json is {self.evaluated}, after its "step" '
-                            f"{self.step}: use an earlier checkpoint")
+        for name in ("evaluated", "began"):
+            value = getattr(self, name)
+            if value > self.step:
+                raise UserError(f'"{name}" of its state.json is {value}, after its "step" {self.step}: use '
+                                "an earlier checkpoint")
 
 # --- one update ---
 
@@ -168,6 +183,42 @@ def check_finite(state: State, loss: float, norm: float, count: int):
         f"{state.samples + count - 1} of the order. Nothing was updated: lower --lr, or look at "
         "the data")
 
+def take_step(
+    state: State,
+    loss: torch.Tensor,
+    count: int,
+    started: float,
+    config,
+    job,
+) -> Figures:
+    """Update by the gradients that the processes have gathered, of `count` samples of the whole job. loss:
+    this process's share of it, (); started: when the update began. Raises as `update` does."""
+    asked = torch.tensor(float(bool(job.asked)), device=job.device)
+    sums = torch.stack((loss, asked))
+    # clipping comes after the reduction: it is the norm of the whole batch's gradient that counts
+    job.sum(state.gradients)
+    job.sum(sums)
+    # all three in one copy: a GPU is waited for once a step
+    loss, asked, norm = torch.cat((sums, state.gradients.norm()[None])).tolist()
+    check_finite(state, loss, norm, count)
+
+    # Chowdhery et al. 2022 (arXiv 2204.02311, 5.1) restart before a spike; here it is noted or left out
+    median = median_norm(state.norms)
+    # alike on all processes, as the gradient is
+    spike = config.spike > 0 and norm > config.spike * median
+    skipped = spike and config.skip_spikes
+    clip(state.gradients, norm, config.grad_clip)
+    set_rates(state.optimizers, state.step + 1 - state.began, config)
+    if not skipped:
+        for optimizer in state.optimizers:
+            optimizer.step()
+    state.step += 1
+    state.samples += count
+    state.tokens += config.batch_tokens
+    state.norms = [*state.norms[-99:], norm]
+    rate = state.optimizers[-1].param_groups[0]["lr"]
+    return Figures(loss, norm, rate, median, spike, skipped, bool(asked), time.perf_counter() - started)
+
 def update(state: State, data: TokenDataset, samples: np.ndarray, config, job) -> Figures:
     """One optimizer step on `samples`, (micro-batches, processes, samples): those of the whole job. Raises
     FloatingPointError on all processes, before anything is updated, where loss or norm is not finite."""
@@ -181,31 +232,7 @@ def update(state: State, data: TokenDataset, samples: np.ndarray, config, job) -
     divisors = shares(data.targets(samples))
     with check:
         loss = accumulate(state, data, samples[:, job.rank], divisors[:, job.rank], job.device)
-    asked = torch.tensor(float(bool(job.asked)), device=job.device)
-    sums = torch.stack((loss, asked))
-    # clipping comes after the reduction: it is the norm of the whole batch's gradient that counts
-    job.sum(state.gradients)
-    job.sum(sums)
-    # all three in one copy: a GPU is waited for once a step
-    loss, asked, norm = torch.cat((sums, state.gradients.norm()[None])).tolist()
-    check_finite(state, loss, norm, samples.size)
-
-    # Chowdhery et al. 2022 (arXiv 2204.02311, 5.1) restart before a spike; here it is noted or left out
-    median = median_norm(state.norms)
-    # alike on all processes, as the gradient is
-    spike = config.spike > 0 and norm > config.spike * median
-    skipped = spike and config.skip_spikes
-    clip(state.gradients, norm, config.grad_clip)
-    set_rates(state.optimizers, state.step + 1, config)
-    if not skipped:
-        for optimizer in state.optimizers:
-            optimizer.step()
-    state.step += 1
-    state.samples += samples.size
-    state.tokens += config.batch_tokens
-    state.norms = [*state.norms[-99:], norm]
-    rate = state.optimizers[-1].param_groups[0]["lr"]
-    return Figures(loss, norm, rate, median, spike, skipped, bool(asked), time.perf_counter() - started)
+    return take_step(state, loss, samples.size, started, config, job)
 
 # --- one evaluation ---
 
@@ -337,6 +364,13 @@ def evaluate(model: Llama, text: Validation, context, job, windows: list | None 
         found["paper_ppl"] = paper_perplexity(in_order(job.gather(windows), text.micro), *text.paper)
     return found
 
+def require_finite(found: dict, name: str, dtype: str):
+    """UserError where the model `name` was evaluated, in `dtype`, and its loss is no finite number."""
+    loss = found["val_loss"]
+    if not math.isfinite(loss):
+        raise UserError(f"{name}: the loss is {loss}: its weights, or what they compute in {dtype}, are no "
+                        "finite numbers; use another checkpoint or --dtype")
+
 def without_padding(data: TokenDataset) -> torch.Tensor:
     """Inputs of four samples, cut to where the shortest ends: of rows the fullest of the first 64."""
     x, y = data.batch(np.arange(min(64, len(data))))
@@ -385,11 +419,19 @@ def measure(state: State, text: Validation, job) -> dict:
 
 def comes_again(line: bytes, state: State) -> bool:
     """Whether a run that goes on from `state` will write this line of a metrics.jsonl again."""
-    last = {"train": state.step, "spike": state.step, "eval": state.evaluated}
+    last = {
+        "train": state.step,
+        "spike": state.step,
+        "eval": state.evaluated,
+        "accuracy": state.evaluated,
+        # the line stands at the stage's first step
+        "stage": state.began,
+    }
     # whatever is no JSON object with a kind and a step is somebody else's
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         entry = json.loads(line)
-        return entry["step"] > last[entry["kind"]]
+        # of a run that begins nothing was said yet
+        return entry["step"] > last[entry["kind"]] or state.step == 0
     return False
 
 def is_whole(line: bytes) -> bool:
@@ -440,6 +482,8 @@ class Report:
         self.timed = 0
         self.seconds = 0.0
         self.first = True
+        # of the last evaluation
+        self.val_loss = None
 
     def __enter__(self):
         return self
@@ -534,12 +578,20 @@ class Report:
 
     def evaluation(self, val: dict, more: dict):
         self.record("eval", **val, **more)
+        self.val_loss = val["val_loss"]
         paper = ""
         if "paper_ppl" in val:
             paper = f" (the papers' evaluator: {val['paper_ppl']:.2f})"
         self.say(f"{self.where()} | val loss {val['val_loss']:.4f} | "
                  f"perplexity {val['val_ppl']:.2f}{paper} | {val['val_bpb']:.4f} bits per byte | "
                  f"{val['val_tokens']:,} tokens")
+
+    def accuracy(self, found: dict):
+        self.record("accuracy", **found)
+        # one question alone has none
+        error = found["stderr"] or 0.0
+        self.say(f"{self.where()} | accuracy {found['accuracy']:.3f} ± {error:.3f} | by length "
+                 f"{found['accuracy_norm']:.3f} | {found['questions']:,} questions")
 
     def end(self, stopped: str):
         """stopped: by which signal, "" where the run is finished."""

@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -65,15 +64,19 @@ def offered_patterns(name: str) -> list[Pattern]:
 
 # --- which entries stay ---
 
+# the score of an entry that never stays, such as one that is zero already
+NEVER = -math.inf
+
 def largest(score: Tensor, count: int) -> Tensor:
     """A mask of exactly `count` entries with the largest scores; of equal ones the first. bfloat16 weights
     have few distinct values, so that a threshold alone would miss the count."""
     flat = score.flatten()
     size = flat.numel()
+    able = score > NEVER
     if count <= 0:
         return torch.zeros_like(score, dtype=torch.bool)
-    if count >= size:
-        return torch.ones_like(score, dtype=torch.bool)
+    if count >= int(able.sum()):
+        return able
     # kthvalue counts from the smallest, from 1 on
     value = flat.kthvalue(size - count + 1).values
     mask = flat > value
@@ -82,32 +85,56 @@ def largest(score: Tensor, count: int) -> Tensor:
     mask[ties[:missing]] = True
     return mask.view(score.shape)
 
+def fitted(counts: Tensor, room: Tensor) -> Tensor:
+    """Counts (n,) of which none is above its room (n,): what does not fit goes to the others, as many to
+    each, as long as anything has room."""
+    found = torch.minimum(counts, room)
+    missing = int(counts.sum() - found.sum())
+    while missing:
+        able = (found < room).nonzero()[:, 0]
+        if not len(able):
+            break
+        # at the end there are fewer than those that could take one
+        each = max(1, missing // len(able))
+        able = able[:missing]
+        found[able] = (found[able] + each).minimum(room[able])
+        missing = int(counts.sum() - found.sum())
+    return found
+
 def largest_of_rows(score: Tensor, share: float) -> Tensor:
-    """`largest` of each row, whose counts differ by one at most, so that they are right together."""
+    """`largest` of each row, whose counts differ by one at most, so that they are right together; and by more
+    where a row has too few entries that may stay."""
     rows, width = score.shape
     # entries that stay up to each row's end
     ends = [0]
     for row in range(rows):
         whole = math.floor(share * width * (row + 1) + ROUNDING)
         ends.append(whole)
+    able = (score > NEVER).sum(1)
     counts = torch.tensor(ends).diff().to(score.device)
+    counts = fitted(counts, able)
     # each entry's place in its row: the inverse of the order, of equal ones the first before
     order = score.argsort(dim=1, descending=True, stable=True)
     places = torch.arange(width, device=score.device).expand(rows, -1)
     place = torch.empty_like(order).scatter_(1, order, places)
     return place < counts[:, None]
 
-def largest_of_groups(score: Tensor, n: int, m: int) -> Tensor:
-    """The n largest of every m neighbours in a row: an N:M pattern. A last group of fewer has n as well."""
-    rows, width = score.shape
-    # what fills the last group is chosen last
-    missing = -width % m
-    padded = F.pad(score, (0, missing), value=-math.inf)
-    groups = padded.view(rows, -1, m)
-    keep = groups.topk(n, dim=-1).indices
+def largest_of_each(groups: Tensor, count: int) -> Tensor:
+    """A mask of the `count` largest along the last dimension, or of as many as can stay."""
+    keep = groups.topk(count, dim=-1).indices
     mask = torch.zeros_like(groups, dtype=torch.bool)
     mask.scatter_(-1, keep, True)
-    return mask.view(rows, -1)[:, :width]
+    return mask & (groups > NEVER)
+
+def largest_of_groups(score: Tensor, n: int, m: int) -> Tensor:
+    """The n largest of every m neighbours in a row: an N:M pattern. A last group of fewer keeps that share of
+    them, rounded down, so that no row keeps more than n/m."""
+    rows, width = score.shape
+    whole, short = divmod(width, m)
+    groups, last = score.split((whole * m, short), dim=1)
+    groups = groups.reshape(rows, whole, m)
+    mask = largest_of_each(groups, n).flatten(1)
+    return torch.cat((mask, largest_of_each(last, n * short // m)), dim=1)
 
 # --- the walk over the columns ---
 
@@ -119,23 +146,28 @@ def inverse_root(C: Tensor) -> Tensor:
 # of the saliency W_ij² / R_jj² of some columns (columns, out): which entries stay
 Choose = Callable[[Tensor], Tensor]
 
-def walk(W: Tensor, R: Tensor, choose: Choose, group: int = 1) -> Tensor:
+def walk(W: Tensor, R: Tensor, choose: Choose, group: int = 1, gone: Tensor | None = None) -> Tensor:
     """W (out, in) with zeros, in which later columns make up for what earlier ones lose. group: columns that
-    `choose` looks at together."""
+    `choose` looks at together; gone (out, in): entries that stay zero, though they too would make up for
+    others. To `choose` they look like `NEVER`."""
     # a column of W is a row here: what is read together lies together
     columns = W.T.clone(memory_format=torch.contiguous_format)
+    if gone is None:
+        gone = torch.zeros_like(W, dtype=torch.bool)
+    # as the columns
+    gone = gone.T.contiguous()
     for start in range(0, len(columns), BLOCK):
         stop = start + BLOCK
         part = columns[start:stop]
         inner = R[start:stop, start:stop]
-        errors = walk_block(part, inner, choose, group)
+        errors = walk_block(part, inner, choose, group, gone[start:stop])
         # all later columns at once: a product of matrices, not of vectors
         columns[stop:] -= R[start:stop, stop:].T @ errors
     return columns.T.contiguous()
 
-def walk_block(part: Tensor, R: Tensor, choose: Choose, group: int) -> Tensor:
+def walk_block(part: Tensor, R: Tensor, choose: Choose, group: int, gone: Tensor) -> Tensor:
     """Walk the columns of W that are the rows of `part` (b, out), in place. Returns what each lost, over its
-    R_jj, (b, out): SparseGPT's E."""
+    R_jj, (b, out): SparseGPT's E. gone: (b, out)."""
     diagonal = R.diagonal()
     errors = torch.empty_like(part)
     for j in range(len(part)):
@@ -143,7 +175,8 @@ def walk_block(part: Tensor, R: Tensor, choose: Choose, group: int) -> Tensor:
             # as these columns are now, with what they make up for
             ahead = slice(j, j + group)
             scaled = part[ahead] / diagonal[ahead, None]
-            keep = choose(scaled.square())
+            saliency = scaled.square().masked_fill_(gone[ahead], NEVER)
+            keep = choose(saliency)
         column = part[j]
         kept = column * keep[j % group]
         errors[j] = (column - kept) / R[j, j]
@@ -177,29 +210,44 @@ def damped(C: Tensor) -> Tensor:
     """SparseGPT's: C + 0.01 E[diag(C)]·1, float64."""
     return shrunk(C, 0.0, DAMPING)
 
-def sparsegpt(W: Tensor, R: Tensor, share: float, pattern: Pattern | None) -> Tensor:
-    """W (out, in) with zeros, the same share of every block of 128 columns, or in a pattern."""
-    if pattern:
-        return walk_in_groups(W, R, *pattern)
-    seen = 0
-    kept = 0
-    def choose(saliency: Tensor) -> Tensor:
-        nonlocal seen, kept
-        # what all blocks so far should keep, less what they have: the whole matrix is right
-        seen += saliency.numel()
-        count = math.floor(share * seen + ROUNDING) - kept
-        kept += count
-        return largest(saliency, count)
-    return walk(W, R, choose, BLOCK)
+def block_counts(W: Tensor, share: float, gone: Tensor | None) -> list[int]:
+    """Entries that stay in each block of 128 columns: the share of it, and together that of the matrix; more
+    where another block has too few that may stay."""
+    ends = [0]
+    room = []
+    for start in range(0, W.shape[1], BLOCK):
+        part = W[:, start:start + BLOCK]
+        whole = math.floor(share * len(W) * (start + part.shape[1]) + ROUNDING)
+        ends.append(whole)
+        taken = 0 if gone is None else int(gone[:, start:start + BLOCK].sum())
+        room.append(part.numel() - taken)
+    counts = torch.tensor(ends).diff()
+    return fitted(counts, torch.tensor(room)).tolist()
 
-def walk_in_groups(W: Tensor, R: Tensor, n: int, m: int) -> Tensor:
+def sparsegpt(
+    W: Tensor,
+    R: Tensor,
+    share: float,
+    pattern: Pattern | None,
+    gone: Tensor | None = None,
+) -> Tensor:
+    """W (out, in) with zeros, the same share of every block of 128 columns, or in a pattern. gone: as of
+    `walk`."""
+    if pattern:
+        return walk_in_groups(W, R, *pattern, gone)
+    counts = iter(block_counts(W, share, gone))
+    def choose(saliency: Tensor) -> Tensor:
+        return largest(saliency, next(counts))
+    return walk(W, R, choose, BLOCK, gone)
+
+def walk_in_groups(W: Tensor, R: Tensor, n: int, m: int, gone: Tensor | None = None) -> Tensor:
     """The walk under an N:M pattern. What a row's gradient weighs is alike in a group, so G plays no part."""
     assert BLOCK % m == 0, m
     def choose(saliency: Tensor) -> Tensor:
         # (m, out): a group is a column here
         mask = largest_of_groups(saliency.T, n, m)
         return mask.T
-    return walk(W, R, choose, m)
+    return walk(W, R, choose, m, gone)
 
 # --- one threshold for many matrices ---
 
@@ -215,10 +263,13 @@ class Walker:
         statistics: Statistics,
         roots: Roots,
         device: torch.device,
+        nested: bool = False,
     ):
         self.weights = weights
         self.roots = roots
         self.device = device
+        # whether what is zero stays zero
+        self.nested = nested
         self.size = sum(W.numel() for W in weights.values())
         # the diagonal of each G
         self.rows = {}
@@ -257,10 +308,11 @@ class Walker:
         threshold = math.exp(log_threshold)
         for name in self.weights:
             W, R, rows = self.look(name)
+            gone = W == 0 if self.nested else None
             def choose(saliency: Tensor, rows: Tensor = rows) -> Tensor:
                 return saliency * rows > threshold
             # a column at a time, as what a column shows depends on those before it
-            done = walk(W, R, choose)
+            done = walk(W, R, choose, gone=gone)
             kept += int(done.count_nonzero())
             take(name, done)
         return kept / self.size

@@ -1,4 +1,5 @@
-"""What a shard keeps of a document: its tokens in a stream, or a row of a fixed length with its targets.
+"""What is kept of a document: its tokens in a stream, or a row of a fixed length with its targets, or an
+example that ends.
 
 A row follows the tokenizer's post-processor to the letter and is cut or padded to its length, as in the
 papers of this line (GaLore, torchrun_main.py: one document a row of 256). Its first token, a prompt and
@@ -34,6 +35,19 @@ class Stream:
         tokens = self.tokenizer.document(text).astype(self.dtype)
         return Encoded(tokens, None, len(text.encode()), len(tokens))
 
+def ids_of(document: str | Pair, tokenizer: Tokenizer) -> tuple[list[int], int]:
+    """The ids of a document, and how many of them are its prompt's."""
+    encode = tokenizer.encode
+    if isinstance(document, str):
+        return encode(document), 0
+    prompt = encode(document.prompt)
+    # at once: LLaMA-2's kind would put a space in front of a completion that is encoded by itself
+    whole = encode(document.prompt + document.completion)
+    # a token across the border: the model will see the prompt alone before it has to go on
+    if whole[:len(prompt)] != prompt:
+        whole = prompt + encode(document.completion)
+    return whole, len(prompt)
+
 class Rows:
     """Encodes documents as rows of `length` tokens. UserError where no text has room in one."""
 
@@ -50,7 +64,7 @@ class Rows:
                             "or more")
 
     def __call__(self, document: str | Pair) -> Encoded:
-        ids, known = self.ids(document)
+        ids, known = ids_of(document, self.tokenizer)
         before = self.tokenizer.before
         after = self.tokenizer.after
         # the text is cut, never what stands around it; so does transformers' truncation=True
@@ -66,15 +80,44 @@ class Rows:
         text_bytes = int(self.bytes[text].sum())
         return Encoded(tokens, targets, text_bytes, len(text))
 
-    def ids(self, document: str | Pair) -> tuple[list[int], int]:
-        """The ids of a document, and how many of them are its prompt's."""
-        encode = self.tokenizer.encode
-        if isinstance(document, str):
-            return encode(document), 0
-        prompt = encode(document.prompt)
-        # at once: LLaMA-2's kind would put a space in front of a completion that is encoded by itself
-        whole = encode(document.prompt + document.completion)
-        # a token across the border: the model will see the prompt alone before it has to go on
-        if whole[:len(prompt)] != prompt:
-            whole = prompt + encode(document.completion)
-        return whole, len(prompt)
+class Example(NamedTuple):
+    """tokens: (n,), without padding; all from place `first` on are targets. cut: whether the prompt lost its
+    beginning; unfinished: whether the completion, or the text, lost its end."""
+
+    tokens: np.ndarray
+    first: int
+    cut: bool
+    unfinished: bool
+
+class Examples:
+    """Encodes documents as rows of their own lengths, at most `length`, whose last target is end-of-text: a
+    model that is fine-tuned on them learns where to stop. UserError where no pair has room in one."""
+
+    def __init__(self, tokenizer: Tokenizer, length: int):
+        self.tokenizer = tokenizer
+        self.length = length
+        self.dtype = token_dtype(tokenizer.vocab_size)
+        self.end = [*tokenizer.after]
+        # T5's post-processor puts it there itself
+        if tokenizer.eot not in self.end:
+            self.end.append(tokenizer.eot)
+        edges = len(tokenizer.before) + len(self.end)
+        # a token of the prompt, and one of the completion
+        if length < edges + 2:
+            raise UserError(f"--seq_len {length}: {edges} tokens stand around a text; use {edges + 2} or "
+                            "more")
+
+    def __call__(self, document: str | Pair) -> Example:
+        ids, known = ids_of(document, self.tokenizer)
+        before = self.tokenizer.before
+        room = self.length - len(before) - len(self.end)
+        completion = len(ids) - known
+        # The completion comes first: a prompt loses its beginning, as its end is what the completion follows.
+        # But it keeps half of the room, so that no completion stands alone.
+        kept = min(known, max(room // 2, room - completion))
+        whole = [*before, *ids[known - kept:], *self.end]
+        # nothing predicts the first token
+        first = max(1, len(before) + kept)
+        # what lost its end has not ended: end-of-text goes with it
+        tokens = np.array(whole[:self.length], self.dtype)
+        return Example(tokens, first, kept < known, len(whole) > self.length)

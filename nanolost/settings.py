@@ -153,6 +153,14 @@ class RunFlags:
 class Config(RunFlags, TrainingFlags, MethodFlags, ModelFlags, FileFlags):
     """Every setting of a run, in the order of its base classes from the last."""
 
+    def settle_schedule(self, saved: dict):
+        """Choose what is chosen once for a run: a resume keeps the warm-up that `saved`, the settings of its
+        checkpoint, began with, so that a longer --steps does not put the rate back onto the ramp."""
+        if self.warmup is None:
+            trained = self.init_from is not None
+            self.warmup = saved_value(saved, "warmup", self.steps // WARMUP[trained])
+        check_warmup(self)
+
 # Architecture and data of a run: a resume must agree in these. Any other value that changed is printed.
 # Another seed is another order of the data: some would come twice and some never
 FIXED = {"seq_len", "seed", "optimizer", "freeze", "init_from", "data", "tokenizer_sha256"}
@@ -304,14 +312,6 @@ def settle_device(config: Config) -> Config:
     if config.compile == "auto":
         config.compile = auto["compile"]
     return config
-
-def settle_schedule(config: Config, saved: dict):
-    """Choose what is chosen once for a run: a resume keeps the warm-up that `saved`, the settings of its
-    checkpoint, began with, so that a longer --steps does not put the rate back onto the ramp."""
-    if config.warmup is None:
-        trained = config.init_from is not None
-        config.warmup = saved_value(saved, "warmup", config.steps // WARMUP[trained])
-    check_warmup(config)
 
 def autocast(config) -> torch.autocast:
     """The one autocast context of a run, for training and evaluation alike."""

@@ -1,85 +1,41 @@
 """A model with zeros in its matrices: which methods there are, and what each does with all the matrices under
 one budget."""
 import tempfile
-from collections.abc import Iterable
 
 import torch
 import torch.nn as nn
 from torch import Tensor
-from tqdm import tqdm
 
 from nanolost import pruning, splitting
 from nanolost.allocate import Option, allocate
 from nanolost.compression import Task, damage_of, dense_layer, entry_of, require
-from nanolost.covariance import Statistics, linears
+from nanolost.covariance import linears
 from nanolost.lowrank import shrunk
 from nanolost.pruning import NEAR, Pattern, Patterns, Roots
 from nanolost.shelf import Shelf
 from nanolost.splitting import Scaled
-
-# what is added to C and G of their own diagonals before they are split: more tokens need less. At half of the
-# values it is a matter of 0.02 nats, whichever
-OWN_FEW = (0.05, 0.30)
-OWN_MANY = (0.03, 0.10)
-MANY = 32_768
-
-# weights (out, in) with zeros, by the layer's name
-Weights = dict[str, Tensor]
-
-def own_shares(statistics: Statistics) -> tuple[float, float]:
-    """What is added to C and to G of their own diagonals, after as many tokens as there were."""
-    # the fewer of the two: those with inputs, and those with gradients
-    fewest = min(statistics.tokens)
-    return OWN_MANY if fewest >= MANY else OWN_FEW
-
-def roots_of(task: Task) -> Roots:
-    """R of every layer, damped as the method was published."""
-    shrink = shrunk
-    if task.config.method == "sparsegpt":
-        shrink = pruning.damped
-    shelf = Shelf(task.folder)
-    return Roots(task.statistics, shelf, shrink)
+from nanolost.zeros import Matrices, Weights, alone, own_shares, split_zeros, walked, walked_in_patterns
 
 def weights_of(task: Task) -> Weights:
     """Those of the dense model."""
     layers = linears(task.model)
     return {name: linear.weight for name, linear in layers.items()}
 
-def competing(names: Iterable, uniform: bool | None) -> list[list]:
-    """Those whose entries are under one threshold: all of the model, or each for itself."""
-    if uniform:
-        return [[name] for name in names]
-    return [list(names)]
+def matrices_of(task: Task) -> Matrices:
+    """The same, and what is known of them."""
+    return Matrices(weights_of(task), task.statistics, task.folder, task.device)
 
 # --- matrices one by one ---
 
-def pruned(task: Task, name: str, W: Tensor, pattern: Pattern | None, roots: Roots) -> Tensor:
-    """W (out, in) with zeros by a method that looks at it alone."""
-    share = task.config.budget
-    method = task.config.method
-    if method == "sparsegpt":
-        R = roots.of(name, W.device)
-        return pruning.sparsegpt(W, R, share, pattern)
-    score = W.abs()
-    # the formulas on top of pruning.py
-    if method == "wanda":
-        score = score * task.inputs(name).diagonal().sqrt()
-    if pattern:
-        mask = pruning.largest_of_groups(score, *pattern)
-    elif method == "wanda":
-        # Wanda compares within a row; magnitudes are compared within a matrix
-        mask = pruning.largest_of_rows(score, share)
-    else:
-        mask = pruning.largest(score, task.values_of(W.numel()))
-    return W * mask
-
 def one_by_one(task: Task) -> tuple[Weights, None]:
     """Each matrix by itself, all with the same share."""
-    pattern = pruning.pattern_of(task.config.pattern)
-    roots = roots_of(task)
+    config = task.config
+    pattern = pruning.pattern_of(config.pattern)
+    matrices = matrices_of(task)
+    roots = matrices.roots(config.method)
     found = {}
-    for name, linear in task.layers(task.config.method):
-        found[name] = pruned(task, name, linear.weight, pattern, roots)
+    for name, _ in task.layers(config.method):
+        found[name] = alone(matrices, config.method, name, config.budget, pattern, roots)
     # their patterns are the same for all, and nothing chooses again by them
     return found, None
 
@@ -116,70 +72,24 @@ def chosen_patterns(task: Task, roots: Roots) -> Patterns:
             patterns[name] = pattern
     return patterns
 
-def walked_in_patterns(task: Task, roots: Roots, patterns: Patterns) -> Weights:
-    """The walk over every matrix that has a pattern."""
-    found = {}
-    layers = linears(task.model)
-    for name, (n, m) in tqdm(patterns.items(), "walk", disable=None):
-        W = layers[name].weight
-        R = roots.of(name, W.device)
-        found[name] = pruning.walk_in_groups(W, R, n, m)
-    return found
-
 # --- zeros of the whole model ---
-
-def walked(task: Task, share: float, near: float) -> Weights:
-    """The walk under one threshold for the whole model, or for each matrix. near: how far below the share of
-    the values it may end."""
-    weights = weights_of(task)
-    roots = roots_of(task)
-    found = {}
-    for names in competing(weights, task.config.uniform):
-        part = {name: weights[name] for name in names}
-        walker = pruning.Walker(part, task.statistics, roots, task.device)
-        # of several walks the last is the one that stays
-        walker.to_share(share, found.__setitem__, near)
-    return found
-
-def begun(task: Task, start: Weights) -> list[Scaled]:
-    """The layers of `start` in scaled units, each with its zeros as they stand there. Empties `start`: what a
-    layer was is on the shelf then."""
-    layers = linears(task.model)
-    own = own_shares(task.statistics)
-    # 9 bytes a weight and the eigenvectors: too much for the memory beside a large model
-    shelf = Shelf(task.folder)
-    scaled = splitting.scaled_layers(start, task.statistics, own, shelf, task.device)
-    for layer in scaled:
-        W = layers[layer.name].weight
-        D = start.pop(layer.name)
-        layer.begin(W, D, task.device)
-    return scaled
-
-def split_zeros(task: Task, start: Weights, patterns: Patterns | None) -> list[Scaled]:
-    """The layers of `start` with the zeros that splitting finds from there."""
-    scaled = begun(task, start)
-    for part in competing(scaled, task.config.uniform):
-        # under patterns the count is theirs, and `keep` plays no part
-        size = sum(task.sizes[layer.name] for layer in part)
-        keep = task.values_of(size)
-        splitting.split(part, keep, patterns, task.device)
-    return scaled
 
 def globally(task: Task) -> tuple[Weights, Patterns | None]:
     """`walk` and `fisher`: one budget for all matrices. The weights with zeros, and their patterns."""
     config = task.config
+    matrices = matrices_of(task)
     patterns = None
     if config.pattern == "unstructured":
         # where it only begins it need not be exact
         near = NEAR if config.method == "walk" else 10 * NEAR
-        found = walked(task, config.budget, near)
+        found = walked(matrices, config.budget, near, config.uniform)
     else:
-        roots = roots_of(task)
+        roots = matrices.roots(config.method)
         patterns = chosen_patterns(task, roots)
-        found = walked_in_patterns(task, roots, patterns)
+        found = walked_in_patterns(matrices, roots, patterns)
     # the walk is where splitting begins
     if config.method == "fisher":
-        scaled = split_zeros(task, found, patterns)
+        scaled = split_zeros(matrices, found, config.budget, patterns, config.uniform)
         found = {layer.name: splitting.result(layer) for layer in scaled}
     return found, patterns
 

@@ -42,7 +42,8 @@ class Scaled:
 
         pull   (out, in)   G̃ W C̃ in the eigenvectors
         U      (out, in)
-        mask   (out, in)   where D is U; elsewhere it is zero"""
+        mask   (out, in)   where D is U; elsewhere it is zero
+        gone   (out, in)   where it stays zero, whatever U is: on the shelf where there is any such entry"""
 
     def __init__(self, name: str, C: Tensor, G: Tensor, shelf: Shelf):
         self.name = name
@@ -75,9 +76,20 @@ class Scaled:
     def keep(self, what: str, tensor: Tensor):
         self.shelf[f"{what}.{self.name}"] = tensor
 
-    def sizes(self) -> Tensor:
-        """|U| (out, in)."""
-        return self.kept("U").abs()
+    def gone(self) -> Tensor | None:
+        if f"gone.{self.name}" in self.shelf:
+            return self.kept("gone")
+        return None
+
+    def sizes(self, every: int = 1) -> Tensor:
+        """|U|, 0 where an entry stays zero: one of `every` entries, flat, or all (out, in)."""
+        def some(what: str) -> Tensor:
+            whole = self.kept(what)
+            return whole if every == 1 else whole.flatten()[::every]
+        sizes = some("U").abs()
+        if self.gone() is not None:
+            sizes.masked_fill_(some("gone"), 0)
+        return sizes
 
     def vectors(self, device) -> tuple[Tensor, Tensor]:
         """P (out, out) of G̃ and Q (in, in) of C̃: an eigenvector a column."""
@@ -97,14 +109,17 @@ class Scaled:
     def unscaled(self, Y: Tensor) -> Tensor:
         return Y / self.e[:, None] / self.d
 
-    def begin(self, W: Tensor, D: Tensor, device):
-        """From the weight W (out, in) and a first D (out, in), which is U as well: V is 0."""
+    def begin(self, W: Tensor, D: Tensor, device, gone: Tensor | None = None):
+        """From the weight W (out, in) and a first D (out, in), which is U as well: V is 0. gone: entries that
+        stay zero, as they are in D."""
         # what is alike in all turns is computed once
         P, Q = self.vectors(device)
         turned = P.T @ self.scaled(W) @ Q
         self.keep("pull", self.eigenvalues(device) * turned)
         self.keep("U", self.scaled(D))
         self.keep("mask", D != 0)
+        if gone is not None:
+            self.keep("gone", gone)
 
     def turn(self, before: float, now: float, device):
         """X and U, for a ρ that was `before` and is `now`."""
@@ -132,8 +147,8 @@ def sampled_threshold(layers: Layers, keep: int, size: int) -> float:
     # about is enough between the turns: `split` ends by the exact one
     sampled = []
     for layer in layers:
-        some = layer.kept("U").flatten()[::EVERY]
-        sampled.append(some.abs())
+        some = layer.sizes(EVERY).flatten()
+        sampled.append(some)
     sampled = torch.cat(sampled)
     count = len(sampled)
     place = round((1 - keep / size) * count)
@@ -181,6 +196,10 @@ def exact_threshold(layers: Layers, keep: int) -> tuple[float, int]:
 
 def change(layer: Scaled, mask: Tensor) -> int:
     """Give a layer another mask; how many entries changed sides."""
+    gone = layer.gone()
+    if gone is not None:
+        # of a pattern, or of a threshold that is 0
+        mask = mask & ~gone
     before = layer.kept("mask")
     changed = before != mask
     before.copy_(mask)

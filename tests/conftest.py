@@ -18,7 +18,7 @@ import train
 from nanolost import checkpoint, sparse
 from nanolost.job import Job
 from nanolost.loop import update
-from nanolost.settings import resolve, settle_device, settle_schedule, split_batch
+from nanolost.settings import resolve, settle_device, split_batch
 from nanolost.threads import use_threads
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -202,9 +202,9 @@ def started(config):
     config = settle_device(config)
     with Job.start(config) as job:
         config.micro_batch, _ = split_batch(config, job.world)
-        texts = train.Texts(config, train.vocabulary(config))
+        texts = train.texts_of(config, train.vocabulary(config))
         train.settle_allocation(config, None)
-        settle_schedule(config, {})
+        config.settle_schedule({})
         use_threads(config.threads)
         yield config, train.fresh(config, job), texts, job
 

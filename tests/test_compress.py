@@ -16,7 +16,7 @@ import compress
 import prepare_c4
 from compress import Config, main
 from lost import LOSTLinear, apply_lost
-from nanolost import checkpoint
+from nanolost import calibration, checkpoint
 from nanolost.checkpoint import load_folder, write_model
 from nanolost.covariance import linears
 from nanolost.data import TokenDataset
@@ -151,7 +151,7 @@ def test_the_same_command_makes_the_same_bytes_and_another_seed_another_text(com
 def test_statistics_are_kept_and_found_again_and_refused_for_another_text(compressed, tmp_path, monkeypatch):
     place = str(tmp_path / "statistics")
     first = compressed(statistics=place, out_dir=str(tmp_path / "a"))
-    monkeypatch.setattr(compress, "collect", None)
+    monkeypatch.setattr(calibration, "collect", None)
     again = compressed(statistics=place, out_dir=str(tmp_path / "b"))
     assert again["after"] == first["after"]
     with pytest.raises(UserError, match="another model, text, seed"):
@@ -190,7 +190,7 @@ def test_weights_beyond_all_numbers_end_in_one_line(size, method, form, compress
     write_model(str(tmp_path / "huge"), model, BYTE, {})
     if form == "lost" and method == "magnitude":
         method = "plain"
-    with pytest.raises(UserError, match="beyond float|has a loss of nan"):
+    with pytest.raises(UserError, match="beyond float|: the loss is nan: its weights"):
         compressed(ckpt=str(tmp_path / "huge"), form=form, method=method)
     assert os.listdir(tmp_path) == ["huge"]
 
@@ -213,6 +213,12 @@ def test_factors_are_balanced(compressed):
     assert layers
     for name, layer in layers.items():
         assert (layer.A.norm() / layer.B.norm()).log().abs() < 0.01, name
+
+@pytest.mark.parametrize("flags", [{"method": "wanda"}, {"method": "sparsegpt"}, {}], ids=str)
+def test_a_pattern_keeps_no_more_than_its_share_of_rows_that_it_does_not_divide(flags, compressed, tmp_path):
+    write_model(str(tmp_path / "odd"), small(n_embd=40, n_ffn=46, max_seq_len=64), BYTE, {})
+    report = compressed(ckpt=str(tmp_path / "odd"), form="sparse", pattern="2:4", **flags)
+    assert 0.49 < report["kept"] <= 0.5
 
 # --- sources ---
 
@@ -260,6 +266,7 @@ REFUSED = [
     ({"form": "sparse", "method": "wanda", "uniform": False}, "no unit that matrices share"),
     ({"form": "sparse", "method": "wanda", "pattern": "2:4", "budget": 0.7}, "leave matrices dense"),
     ({"form": "sparse", "pattern": "2:4", "budget": 0.4}, "the patterns keep more"),
+    ({"form": "sparse", "method": "wanda", "pattern": "mixed:8", "budget": None}, "which know what each"),
     ({"form": "sparse", "factors": True, "uniform": True}, "leave one of the two out"),
     ({"form": "sparse", "factors": True, "method": "wanda"}, "has no low-rank part"),
     ({"form": "sparse", "factors": True, "pattern": "mixed:8"}, "the same for all"),

@@ -29,7 +29,7 @@ from lost import decompose
 from nanolost.checkpoint import load_folder, load_model, load_with_tokenizer, write_model
 from nanolost.errors import UserError
 from nanolost.methods import settings_of
-from nanolost.settings import resolve, settle_device, settle_schedule
+from nanolost.settings import resolve, settle_device
 from nanolost.source import Source, remembered
 
 RUN = dict(steps=8, batch_tokens=256, eval_every=4, eval_tokens=2000, save_every=4, log_every=1, device="cpu",
@@ -102,7 +102,7 @@ def test_the_recipe_is_its_own_and_any_value_of_it_can_be_typed():
     config = resolve({"init_from": "x", "steps": 200})
     assert (config.optimizer, config.lr, config.batch_tokens) == ("adamw", 1e-4, 16_384)
     assert (config.weight_decay, config.grad_clip, config.min_lr_ratio) == (0.0, 1.0, 0.1)
-    settle_schedule(config, {})
+    config.settle_schedule({})
     assert config.warmup == 10
     typed = resolve({"init_from": "x", "steps": 200, "lr": 1e-3, "optimizer": "muon", "weight_decay": 0.1})
     assert (typed.lr, typed.optimizer, typed.weight_decay) == (1e-3, "muon", 0.1)

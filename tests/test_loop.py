@@ -27,7 +27,7 @@ from conftest import (
 
 import train
 from model import Llama, LlamaConfig
-from nanolost import checkpoint, data, loop
+from nanolost import checkpoint, data, loop, run
 from nanolost.checkpoint import load_model
 from nanolost.errors import UserError
 from nanolost.loop import Figures, Report, State, Validation, evaluate
@@ -146,7 +146,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_update(small):
 
 # --- the counters of a checkpoint ---
 
-GOOD = {"step": 8, "samples": 64, "tokens": 2048, "evaluated": 8, "norms": [1.5, 2, 0.0]}
+GOOD = {"step": 8, "samples": 64, "tokens": 2048, "evaluated": 8, "began": 8, "norms": [1.5, 2, 0.0]}
 
 def empty_state() -> State:
     return State(None, [], None, None)
@@ -441,7 +441,7 @@ def test_a_refused_command_leaves_the_status_as_it_was(small):
 def test_a_run_that_fails_says_so_in_its_status(small, monkeypatch):
     def fail(*args):
         raise KeyError("a defect")
-    monkeypatch.setattr(train, "update", fail)
+    monkeypatch.setattr(run, "update", fail)
     with pytest.raises(KeyError):
         train.main(small())
     assert status(small()) == {"state": "failed", "step": 0, "reason": "process 0: KeyError: 'a defect'"}

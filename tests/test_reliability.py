@@ -35,7 +35,7 @@ from conftest import (
 )
 
 import train
-from nanolost import checkpoint, data
+from nanolost import checkpoint, data, run
 from nanolost.errors import UserError
 
 linux = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="looks processes up in /proc")
@@ -169,7 +169,7 @@ def test_a_kill_while_a_checkpoint_is_replaced_loses_nothing(small, tmp_path, mo
     train.main(straight)
     # a stop in the last evaluation: it is made up and saved again
     with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate", lambda *args: None)
+        patch.setattr(run, "evaluate", lambda *args: None)
         train.main(before)
     died_at = []
     # the points before are those of any save

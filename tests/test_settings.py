@@ -4,6 +4,7 @@ import dataclasses
 import pytest
 
 import train
+from nanolost import run
 from nanolost.errors import UserError
 from nanolost.flags import parse
 from nanolost.methods import METHODS
@@ -15,7 +16,6 @@ from nanolost.settings import (
     resolve,
     saved_value,
     settle_device,
-    settle_schedule,
     split_batch,
 )
 
@@ -71,24 +71,24 @@ def test_a_resume_must_agree_in_the_architecture_and_may_differ_in_how_it_trains
 
 def test_warm_up_is_a_tenth_of_the_steps_and_stays_what_it_was_when_steps_grow():
     config = resolve({"steps": 500})
-    settle_schedule(config, {})
+    config.settle_schedule({})
     assert config.warmup == 50
     longer = resolve({"steps": 5000})
-    settle_schedule(longer, {"warmup": 50})
+    longer.settle_schedule({"warmup": 50})
     assert longer.warmup == 50
     typed = resolve({"steps": 5000, "warmup": 7})
-    settle_schedule(typed, {"warmup": 50})
+    typed.settle_schedule({"warmup": 50})
     assert typed.warmup == 7
 
 @pytest.mark.parametrize("value", ["x", -3, None, 2.5, True, [3]])
 def test_a_warm_up_that_nobody_could_have_typed_is_refused_in_a_checkpoint(value):
     with pytest.raises(UserError, match="warmup is .* in the checkpoint's state.json, and must not be neg"):
-        settle_schedule(resolve({"steps": 500}), {"warmup": value})
+        resolve({"steps": 500}).settle_schedule({"warmup": value})
 
 @pytest.mark.parametrize("value", ["x", -3, 0, 100_000, 3 * 10**9, 1.5, True])
 def test_a_number_of_threads_that_nobody_could_have_typed_is_refused_in_a_checkpoint(value):
     with pytest.raises(UserError, match="threads is .* in the checkpoint's state.json, and must lie between"):
-        train.settle(resolve({}), {"threads": value, "warmup": 1})
+        run.settle(resolve({}), {"threads": value, "warmup": 1})
 
 @pytest.mark.parametrize("name, value", [
     ("optimizer", "other"), ("optimizer", 3), ("linear", "other"), ("seq_len", "512"), ("seq_len", 0),

@@ -29,7 +29,7 @@ from conftest import (
 )
 
 import train
-from nanolost import checkpoint, data
+from nanolost import checkpoint, data, run
 from nanolost.checkpoint import load_model
 from nanolost.errors import UserError
 from nanolost.failures import failures_with_their_repair
@@ -106,11 +106,11 @@ def test_recomputing_changes_no_bit_of_a_run(small, tmp_path):
 
 def test_deterministic_runs_are_the_same_run_and_leave_the_setting_as_it_was(small, tmp_path, monkeypatch):
     one, two = small(deterministic=True), small(deterministic=True, out_dir=str(tmp_path / "two"))
-    update, seen = train.update, set()
+    update, seen = run.update, set()
     def watched(*args):
         seen.add(torch.are_deterministic_algorithms_enabled())
         return update(*args)
-    monkeypatch.setattr(train, "update", watched)
+    monkeypatch.setattr(run, "update", watched)
     train.main(one)
     train.main(two)
     assert lines(one) == lines(two) and files_of(one, 8) == files_of(two, 8)
@@ -298,11 +298,11 @@ def test_whatever_refuses_a_start_refuses_before_overwrite_deletes_anything(
     assert tree(small().out_dir) == before
 
 FAULTS = {
-    "no compiler": ("train.update", UserError("torch.compile failed")),
-    "out of memory": ("train.update", MemoryError("out of memory")),
-    "diverged": ("train.update", FloatingPointError("loss nan")),
-    "Ctrl-C": ("train.update", KeyboardInterrupt()),
-    "a fault of the program": ("train.evaluate", TypeError("x")),
+    "no compiler": ("nanolost.run.update", UserError("torch.compile failed")),
+    "out of memory": ("nanolost.run.update", MemoryError("out of memory")),
+    "diverged": ("nanolost.run.update", FloatingPointError("loss nan")),
+    "Ctrl-C": ("nanolost.run.update", KeyboardInterrupt()),
+    "a fault of the program": ("nanolost.run.evaluate", TypeError("x")),
     "no room": ("train.out_dir.write_config", OSError("No space left")),
     "a full disk": ("nanolost.checkpoint.write_tensors", OSError("No space left")),
     "an optimizer that is refused": ("nanolost.checkpoint.optimizer_values", UserError("use another")),

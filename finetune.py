@@ -1,0 +1,281 @@
+"""Fine-tune a LLaMA that is trained already, dense or with zeros that stay zeros.
+
+    python finetune.py --ckpt FOLDER --data FILE.jsonl --out_dir OUT                     # LoRA, merged
+    python finetune.py --ckpt FOLDER --data DIR --zeros 0.5 --out_dir OUT                # half of it zeros
+    python finetune.py --ckpt FOLDER --data DIR --zeros 0.5 --method losa --out_dir OUT  # zeros by stages
+
+Run the same command again to continue. Every checkpoint in OUT is a Hugging Face folder with the update
+merged into the weights; what they are the sum of stands beside them, for the resume."""
+import nanolost  # noqa: F401, I001  before torch: OpenMP reads its settings once
+
+import contextlib
+import dataclasses
+import os
+import sys
+from typing import NamedTuple
+
+import torch
+
+from model import Llama
+from nanolost import adapters, checkpoint, out_dir, run, tuning
+from nanolost.budget import checkpoint_bytes, count, describe, describe_text
+from nanolost.choices import Questions
+from nanolost.covariance import linears
+from nanolost.data import TokenDataset
+from nanolost.errors import UserError
+from nanolost.failures import failures_with_their_repair
+from nanolost.flags import command, parse
+from nanolost.huggingface import travelling_files
+from nanolost.job import Job
+from nanolost.lines import LineDataset
+from nanolost.loop import Report, State, Validation, evaluate
+from nanolost.methods import merge_layers, special_layers
+from nanolost.plans import Once, carry_out, plan_of
+from nanolost.settings import settle_device, split_batch
+from nanolost.source import WINDOW, own_checkpoint
+from nanolost.tuning import FIXED, METHODS, Config
+
+# --- data ---
+
+def training_text(config: Config, tokenizer) -> TokenDataset:
+    if os.path.isdir(config.data):
+        return TokenDataset(config.data, "train", config.seq_len)
+    text = LineDataset(config.data, tokenizer, config.seq_len)
+    # rows are as long as the longest line, where that is less
+    config.seq_len = text.seq_len
+    return text
+
+def validation_text(config: Config, tokenizer, rows: int) -> Validation | None:
+    """The validation split of --eval_dir, or of --data where that is shards."""
+    place = config.eval_dir
+    if place is None and os.path.isdir(config.data):
+        place = config.data
+    if place is None:
+        return None
+    window = min(config.seq_len, WINDOW)
+    data = TokenDataset(place, "val", window)
+    samples = data.samples_for(config.eval_tokens)
+    micro = max(1, config.micro_batch * config.seq_len // window)
+    return Validation.of(data, samples, micro, tokenizer, rows)
+
+def texts_of(config: Config, tokenizer, model: Llama, world: int) -> run.Texts:
+    limit = model.config.max_seq_len
+    if config.seq_len is None:
+        config.seq_len = min(WINDOW, limit)
+    if config.seq_len > limit:
+        raise UserError(f"--seq_len {config.seq_len} is above the {limit} tokens that the model in "
+                        f"{config.ckpt} was made for: use {limit} or less")
+    train = training_text(config, tokenizer)
+    tuning.settle_batch(config, len(train), world)
+    config.micro_batch, _ = split_batch(config, world)
+    validation = validation_text(config, tokenizer, model.config.vocab_size)
+    texts = run.Texts(train, validation, tokenizer, model.config.vocab_size, config.seed)
+    texts.micro = config.micro_batch
+    if config.eval is not None:
+        texts.questions = Questions.read(config.eval, tokenizer, limit)
+    return texts
+
+# --- the model ---
+
+def plain_layers(model: Llama) -> list[str]:
+    """Names of the blocks' linear layers that have one matrix."""
+    return [name for name, layer in linears(model).items() if type(layer) is torch.nn.Linear]
+
+def check_layers(model: Llama, config: Config):
+    """Merge LOST layers where the method needs matrices. UserError for those that SiLU keeps apart."""
+    if config.method in ("full", "lost") or not special_layers(model):
+        return
+    try:
+        merge_layers(model)
+    except UserError as e:
+        raise UserError(f"--method {config.method} needs plain matrices, and {e}; use --method full or "
+                        "lost") from None
+
+def switches(config: Config) -> tuple[float, bool, str]:
+    """Of every update: scale, whether it is under a mask, and what stands between its factors."""
+    return config.alpha / config.rank, METHODS[config.method].update == "masked", config.activation
+
+def make_trained(model: Llama, config: Config):
+    """Say which parameters are trained, and give frozen weights their updates, in place."""
+    method = METHODS[config.method]
+    names = plain_layers(model)
+    model.requires_grad_(method.update is None)
+    if method.update is None:
+        if method.masks:
+            adapters.keep_zeros(model, names)
+        return
+    share = config.sparsity if method.update == "channels" else 0
+    scale, masked, activation = switches(config)
+    adapters.put_updates(model, names, config.rank, scale, masked, share, activation)
+    if method.update == "channels":
+        # layers that are low rank and channels already are their own update
+        for layer in special_layers(model).values():
+            layer.requires_grad_(True)
+    adapters.draw_updates(model, config.seed)
+
+def resumed(model: Llama, folder: str, config: Config, job: Job) -> State:
+    """The state that the checkpoint `folder` holds; model: the merged one in there."""
+    method = METHODS[config.method]
+    if method.update is None:
+        make_trained(model, config)
+    else:
+        model.requires_grad_(False)
+        checkpoint.load_parts(folder, model, *switches(config))
+        for layer in special_layers(model).values():
+            layer.requires_grad_(True)
+    return State.of(model.to(job.device), config)
+
+# --- the run ---
+
+def prepare_out_dir(config: Config, texts: run.Texts, model: Llama) -> str | None:
+    """Rank 0's look at out_dir and at the data before anything is written: the folder of the checkpoint to
+    continue from, None for a new run."""
+    out_dir.end_overwrite(config.out_dir)
+    checkpoint.sweep(config.out_dir)
+    # the weights twice, merged and apart, and moments of what is trained
+    out_dir.check_space(config.out_dir, config.keep, 2 * checkpoint_bytes(model, config.optimizer))
+    texts.check(config)
+    return out_dir.choose_checkpoint(config.out_dir, config.resume, config.overwrite)
+
+# chosen once for a run, where nothing is typed
+CHOSEN = ("method", "zeros", "seq_len", "batch_tokens", "steps", "lr", "warmup")
+
+def remember(config: Config, saved: dict):
+    """Fill in what an earlier start of this run chose."""
+    for name in CHOSEN:
+        if getattr(config, name) is None and name in saved:
+            setattr(config, name, saved[name])
+
+def warn(config: Config, there: float, report: Report):
+    """Say what a run will do to the zeros of its folder, before it starts."""
+    if there > tuning.BY_CHANCE and not METHODS[config.method].masks:
+        report.say(f"zeros       the folder's matrices are {there:.1%} zeros, which --method {config.method} "
+                   "fills: --method masked-lora keeps them")
+
+@torch.no_grad()
+def say_rounding(state: State, texts: run.Texts, dtype: str, job: Job, report: Report):
+    """What the source's dtype costs the merged weights, which a checkpoint holds in float32."""
+    if dtype == "float32" or texts.validation is None or report.val_loss is None:
+        return
+    whole = adapters.merged(state.model)
+    for name, p in whole.named_parameters():
+        rounded = p.to(getattr(torch, dtype)).float()
+        home, _, key = name.rpartition(".")
+        setattr(whole.get_submodule(home), key, torch.nn.Parameter(rounded, requires_grad=False))
+    if whole.config.tie_embeddings:
+        whole.lm_head.weight = whole.model["embed_tokens"].weight
+    found = evaluate(whole, texts.validation, state.autocast, job)
+    if found is not None:
+        report.say(f"rounded to {dtype}, as {report.config.ckpt} has its weights (export.py --save_dtype "
+                   f"{dtype}): val loss {found['val_loss']:.4f} ({found['val_loss'] - report.val_loss:+.4f})")
+
+def start(
+    source: str, model: Llama, config: Config, texts: run.Texts, plan: Once, job: Job
+) -> tuple[State, dict]:
+    """State and identity of a new run, before zeros are chosen."""
+    now = run.start(config, texts, job)
+    now["stage_steps"] = plan.firsts
+    now["source_dtype"] = str(checkpoint.weights_dtype(source)).removeprefix("torch.")
+    model.to(job.device)
+    make_trained(model, config)
+    return State.of(model, config), now
+
+def go_on(folder: str, config: Config, texts: run.Texts, plan: Once, job: Job, report: Report) -> tuple:
+    """State and identity of the run that the checkpoint `folder` belongs to, and the number of its stage."""
+    model, saved = checkpoint.load_folder(folder)
+    if "config" not in saved:
+        raise UserError(f"{folder} has no training state to continue from: it is a model alone")
+    now = run.go_on(saved["config"], config, texts, FIXED, job, report)
+    for name in ("stage_steps", "source_dtype"):
+        now[name] = saved["config"][name]
+    # a longer run has a longer last stage
+    plan.firsts = now["stage_steps"]
+    report.say(f"continuing from {folder}")
+    state = resumed(model, folder, config, job)
+    number = plan.firsts.index(saved["began"])
+    plan.reenter(number, state)
+    checkpoint.load_optimizer(folder, state.model, state.optimizers)
+    state.restore(saved)
+    return state, now, number
+
+class Opened(NamedTuple):
+    """What a run begins with. source: the folder of `model`; there: its share of zeros."""
+
+    source: str
+    model: Llama
+    there: float
+    texts: run.Texts
+    plan: Once
+
+def opened(config: Config, job: Job, at_end: contextlib.ExitStack) -> Opened:
+    """Read model and texts, and choose what depends on them. UserError for all that does not go together."""
+    tuning.settle_paths(config)
+    # a run that goes on knows what it chose, and has its model
+    own, before = own_checkpoint(config.out_dir, config.resume, "ckpt")
+    remember(config, before)
+    source = own or checkpoint.checkpoint_folder(config.ckpt)
+    model, tokenizer, _ = checkpoint.load_with_tokenizer(source)
+    there = adapters.share_of_zeros(model)
+    if own is None:
+        tuning.settle_zeros(config, there)
+    check_layers(model, config)
+    texts = texts_of(config, tokenizer, model, job.world)
+    plan = plan_of(config, model, texts, job, there, at_end)
+    return Opened(source, model, there, texts, plan)
+
+def describe_run(model: Llama, config: Config, texts: run.Texts, plan: Once, job: Job) -> str:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    _, accumulation = split_batch(config, job.world)
+    whole = dataclasses.replace(config, steps=plan.steps)
+    lines = describe(model, whole, job.world, accumulation)
+    lines.append(f"trained     {trained:,} parameters, by --method {config.method}")
+    if METHODS[config.method].masks:
+        stages = count(len(plan.firsts), "stage", "stages")
+        lines.append(f"zeros       {config.zeros:.2%} of the blocks' matrices, in {stages}")
+    lines.append(describe_text(config, len(texts.train)))
+    train = texts.train
+    if isinstance(train, LineDataset):
+        lines.append(f"lines       rows of {train.seq_len} tokens; {train.cut:,} prompts lost their "
+                     f"beginning, {train.unfinished:,} completions their end")
+    return "\n".join(lines)
+
+def main(config: Config):
+    """Fine-tune as `config` (from `tuning.resolve`) says. Returns when the run is finished, or stopped by a
+    signal."""
+    config = settle_device(config)
+    with (
+        Job.start(config) as job,
+        contextlib.ExitStack() as at_end,
+        Report(config, job) as report,
+        failures_with_their_repair(),
+    ):
+        source, model, there, texts, plan = opened(config, job, at_end)
+        # what was chosen, and steps of all stages
+        report.config = dataclasses.replace(config, steps=plan.steps)
+        if config.dry_run:
+            make_trained(model, config)
+            return report.say(describe_run(model, config, texts, plan, job))
+        # read now: --overwrite may delete what the model comes from
+        travelling = travelling_files(source)
+        job.claim(config.out_dir)
+        folder = job.first(lambda: prepare_out_dir(config, texts, model))
+
+        if folder:
+            state, now, number = go_on(folder, config, texts, plan, job, report)
+        else:
+            state, now = start(source, model, config, texts, plan, job)
+            number = -1
+            warn(config, there, report)
+        report.say(describe_run(state.model, config, texts, plan, job))
+        if config.compile == "true":
+            state.model.compile()
+
+        run.begin(state, folder, config, job, report, at_end)
+        save = run.saver(state, now, texts, travelling, config, job, report)
+        stopped = carry_out(plan, state, number, report, save)
+        if not stopped:
+            say_rounding(state, texts, now["source_dtype"], job, report)
+        report.end(stopped)
+
+if __name__ == "__main__":
+    command(lambda: main(tuning.resolve(parse(Config, sys.argv[1:], __doc__))))

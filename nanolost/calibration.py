@@ -1,0 +1,85 @@
+"""Text that a trained model is looked at with, and what was found: windows, statistics, and the folders that
+they are kept in for the time of a command, or longer."""
+import contextlib
+import os
+import shutil
+import tempfile
+
+from safetensors import SafetensorError, safe_open
+
+from model import Llama
+from nanolost.budget import size
+from nanolost.checkpoint import write_json
+from nanolost.covariance import Batch, Statistics, block_file, collect, count_tokens
+from nanolost.data import TokenDataset
+from nanolost.errors import UserError
+from nanolost.files import claim, read_json
+
+@contextlib.contextmanager
+def temporary_folder(need: int):
+    """A folder that goes in the end, with room for `need` bytes."""
+    # refused before the work, not in the middle of it
+    home = tempfile.gettempdir()
+    free = shutil.disk_usage(home).free
+    if need > free:
+        raise UserError(f"{home} has {size(free)} free, and {size(need)} are needed meanwhile: name a larger "
+                        "place by the variable TMPDIR")
+    with tempfile.TemporaryDirectory(prefix="nanolost-", dir=home) as folder:
+        yield folder
+
+def key_of(config, folder: str, text: TokenDataset) -> dict:
+    """What statistics depend on. config: calibration_tokens, gradient_tokens, seed and dtype; folder: that of
+    the model."""
+    # sizes and times stand for the weights: a hash would read the whole model
+    names = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+    stamps = [(name, os.stat(os.path.join(folder, name))) for name in names]
+    return {
+        "ckpt": os.path.abspath(folder),
+        "weights": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stamps],
+        "text": text.fingerprint,
+        "calibration_tokens": config.calibration_tokens,
+        "gradient_tokens": config.gradient_tokens,
+        "seq_len": text.seq_len,
+        "seed": config.seed,
+        "dtype": config.dtype,
+    }
+
+def statistics_of(
+    model: Llama,
+    found: list[Batch],
+    kept: str | None,
+    key: dict,
+    spool: str,
+    context,
+) -> Statistics:
+    """Statistics of the windows `found`: those in the folder `kept` where they have this key, else new ones,
+    kept there, or without one in the folder `spool`. context: the autocast of the passes."""
+    place = kept or os.path.join(spool, "statistics")
+    if os.path.exists(os.path.join(place, "statistics.json")):
+        check_statistics(place, model, key)
+        return Statistics(place, count_tokens(found))
+    try:
+        # two that write the same files would mix them
+        with claim(place, "collects statistics", "--statistics"):
+            made = collect(model, found, place, key["seed"], context, spool)
+            # last: statistics without their key are made again
+            write_json(place, "statistics.json", key)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"cannot write statistics ({e}): make room, or name another place by --statistics "
+                        "and the variable TMPDIR") from None
+    return made
+
+def check_statistics(place: str, model: Llama, key: dict):
+    """UserError for statistics that are not of this model and text, or not whole."""
+    if read_json(os.path.join(place, "statistics.json")) != key:
+        raise UserError(f"{place} has statistics of another model, text, seed or number of tokens: use "
+                        "another --statistics")
+    for layer in range(model.config.n_layer):
+        path = block_file(place, layer)
+        try:
+            # the sizes that it names are those that it has
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"cannot read {path} ({e}): remove {place}, or use another "
+                            "--statistics") from None

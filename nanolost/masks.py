@@ -1,0 +1,72 @@
+"""Zeros for a model that is about to be tuned: those of compress.py --form sparse, put into its weights."""
+import contextlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from model import Llama
+from nanolost.calibration import key_of, statistics_of, temporary_folder
+from nanolost.compression import Task
+from nanolost.covariance import Batch, batches, covariance_bytes, linears, spool_bytes
+from nanolost.data import SampleOrder, TokenDataset
+from nanolost.settings import DEVICES
+from nanolost.sparse_layers import to_sparse
+
+# tokens of a window that is looked at, of a model that takes so many
+WINDOW = 512
+
+@dataclass
+class Zeros:
+    """What `to_sparse` reads of compress.py's settings."""
+
+    method: str
+    budget: float
+    pattern: str
+    uniform: bool | None = None
+    closed_loop: bool = False
+    factors: bool = False
+
+@contextlib.contextmanager
+def untrained(model: torch.nn.Module):
+    """Without gradients of the parameters, which are trained again afterwards as they were before."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in trained)
+
+def calibration_text(config, train: TokenDataset, limit: int) -> TokenDataset:
+    """The text that is looked at: --calibration_dir's, else that of the training, in windows of their own."""
+    place = config.calibration_dir
+    # lines are rows by themselves, which are not cut
+    if place is None and train.row:
+        return train
+    return TokenDataset(place or config.data, "train", min(WINDOW, limit))
+
+def windows_of(text: TokenDataset, config, tokens: int, gradients: int, device) -> list[Batch]:
+    """So many tokens of the text in windows that the seed draws; of the first `gradients`, gradients too."""
+    count = min(max(1, tokens // text.seq_len), len(text))
+    samples = SampleOrder(len(text), config.seed)[np.arange(count)]
+    micro = max(1, DEVICES[device.type]["micro_tokens"] // text.seq_len)
+    return batches(text, samples, micro, gradients // text.seq_len, device)
+
+def spooled(config, model: Llama) -> int:
+    """Bytes that choosing zeros takes on the disk meanwhile, as compress.py counts them."""
+    values = sum(layer.weight.numel() for layer in linears(model).values())
+    vectors = covariance_bytes(model) * model.config.n_layer
+    return spool_bytes(model, config.calibration_tokens) + vectors + 9 * values
+
+def put_zeros(model: Llama, config, folder: str, text: TokenDataset, device, context) -> dict[str, dict]:
+    """Put config.zeros of zeros into the blocks' matrices by config.masks, with the values that go with them;
+    what each became, as in allocation.json. folder: where the model's weights come from."""
+    asked = Zeros(config.masks, 1 - config.zeros, config.pattern)
+    with untrained(model), temporary_folder(spooled(config, model)) as spool:
+        tokens, gradients = config.calibration_tokens, config.gradient_tokens
+        windows = windows_of(text, config, tokens, gradients, device)
+        key = key_of(config, folder, text)
+        statistics = statistics_of(model, windows, config.statistics, key, spool, context)
+        task = Task(model, asked, statistics, [], spool, device, context)
+        return to_sparse(task)
