@@ -320,7 +320,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name(compressed, source, tmp
 def test_too_little_room_for_what_is_kept_meanwhile_is_said_first(compressed, monkeypatch, tmp_path):
     from collections import namedtuple
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(compress.shutil, "disk_usage", lambda path: usage(0, 0, 1000))
+    monkeypatch.setattr(calibration.shutil, "disk_usage", lambda path: usage(0, 0, 1000))
     with pytest.raises(UserError, match="TMPDIR"):
         compressed()
     assert not os.listdir(tmp_path)
