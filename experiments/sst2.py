@@ -50,7 +50,7 @@ RATES = {
     "lost": (3e-4, 1e-3, 3e-3),
 }
 # of LOST's updates, the defaults of finetune.py first
-RANKS = (8, 7, 9, 6, 10)
+RANKS = (8, 7, 9, 6, 10, 5, 11, 4, 12)
 SPARSITY = 0.01
 # what trained parameters may differ by
 ALIKE = 0.02
@@ -96,6 +96,10 @@ def fitting(config, tokenizer: Tokenizer) -> list[dict]:
         line = lesson(sentence, label)
         if len(found) < config.sst2_lines and not encode(Pair(**line)).cut:
             found.append(line)
+    # fewer would be read more than once
+    if len(found) < config.sst2_lines:
+        raise UserError(f"{len(found)} of {config.sst2_lines} lines have at most {config.sst2_tokens} "
+                        "tokens: use fewer --sst2_lines or more --sst2_tokens")
     return found
 
 def tokenizer_of(config) -> Tokenizer:

@@ -15,8 +15,8 @@ from nanolost.files import read_json, write_atomic
 
 # updates that no run has
 NEVER = 1_000_000
-# evaluated and saved at the ends alone
-ENDS = {"eval_every": NEVER, "save_every": NEVER, "keep": 1}
+# evaluated and saved at the ends alone; sums on one core are alike everywhere
+ENDS = {"eval_every": NEVER, "save_every": NEVER, "keep": 1, "threads": 1}
 # of metrics.jsonl, written after an evaluation
 EVALUATIONS = ("eval", "accuracy")
 
