@@ -10,7 +10,6 @@ as any other. It is whole or absent."""
 import nanolost  # noqa: F401, I001  before torch: OpenMP reads its settings once
 
 import contextlib
-import math
 import os
 import sys
 import tempfile
@@ -55,7 +54,7 @@ from nanolost.files import ended_by_signals
 from nanolost.flags import command, flag, parse, say
 from nanolost.huggingface import travelling_files
 from nanolost.job import Job, pick_device, place
-from nanolost.loop import Validation, evaluate
+from nanolost.loop import Validation, evaluate, require_finite
 from nanolost.low_rank_layers import to_low_rank
 from nanolost.methods import merge_layers
 from nanolost.settings import DEVICES, autocast
@@ -172,6 +171,8 @@ def settle(config: Config):
     known = pruning.pattern_of(config.pattern)
     if config.budget is None and known:
         config.budget = known[0] / known[1]
+    # who names a pair that cannot be is not asked for more first
+    check_sparse(config)
     if config.budget is None:
         raise UserError("give --budget, the share of the values to keep, such as 0.8")
     # NaN fails both comparisons
@@ -192,7 +193,6 @@ def settle(config: Config):
     if config.closed_loop and config.method not in ("fisher", "svdllm"):
         raise UserError(f"--closed_loop true: --method {config.method} has no metric that a loop could "
                         "change; use fisher or svdllm")
-    check_sparse(config)
 
 def check_sparse(config: Config):
     """UserError for a share or a pattern that the method does not choose."""
@@ -359,8 +359,9 @@ def poor(statistics: Statistics | None, model: Llama) -> dict[str, str]:
             found[name] = f"{dead} inputs that are always zero"
     return found
 
-def measured(model: Llama, texts: Texts, config: Config, job: Job) -> dict[str, float]:
+def measured(model: Llama, texts: Texts, config: Config, job: Job, name: str) -> dict[str, float]:
     found = evaluate(model, texts.validation, autocast(config), job)
+    require_finite(found, name, config.dtype)
     return {"loss": found["val_loss"], "perplexity": found["val_ppl"], "tokens": found["val_tokens"]}
 
 def summary(report: dict) -> str:
@@ -445,12 +446,10 @@ def main(config: Config) -> dict:
     travelling = travelling_files(folder)
     model.to(job.device).requires_grad_(False)
     with ended_by_signals(), failures_with_their_repair(), beyond_numbers():
-        before = measured(model, texts, config, job)
-        check_loss(before, folder)
+        before = measured(model, texts, config, job, folder)
         entries, found = compress(config, model, texts, key_of(config, folder, texts.train), job)
         # the compressed one, on the same windows
-        after = measured(model, texts, config, job)
-        check_loss(after, "the compressed model")
+        after = measured(model, texts, config, job, "the compressed model")
         report = {
             "out_dir": config.out_dir,
             "ckpt": folder,
@@ -468,11 +467,6 @@ def main(config: Config) -> dict:
         write(config, model.to("cpu"), tokenizer, travelling, dtype, entries, report)
     say(summary(report))
     return report
-
-def check_loss(found: dict, name: str):
-    if not math.isfinite(found["loss"]):
-        raise UserError(f"{name} has a loss of {found['loss']} on the validation text: use an earlier "
-                        "checkpoint")
 
 @contextlib.contextmanager
 def beyond_numbers():

@@ -19,7 +19,7 @@ from nanolost.errors import UserError
 from nanolost.files import open_regular
 from nanolost.flags import command, flag, parse
 from nanolost.job import Job
-from nanolost.loop import Validation, evaluate
+from nanolost.loop import Validation, evaluate, require_finite
 from nanolost.settings import DEVICES, autocast
 from nanolost.threads import use_threads
 from nanolost.tokenizer import Tokenizer
@@ -209,9 +209,7 @@ def main(config: Config) -> dict:
         if found is None:
             # half of a text would be another number
             raise KeyboardInterrupt
-        if not math.isfinite(found["val_loss"]):
-            raise UserError(f"{folder}: the loss is {found['val_loss']}: its weights, or what they compute "
-                            f"in {config.dtype}, are no finite numbers; use another checkpoint or --dtype")
+        require_finite(found, folder, config.dtype)
         windows = sum(job.gather(windows), [])
     paper = {name: found[name] for name in ("paper_ppl",) if name in found}
     result = {

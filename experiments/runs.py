@@ -90,7 +90,7 @@ def chosen(config: Settings, rows: dict) -> list[str]:
     if not config.rows:
         return list(rows)
     # each once, in the order that was typed
-    names = list(dict.fromkeys(config.rows.split("/")))
+    names = list(dict.fromkeys(name.strip() for name in config.rows.split("/")))
     unknown = [name for name in names if name not in rows]
     if unknown:
         raise UserError(f"--rows {'/'.join(unknown)}: choose from {'/'.join(rows)}")

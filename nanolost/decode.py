@@ -203,6 +203,8 @@ def one_row(x, W):
     if W.shape[0] < 32:
         # of a constant this is done once, not for each token
         W = W.contiguous()
+    # a buffer of its own: what computes x, such as picking channels, would run again for each column of W
+    x = x.as_strided(x.shape, x.stride())
     return (x.mT * W).sum(0, keepdim=True)
 
 def decompositions() -> dict:

@@ -109,6 +109,9 @@ def seconds_of(config, model: Llama, found: Rates) -> dict[str, float]:
             seconds["compression"] += splitting_seconds(counts, found)
     if config.closed_loop:
         seconds["closed loop"] = loop_seconds(counts, config.loop_tokens, found)
+        # there the zeros of every matrix are chosen once more
+        if config.form == "sparse":
+            seconds["closed loop"] += splitting_seconds(counts, found)
     return seconds
 
 def duration(seconds: float) -> str:

@@ -364,6 +364,13 @@ def evaluate(model: Llama, text: Validation, context, job, windows: list | None 
         found["paper_ppl"] = paper_perplexity(in_order(job.gather(windows), text.micro), *text.paper)
     return found
 
+def require_finite(found: dict, name: str, dtype: str):
+    """UserError where the model `name` was evaluated, in `dtype`, and its loss is no finite number."""
+    loss = found["val_loss"]
+    if not math.isfinite(loss):
+        raise UserError(f"{name}: the loss is {loss}: its weights, or what they compute in {dtype}, are no "
+                        "finite numbers; use another checkpoint or --dtype")
+
 def without_padding(data: TokenDataset) -> torch.Tensor:
     """Inputs of four samples, cut to where the shortest ends: of rows the fullest of the first 64."""
     x, y = data.batch(np.arange(min(64, len(data))))
@@ -581,7 +588,9 @@ class Report:
 
     def accuracy(self, found: dict):
         self.record("accuracy", **found)
-        self.say(f"{self.where()} | accuracy {found['accuracy']:.3f} ± {found['stderr']:.3f} | by length "
+        # one question alone has none
+        error = found["stderr"] or 0.0
+        self.say(f"{self.where()} | accuracy {found['accuracy']:.3f} ± {error:.3f} | by length "
                  f"{found['accuracy_norm']:.3f} | {found['questions']:,} questions")
 
     def end(self, stopped: str):

@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -120,19 +119,22 @@ def largest_of_rows(score: Tensor, share: float) -> Tensor:
     place = torch.empty_like(order).scatter_(1, order, places)
     return place < counts[:, None]
 
-def largest_of_groups(score: Tensor, n: int, m: int) -> Tensor:
-    """The n largest of every m neighbours in a row: an N:M pattern. A last group of fewer has n as well."""
-    rows, width = score.shape
-    # what fills the last group is chosen last
-    missing = -width % m
-    padded = F.pad(score, (0, missing), value=NEVER)
-    groups = padded.view(rows, -1, m)
-    keep = groups.topk(n, dim=-1).indices
+def largest_of_each(groups: Tensor, count: int) -> Tensor:
+    """A mask of the `count` largest along the last dimension, or of as many as can stay."""
+    keep = groups.topk(count, dim=-1).indices
     mask = torch.zeros_like(groups, dtype=torch.bool)
     mask.scatter_(-1, keep, True)
-    # a group may have fewer than n that can stay
-    mask &= groups > NEVER
-    return mask.view(rows, -1)[:, :width]
+    return mask & (groups > NEVER)
+
+def largest_of_groups(score: Tensor, n: int, m: int) -> Tensor:
+    """The n largest of every m neighbours in a row: an N:M pattern. A last group of fewer keeps that share of
+    them, rounded down, so that no row keeps more than n/m."""
+    rows, width = score.shape
+    whole, short = divmod(width, m)
+    groups, last = score.split((whole * m, short), dim=1)
+    groups = groups.reshape(rows, whole, m)
+    mask = largest_of_each(groups, n).flatten(1)
+    return torch.cat((mask, largest_of_each(last, n * short // m)), dim=1)
 
 # --- the walk over the columns ---
 

@@ -21,22 +21,37 @@ from nanolost.covariance import is_text, rope_of
 from nanolost.loop import Figures, State, take_step
 
 # a block's parts in their order: the norm before it, and itself
-HALVES = (("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"))
+HALVES = (
+    ("input_layernorm", "self_attn"),
+    ("post_attention_layernorm", "mlp"),
+)
 
-def half(block: nn.Module, number: int, x: Tensor, rope: Tensor) -> Tensor:
-    """The stream (B, T, C) after attention (0) or MLP (1) of a block."""
-    norm, inner = (block.get_submodule(name) for name in HALVES[number])
-    normed = norm(x)
-    return x + (inner(normed, rope) if number == 0 else inner(normed))
+class Half:
+    """Attention or MLP of a block, with the norm before it: the half `part` of a model, counted from 0."""
 
-def trained(model: Llama, part: int) -> list[nn.Parameter]:
-    """What the half `part` of the model, counted from 0, has to train: its matrices and its norm."""
-    block = model.model["layers"][part // 2]
-    modules = (block.get_submodule(name) for name in HALVES[part % 2])
-    return [p for module in modules for p in module.parameters()]
+    def __init__(self, model: Llama, part: int):
+        layer, number = divmod(part, len(HALVES))
+        block = model.model["layers"][layer]
+        norm, inner = HALVES[number]
+        self.norm = block.get_submodule(norm)
+        self.inner = block.get_submodule(inner)
+        # the MLP looks at no other position
+        self.rotates = number == 0
+
+    def __call__(self, x: Tensor, rope: Tensor) -> Tensor:
+        """The stream (B, T, C) after it."""
+        normed = self.norm(x)
+        # as in model.Block
+        if self.rotates:
+            return x + self.inner(normed, rope)
+        return x + self.inner(normed)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [*self.norm.parameters(), *self.inner.parameters()]
 
 def parts_of(model: Llama) -> int:
-    return 2 * len(model.model["layers"])
+    """How many halves it has."""
+    return len(HALVES) * len(model.model["layers"])
 
 class Refit:
     """The streams of a run's training windows before one half of the model. dense: the model whose stream is
@@ -47,45 +62,58 @@ class Refit:
         self.dense = dense
         self.context = context
         # all halves read the same windows, in the same order
-        self.steps = len(windows)
-        found = [data.batch(samples, device) for step in windows for samples in step]
-        self.micro = len(found) // self.steps
-        # padding is not to be repaired
-        self.real = [is_text(targets) for _, targets in found]
+        self.steps, self.micro = windows.shape[:2]
         self.rope = rope_of(model, data.seq_len, device)
         # of each micro-batch of each step
-        self.small = [model.model["embed_tokens"](x) for x, _ in found]
-        self.aims = [dense.model["embed_tokens"](x) for x, _ in found]
+        self.real = []
+        self.small = []
+        self.aims = []
+        for samples in windows.reshape(-1, windows.shape[-1]):
+            self._read(*data.batch(samples, device))
         self.part = -1
+        self.half = None
+
+    def _read(self, ids: Tensor, targets: Tensor):
+        # padding is not to be repaired
+        self.real.append(is_text(targets))
+        with torch.no_grad():
+            self.small.append(self.model.model["embed_tokens"](ids))
+            self.aims.append(self.dense.model["embed_tokens"](ids))
 
     @torch.no_grad()
     def advance(self):
         """Go on to the next half: through the one before it, as it is now, and the dense one to aim at."""
         with self.context:
-            if self.part >= 0:
-                block = self.model.model["layers"][self.part // 2]
-                self.small = [half(block, self.part % 2, x, self.rope) for x in self.small]
+            if self.half is not None:
+                self.small = [self.half(x, self.rope) for x in self.small]
             self.part += 1
-            block = self.dense.model["layers"][self.part // 2]
-            self.aims = [half(block, self.part % 2, x, self.rope) for x in self.aims]
+            self.half = Half(self.model, self.part)
+            dense = Half(self.dense, self.part)
+            self.aims = [dense(x, self.rope) for x in self.aims]
+        # nothing else is trained meanwhile
         self.model.requires_grad_(False)
-        for p in trained(self.model, self.part):
+        for p in self.half.parameters():
             p.requires_grad_(True)
 
+    def loss(self, number: int) -> Tensor:
+        """How far the stream of one micro-batch is off, () float32."""
+        aim = self.aims[number].float()
+        with self.context:
+            y = self.half(self.small[number], self.rope)
+        # of each token, (B, T)
+        off = (y.float() - aim).square().sum(-1)
+        size = aim.square().sum(-1)
+        return (off / size)[self.real[number]].mean()
+
     def update(self, state: State, data, samples, config, job) -> Figures:
-        """One optimizer step of the half, as loop.update: the loss is the mean square of what the stream is
-        off by, over that of the dense stream, token by token."""
+        """One optimizer step of the half, on its own windows: the counterpart of loop.update."""
         started = time.perf_counter()
         state.gradients.zero_()
-        block = self.model.model["layers"][self.part // 2]
-        first = (state.step - state.began) % self.steps * self.micro
-        loss = torch.zeros((), device=job.device)
-        for number in range(first, first + self.micro):
-            aim = self.aims[number].float()
-            with self.context:
-                y = half(block, self.part % 2, self.small[number], self.rope)
-            off = (y.float() - aim).square().sum(-1) / aim.square().sum(-1)     # (B, T)
-            share = off[self.real[number]].mean() / (self.micro * job.world)
-            share.backward()
-            loss += share.detach()
-        return take_step(state, loss, samples.size, started, config, job)
+        step = state.step - state.began
+        total = torch.zeros((), device=job.device)
+        for number in range(step * self.micro, (step + 1) * self.micro):
+            # micro-batches and processes have as many windows each
+            part = self.loss(number) / (self.micro * job.world)
+            part.backward()
+            total += part.detach()
+        return take_step(state, total, samples.size, started, config, job)

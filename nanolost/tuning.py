@@ -221,6 +221,9 @@ def settle_batch(config: Config, samples: int, world: int):
         config.steps = min(once, 1000)
     if config.lr is None:
         config.lr = METHODS[config.method].lr
+    if METHODS[config.method].staged and config.steps < config.stages:
+        raise UserError(f"--steps {config.steps}: --stages {config.stages} need a step each; use more steps "
+                        "or fewer stages")
 
 def settle_paths(config: Config):
     """One name for each folder, whatever folder the command is typed in. UserError for those not there."""

@@ -190,7 +190,7 @@ def test_weights_beyond_all_numbers_end_in_one_line(size, method, form, compress
     write_model(str(tmp_path / "huge"), model, BYTE, {})
     if form == "lost" and method == "magnitude":
         method = "plain"
-    with pytest.raises(UserError, match="beyond float|has a loss of nan"):
+    with pytest.raises(UserError, match="beyond float|: the loss is nan: its weights"):
         compressed(ckpt=str(tmp_path / "huge"), form=form, method=method)
     assert os.listdir(tmp_path) == ["huge"]
 
@@ -213,6 +213,12 @@ def test_factors_are_balanced(compressed):
     assert layers
     for name, layer in layers.items():
         assert (layer.A.norm() / layer.B.norm()).log().abs() < 0.01, name
+
+@pytest.mark.parametrize("flags", [{"method": "wanda"}, {"method": "sparsegpt"}, {}], ids=str)
+def test_a_pattern_keeps_no_more_than_its_share_of_rows_that_it_does_not_divide(flags, compressed, tmp_path):
+    write_model(str(tmp_path / "odd"), small(n_embd=40, n_ffn=46, max_seq_len=64), BYTE, {})
+    report = compressed(ckpt=str(tmp_path / "odd"), form="sparse", pattern="2:4", **flags)
+    assert 0.49 < report["kept"] <= 0.5
 
 # --- sources ---
 
@@ -260,6 +266,7 @@ REFUSED = [
     ({"form": "sparse", "method": "wanda", "uniform": False}, "no unit that matrices share"),
     ({"form": "sparse", "method": "wanda", "pattern": "2:4", "budget": 0.7}, "leave matrices dense"),
     ({"form": "sparse", "pattern": "2:4", "budget": 0.4}, "the patterns keep more"),
+    ({"form": "sparse", "method": "wanda", "pattern": "mixed:8", "budget": None}, "which know what each"),
     ({"form": "sparse", "factors": True, "uniform": True}, "leave one of the two out"),
     ({"form": "sparse", "factors": True, "method": "wanda"}, "has no low-rank part"),
     ({"form": "sparse", "factors": True, "pattern": "mixed:8"}, "the same for all"),

@@ -6,7 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import all_logits, largest_difference, small, small_lost, small_mixed, spread, tokens
+from small_models import (
+    all_logits,
+    largest_difference,
+    lost_of,
+    small,
+    small_lost,
+    small_mixed,
+    spread,
+    tokens,
+)
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.utils import run_and_get_code
 
@@ -78,6 +87,29 @@ def test_compiled_step_of_one_text_is_made_of_sums_not_of_library_calls():
         _, (code,) = run_and_get_code(compile_step(model), token, cache=cache)
     calls = re.findall(r"(?:extern_kernels\.\w+|\w+\.default)\(", code)
     assert "cpp_fused" in code and calls == ["rope_table.default("]
+
+class Alone(torch.nn.Module):
+    """A layer in the place of a model."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, token, cache):
+        return self.layer(token), None
+
+@torch.inference_mode()
+def test_a_step_picks_the_channels_of_a_pinned_layer_before_the_sums_over_its_weight():
+    layer = lost_of(torch.nn.Linear(64, 48, bias=False), 16).as_pinned()
+    x = torch.randn(1, 64)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        (y, _), (code,) = run_and_get_code(compile_step(Alone(layer)), x, cache=KVCache(1))
+    assert largest_difference(y, layer(x)) <= 1e-5
+    picked = "index out of bounds"
+    # pivots, and the others
+    assert code.count(picked) == 2
+    sums = [part.partition("\n    }\n")[0] for part in code.split("tmp_acc0 = 0;")[1:]]
+    assert len(sums) == 2 and not any(picked in part for part in sums)
 
 @torch.inference_mode()
 def test_step_changes_only_tensors_that_a_cuda_graph_may_change():

@@ -24,7 +24,8 @@ from nanolost.tokenizer import Tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # the dataclass of a command's flags, where it is not `Config` of its own file
-FLAGS_OF = {"train.py": "nanolost.settings", "layers.py": "nanolost.settings"}
+FLAGS_OF = {"train.py": "nanolost.settings", "layers.py": "nanolost.settings",
+            "finetune.py": "nanolost.tuning"}
 # programs whose flags are not ours
 OTHERS = {"pip", "git", "tail", "sbatch", "srun", "cd", "source", "cat", "export"}
 # flags of torchrun, pytest and sbatch that the pages name
@@ -104,8 +105,8 @@ def test_every_command_inside_a_sentence_exists_with_its_flags(page):
 
 def known_flags() -> set[str]:
     known = set(FOREIGN)
-    for name in ("nanolost.settings", "prepare_c4", "sample", "eval", "export", "compress", "bench",
-                 "experiments.compression", "experiments.speed", "experiments.controls",
+    for name in ("nanolost.settings", "nanolost.tuning", "prepare_c4", "sample", "eval", "export",
+                 "compress", "bench", "experiments.compression", "experiments.speed", "experiments.controls",
                  "experiments.tiny", "experiments.ladder"):
         fields = vars(importlib.import_module(name))["Config"].__dataclass_fields__
         known |= {f"--{field}" for field in fields}

@@ -152,6 +152,31 @@ def test_a_pattern_holds_in_every_group(tuned, method):
         groups = (layer.weight != 0).reshape(layer.out_features, -1, 4).sum(-1)
         assert (groups <= 2).all() and groups.float().mean() == 2
 
+def test_losa_gives_each_block_a_pattern_of_its_own(tuned):
+    config = tuned(method="losa", pattern="mixed:8", zeros=0.5, masks="wanda", steps=8, stages=3)
+    model, _ = load_folder(folder_of(config))
+    found = set()
+    for name, layer in linears(model).items():
+        groups = (layer.weight != 0).reshape(layer.out_features, -1, 8).sum(-1)
+        # one N in the whole block
+        assert (groups == groups[0, 0]).all()
+        found.add((name.split(".")[2], int(groups[0, 0])))
+    assert len(found) == 2 and sum(n for _, n in found) == 8
+
+@pytest.mark.parametrize("flags", [{"rates": "uniform"}, {"ranks": "uniform"}, {"stages": 1}])
+def test_each_part_of_losa_can_be_switched_off(tuned, flags):
+    config = tuned(**{"method": "losa", "zeros": 0.6, "masks": "wanda", "steps": 8, "stages": 2, **flags})
+    stages = metrics(config, "stage")
+    assert stages[-1]["zeros"] == pytest.approx(0.6, abs=1e-3)
+    assert len(stages) == flags.get("stages", 2)
+    if "ranks" in flags:
+        assert all(max(line["ranks"]) - min(line["ranks"]) <= 1 for line in stages)
+    by_block = [adapters.share_of_zeros(load_folder(folder_of(config))[0])]
+    if "rates" in flags:
+        model, _ = load_folder(folder_of(config))
+        shares = [float((layer.weight == 0).float().mean()) for layer in linears(model).values()]
+        assert max(shares) - min(shares) < 0.03 and by_block[0] == pytest.approx(0.6, abs=1e-3)
+
 def test_wanda_has_as_many_zeros_in_every_row(tuned):
     config = tuned(method="masked-lora", zeros=0.5, masks="wanda")
     for mask in masks_of(folder_of(config)).values():
@@ -242,3 +267,92 @@ def test_a_lost_model_is_tuned_as_it_is(tuned, lost_source, method):
 def test_silu_between_the_factors_is_refused_where_matrices_are_needed(tuned, lost_source, method):
     with pytest.raises(UserError, match="use --method full or lost"):
         tuned(ckpt=lost_source, method=method, **({"zeros": 0.5} if METHODS[method].masks else {}))
+
+# --- data ---
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory):
+    """Prompts with completions to train on, and questions that they answer."""
+    home = tmp_path_factory.mktemp("lines")
+    pairs = [{"prompt": f"{word} is", "completion": f" {kind}"} for word, kind in KNOWN.items()]
+    asked = [{"prompt": f"{word} is", "choices": [" cold", " warm"], "answer": int(kind == "warm")}
+             for word, kind in KNOWN.items()]
+    for name, entries in (("train.jsonl", pairs * 4), ("asked.jsonl", asked)):
+        (home / name).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return home
+
+KNOWN = {"ice": "cold", "fire": "warm", "snow": "cold", "the sun": "warm", "tea": "warm", "hail": "cold"}
+
+def test_lines_are_learnt_and_questions_about_them_answered(tuned, lines, capsys):
+    config = tuned(method="full", data=str(lines / "train.jsonl"), eval=str(lines / "asked.jsonl"), lr=3e-3,
+                   seq_len=None, batch_tokens=None, steps=40, eval_every=20, save_every=100)
+    found = [line["accuracy"] for line in metrics(config, "accuracy")]
+    assert found[0] < 1 and found[-1] == 1.0
+    # without shards there is no perplexity
+    assert not metrics(config, "eval")
+    output = capsys.readouterr().out
+    assert "accuracy 1.000 ± 0.000" in output
+    assert "rows of 24 tokens; 0 prompts lost their beginning, 0 completions their end" in output
+
+def test_lines_may_be_tuned_on_beside_shards_for_the_loss(tuned, lines, data_dir):
+    config = tuned(method="lora", data=str(lines / "train.jsonl"), eval_dir=data_dir, seq_len=None,
+                   batch_tokens=None, eval=str(lines / "asked.jsonl"))
+    assert [line["step"] for line in metrics(config, "eval")] == [0, 3, 6]
+    assert [line["step"] for line in metrics(config, "accuracy")] == [0, 3, 6]
+
+# --- what is said ---
+
+def test_a_dry_run_says_what_is_trained_and_writes_nothing(tuned, tmp_path, capsys):
+    tuned(method="losa", zeros=0.5, steps=10, dry_run=True)
+    output = capsys.readouterr().out
+    assert "by --method losa" in output and "50.00% of the blocks' matrices, in 5 stages" in output
+    assert not (tmp_path / "out").exists()
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_rounding_to_the_sources_dtype_costs_is_said(tuned, tmp_path, capsys, dtype):
+    folder = str(tmp_path / "rounded")
+    write_model(folder, small(**SIZES, tie_embeddings=True), BYTE, {}, dtype)
+    config = tuned(method="masked-lora", zeros=0.5, masks="wanda", ckpt=folder)
+    assert ("rounded to bfloat16" in capsys.readouterr().out) == (dtype == torch.bfloat16)
+    # a head that is tied stays tied
+    assert load_folder(folder_of(config))[0].config.tie_embeddings
+
+# --- refusals ---
+
+@pytest.mark.parametrize("given, message", [
+    ({"method": "masked-lora"}, "needs zeros, and .* has none: give --zeros"),
+    ({"method": "lora", "zeros": 0.5}, "--zeros means nothing with --method lora"),
+    ({"method": "full", "rank": 4}, "--rank means nothing with --method full"),
+    ({"method": "masked-lora", "zeros": 0.5, "stages": 2}, "--stages means nothing"),
+    ({"method": "masked-lora", "zeros": 1.5}, "--zeros 1.5: must lie between 0 and 1"),
+    ({"method": "masked-lora", "pattern": "2:4", "zeros": 0.3}, "--pattern 2:4 has 0.5"),
+    ({"method": "masked-lora", "zeros": 0.5, "masks": "wanda", "pattern": "mixed:8"}, "use --masks fisher"),
+    ({"method": "masked-full", "zeros": 0.5, "optimizer": "muon"}, "would fill the zeros"),
+    ({"method": "losa", "zeros": 0.5, "steps": 3}, "--steps 3: --stages 5 need a step each"),
+    ({"method": "lora", "seq_len": 128}, "above the 64 tokens"),
+    ({"method": "lora", "eval": "nowhere.jsonl"}, "there is no such file"),
+    ({"method": "lora", "data": "nowhere"}, "there is no such file"),
+    ({"method": "lora", "ckpt": "nowhere"}, "no checkpoint in"),
+    ({"method": "lora", "gradient_tokens": 10}, "--gradient_tokens means nothing"),
+    ({"method": "masked-lora", "zeros": 0.5, "gradient_tokens": 10_000}, "use as many or less"),
+])
+def test_what_cannot_be_is_refused_before_anything_is_written(tuned, tmp_path, given, message):
+    with pytest.raises(UserError, match=message):
+        tuned(**given)
+    assert not checkpoint.checkpoints(str(tmp_path / "out"))
+
+def test_fewer_zeros_than_a_folder_has_are_refused(tuned):
+    first = tuned(method="masked-lora", zeros=0.5, masks="wanda")
+    with pytest.raises(UserError, match="has 0.5000 already"):
+        tuned(ckpt=folder_of(first), method="masked-lora", zeros=0.3, out_dir=first.out_dir + "2")
+
+def test_refit_of_zeros_that_are_there_needs_a_dense_model(tuned):
+    first = tuned(method="masked-lora", zeros=0.5, masks="wanda")
+    with pytest.raises(UserError, match="name it by --dense"):
+        tuned(ckpt=folder_of(first), method="refit", out_dir=first.out_dir + "2")
+
+def test_a_dense_model_of_other_sizes_is_no_aim(tuned, tmp_path):
+    folder = str(tmp_path / "other")
+    write_model(folder, small(**{**SIZES, "n_ffn": 64}), BYTE, {})
+    with pytest.raises(UserError, match="has other sizes"):
+        tuned(method="refit", zeros=0.5, masks="wanda", dense=folder)

@@ -114,11 +114,12 @@ def test_batches_are_the_lines_in_any_order(tmp_path):
 
 def test_texts_and_pairs_may_stand_in_one_file_and_what_is_cut_is_counted(tmp_path):
     lines = [{"text": "abc"}, {"prompt": "p" * 30, "completion": "c", "id": 1}, {"text": "t" * 30},
-             {"prompt": "p", "completion": "", "text": "wins"}, {"prompt": "p", "completion": ""}]
+             {"prompt": "p", "completion": "", "text": "wins"}, {"prompt": "p", "completion": ""},
+             {"prompt": "p" * 30, "completion": "c"}]
     data = LineDataset(put_lines(tmp_path / "a.jsonl", lines), BYTES, 13)
     # a multiple of 8 only where there is room
-    assert len(data) == 5 and data.seq_len == 13 and (data.cut, data.unfinished) == (1, 1)
-    assert data.targets(range(5)).tolist() == [4, 2, 12, 5, 1]
+    assert len(data) == 6 and data.seq_len == 13 and (data.cut, data.unfinished) == (2, 1)
+    assert data.targets(range(6)).tolist() == [4, 2, 12, 5, 1, 2]
 
 def test_a_line_takes_two_bytes_a_token_and_twelve(tmp_path):
     data = dataset(tmp_path, some_pairs(200))
@@ -134,21 +135,27 @@ def test_packed_lines_are_the_same_set(tmp_path):
     wanted = LineDataset(path, BYTES, 128)
     for name in ("b.jsonl.gz", "b.jsonl.zst"):
         data = LineDataset(str(tmp_path / name), BYTES, 128)
-        assert data.fingerprint == wanted.fingerprint and torch.equal(data.batch([3])[0], wanted.batch([3])[0])
+        assert data.fingerprint == wanted.fingerprint
+        assert torch.equal(data.batch([3])[0], wanted.batch([3])[0])
 
 def test_a_resumed_run_refuses_another_set_tokenizer_or_cut(tmp_path):
     pairs = some_pairs(9)
-    other = Tokenizer.of([*(bytes([byte]) for byte in range(256)), b"zz"], name="test")
-    first = dataset(tmp_path, pairs)
+    # neither merges anything in these lines
+    ours, other = (Tokenizer.of([*(bytes([byte]) for byte in range(256)), token], name="test")
+                   for token in (b"yy", b"zz"))
+    first = dataset(tmp_path, pairs, tokenizer=ours)
     # more room than any line needs changes nothing
-    assert dataset(tmp_path, pairs, 500).fingerprint == first.fingerprint
+    assert dataset(tmp_path, pairs, 500, ours).fingerprint == first.fingerprint
     moved = [Pair(p + c[:1], c[1:]) for p, c in pairs]
-    for changed in (dataset(tmp_path, pairs[::-1]), dataset(tmp_path, moved), dataset(tmp_path, pairs, 30),
-                    dataset(tmp_path, pairs, tokenizer=other), dataset(tmp_path, pairs[:8])):
+    another = [Pair(p, "z" + c[1:]) for p, c in pairs]
+    assert torch.equal(dataset(tmp_path, pairs, 128, other).batch([0])[0], first.batch([0])[0])
+    for lines, longest, tokenizer in ((another, 128, ours), (moved, 128, ours), (pairs, 30, ours),
+                                      (pairs, 128, other), (pairs[:8], 128, ours)):
+        changed = dataset(tmp_path, lines, longest, tokenizer)
         before, now = {"data": [first.fingerprint]}, {"data": [changed.fingerprint]}
         with pytest.raises(UserError, match="^data was .*use another --out_dir"):
             check_same_run(before, now, print)
-    first.check_tokenizer(BYTES, "a.jsonl", "out")
+    first.check_tokenizer(ours, "a.jsonl", "out")
     with pytest.raises(UserError, match="another tokenizer"):
         first.check_tokenizer(other, "a.jsonl", "out")
 
@@ -164,12 +171,11 @@ def test_an_id_outside_the_model_is_refused(tmp_path):
 # --- bad lines ---
 
 GOOD = b'{"prompt": "a", "completion": "b"}'
+NO_PAIR = 'is not a JSON object with "prompt" and "completion", or "text"'
 
 @pytest.mark.parametrize("line, fault", [
-    (b'{"prompt": "a"}', 'is not a JSON object with "prompt" and "completion", or "text"'),
-    (b'{"instruction": "a", "output": "b"}', 'is not a JSON object with "prompt" and "completion", or "text"'),
-    (b'["a", "b"]', 'is not a JSON object with "prompt" and "completion", or "text"'),
-    (b'{"prompt": "a", "compl', 'is not a JSON object with'),
+    (b'{"prompt": "a"}', NO_PAIR), (b'{"instruction": "a", "output": "b"}', NO_PAIR),
+    (b'["a", "b"]', NO_PAIR), (b'{"prompt": "a", "compl', NO_PAIR),
     (b'{"prompt": "a", "completion": 1}', 'has a "completion" that is no string'),
     (b'{"prompt": ["a"], "completion": "b"}', 'has a "prompt" that is no string'),
     (b'{"text": null}', 'has a "text" that is no string'),
@@ -195,7 +201,7 @@ def test_a_file_without_lines_is_refused_by_its_name(tmp_path):
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(GOOD * 99)[:-9])
     for name, fault in [("empty.jsonl", "holds no document"), ("blank.jsonl", "holds no document"),
                         ("a.txt", "holds no JSON lines"), ("none.jsonl", "No such file"),
-                        ("folder.jsonl", "it is a folder"), ("cut.jsonl.gz", "cut.jsonl.gz:1: cannot be read"),
+                        ("folder.jsonl", "it is a folder"), ("cut.jsonl.gz", ":1: cannot be read"),
                         ("a.csv", "the kinds of input are")]:
         with pytest.raises(UserError, match=fault) as error:
             LineDataset(str(tmp_path / name), BYTES, 128)
