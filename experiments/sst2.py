@@ -49,9 +49,9 @@ RATES = {
     "lora": (3e-4, 1e-3, 3e-3),
     "lost": (3e-4, 1e-3, 3e-3),
 }
-# of LOST's updates, the defaults of finetune.py first
-RANKS = (8, 7, 9, 6, 10, 5, 11, 4, 12)
-SPARSITY = 0.01
+# of LOST's updates; the default of finetune.py first, the others where lora has no rank of that size
+RANK = 8
+SPARSITIES = (0.01, 0.012, 0.008, 0.015, 0.006, 0.02)
 # what trained parameters may differ by
 ALIKE = 0.02
 
@@ -145,17 +145,17 @@ def of_updates(model: nn.Module, rank: int, sparsity: float) -> int:
     return total
 
 @functools.cache
-def ranks(ckpt: str) -> dict[str, int]:
-    """Ranks of lora and lost with which as many parameters are trained, to 2 %. UserError where there are
+def sizes(ckpt: str) -> dict[str, dict]:
+    """Flags of lora and lost with which as many parameters are trained, to 2 %. UserError where there are
     none."""
     model = shapes(ckpt)
     a_rank = of_updates(model, 1, 0)
-    for rank in RANKS:
-        wanted = of_updates(model, rank, SPARSITY)
+    for sparsity in SPARSITIES:
+        wanted = of_updates(model, RANK, sparsity)
         low = round(wanted / a_rank)
         if abs(low * a_rank / wanted - 1) <= ALIKE:
-            return {"lora": low, "lost": rank}
-    raise UserError(f"{ckpt}: no rank of lora has as many parameters as lost with a rank of {RANKS}")
+            return {"lora": {"rank": low}, "lost": {"rank": RANK, "sparsity": sparsity}}
+    raise UserError(f"{ckpt}: no rank of lora has as many parameters as lost with a rank of {RANK}")
 
 def trained(config, row: str) -> int:
     """Parameters that a row trains."""
@@ -163,8 +163,8 @@ def trained(config, row: str) -> int:
     method = ROWS[row]["method"]
     if method == "full":
         return count_parameters(model)
-    rank = ranks(config.ckpt)[method]
-    return of_updates(model, rank, SPARSITY if method == "lost" else 0)
+    size = sizes(config.ckpt)[method]
+    return of_updates(model, size["rank"], size.get("sparsity", 0))
 
 # --- the runs ---
 
@@ -188,11 +188,9 @@ def flags_of(config, key: Key) -> dict:
     }
     method = flags["method"]
     if method != "full":
-        rank = ranks(config.ckpt)[method]
-        # all are scaled by 2, whatever their rank
-        flags |= {"rank": rank, "alpha": 2.0 * rank}
-    if method == "lost":
-        flags["sparsity"] = SPARSITY
+        flags |= sizes(config.ckpt)[method]
+        # scaled by 2, whatever the rank
+        flags["alpha"] = 2.0 * flags["rank"]
     return flags
 
 class Answers(Tuned):
