@@ -107,7 +107,7 @@ def known_flags() -> set[str]:
     known = set(FOREIGN)
     for name in ("nanolost.settings", "nanolost.tuning", "prepare_c4", "sample", "eval", "export",
                  "compress", "bench", "experiments.compression", "experiments.speed", "experiments.controls",
-                 "experiments.tiny", "experiments.ladder"):
+                 "experiments.tiny", "experiments.ladder", "experiments.finetuning"):
         fields = vars(importlib.import_module(name))["Config"].__dataclass_fields__
         known |= {f"--{field}" for field in fields}
     return known
