@@ -12,7 +12,6 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from small_models import all_logits, largest_difference, small, tokens
 
-import compress
 import prepare_c4
 from compress import Config, main
 from lost import LOSTLinear, apply_lost
