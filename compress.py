@@ -65,6 +65,8 @@ from nanolost.tokenizer import Tokenizer
 FORMS = {"lost": lowrank.METHODS, "sparse": pruning.METHODS}
 # tokens of statistics, where none are asked for
 TOKENS = {"lost": 16_384, "sparse": 65_536}
+# and of the closed loop: at half of the values twice as many are worth 0.014 nats to low rank
+LOOP_TOKENS = {"lost": 32_768, "sparse": 16_384}
 # tokens of a window, of a model that takes so many
 WINDOW = 512
 # of linear layers
@@ -101,7 +103,8 @@ class Config:
                                                 f"{TOKENS['lost']}, sparse {TOKENS['sparse']})",
                                           section="text")
     gradient_tokens: int | None = flag(None, "text for that of output gradients (as many)")
-    loop_tokens: int = flag(16_384, "further text, for the closed loop and for cap's losses")
+    loop_tokens: int | None = flag(None, "further text, for the closed loop and for cap's losses (lost "
+                                         f"{LOOP_TOKENS['lost']}, sparse {LOOP_TOKENS['sparse']})")
     eval_tokens: int = flag(16_384, "validation text for the loss before and after")
     seq_len: int | None = flag(None, f"tokens of a window, of all of these ({WINDOW}, or the model's limit "
                                      "where that is less)")
@@ -180,6 +183,8 @@ def settle(config: Config):
         raise UserError(f"--budget {config.budget}: must be above 0 and at most 1")
     # who names one of the two gets the other to fit
     tokens = TOKENS[config.form]
+    if config.loop_tokens is None:
+        config.loop_tokens = LOOP_TOKENS[config.form]
     if config.calibration_tokens is None:
         config.calibration_tokens = max(tokens, config.gradient_tokens or 0)
     if config.gradient_tokens is None:
