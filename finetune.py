@@ -201,6 +201,9 @@ def go_on(folder: str, config: Config, texts: run.Texts, plan: Once, job: Job, r
     model, saved = checkpoint.load_folder(folder)
     if "config" not in saved:
         raise UserError(f"{folder} has no training state to continue from: it is a model alone")
+    if "stage_steps" not in saved["config"]:
+        raise UserError(f"{folder} belongs to a run of train.py: use another --out_dir, and give this one to "
+                        "--ckpt")
     now = run.go_on(saved["config"], config, texts, FIXED, job, report)
     for name in ("stage_steps", "source_dtype"):
         now[name] = saved["config"][name]

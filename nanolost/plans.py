@@ -27,6 +27,8 @@ from nanolost.tuning import METHODS, Config
 
 # M of --pattern mixed:8
 MIXED = 8
+# more zeros than were asked for, about which something is said
+FAR = 0.005
 
 # --- the model that is aimed at ---
 
@@ -77,8 +79,8 @@ class Once:
         that would end before that."""
         last = firsts[-1]
         if self.steps <= last:
-            raise UserError(f"--steps {self.config.steps}: the last of this run's {len(firsts)} stages begins "
-                            f"after step {last}; use {last + 1} or more")
+            raise UserError(f"--steps {self.config.steps}: the last of this run's {len(firsts)} stages "
+                            f"begins after step {last}; use {last + 1} or more")
         self.firsts = firsts
 
     def enter(self, number: int, state: State) -> dict:
@@ -87,7 +89,11 @@ class Once:
         if self.lacks():
             found = self.before(state)
             self.choose(state)
-        return {**found, "zeros": adapters.share_of_zeros(state.model)}
+        share = adapters.share_of_zeros(state.model)
+        if self.lacks() and share > self.config.zeros + FAR:
+            self.job.say(f"zeros       {share:.2%}, since those of the folder lie unevenly in its rows and "
+                         "matrices: --masks walk or fisher weigh all of them together")
+        return {**found, "zeros": share}
 
     def lacks(self) -> bool:
         """Whether zeros are to be chosen."""

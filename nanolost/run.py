@@ -55,8 +55,8 @@ class Texts:
         for data in [*self.splits(), *self.others]:
             known = data.tokenizer_sha256
             if known is not None and not self.tokenizer.matches(known):
-                raise UserError(f"{config.tokenizer} is not the tokenizer that {data.path} was made with: use "
-                                "its tokenizer.json as it was, or prepare the text again")
+                raise UserError(f"{config.tokenizer} is not the tokenizer that {data.path} was made with: "
+                                "use its tokenizer.json as it was, or prepare the text again")
             data.check_ids(min(self.tokenizer.vocab_size, self.rows))
 
     def samples(self, state: State, shape: tuple[int, int, int]) -> np.ndarray:

@@ -10,6 +10,7 @@ from small_models import all_logits, mixed, small, sparse_of
 
 import finetune
 import prepare_c4
+import train
 from lost import LOSTLinear, apply_lost
 from nanolost import adapters, checkpoint
 from nanolost.checkpoint import load_folder, write_model
@@ -276,8 +277,8 @@ def test_refit_of_a_compressed_folder_aims_at_what_it_was_made_of(tuned, source)
 def test_rows_weigh_the_same_in_a_refit_for_any_micro_batch(tuned, lines):
     found = []
     for micro in (1, 4):
-        config = tuned(method="refit", zeros=0.5, masks="wanda", data=str(lines / "train.jsonl"), seq_len=None,
-                       batch_tokens=4 * 24, micro_batch=micro, steps=2, out_dir=f"{lines}/by_{micro}")
+        config = tuned(method="refit", zeros=0.5, masks="wanda", data=str(lines / "train.jsonl"), steps=2,
+                       seq_len=None, batch_tokens=4 * 24, micro_batch=micro, out_dir=f"{lines}/by_{micro}")
         found.append([line["loss"] for line in metrics(config, "train")])
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
@@ -438,6 +439,21 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tuned, tmp_path, g
     with pytest.raises(UserError, match=message):
         tuned(**given)
     assert not checkpoint.checkpoints(str(tmp_path / "out"))
+
+def test_more_zeros_than_asked_for_are_told_of(tuned, capsys):
+    first = tuned(method="masked-lora", zeros=0.5, masks="fisher")
+    capsys.readouterr()
+    tuned(ckpt=folder_of(first), method="masked-lora", zeros=0.6, masks="wanda", out_dir=first.out_dir + "2")
+    assert "lie unevenly in its rows" in capsys.readouterr().out
+    tuned(ckpt=folder_of(first), method="masked-lora", zeros=0.6, masks="walk", out_dir=first.out_dir + "3")
+    assert "lie unevenly in its rows" not in capsys.readouterr().out
+
+def test_the_run_of_another_command_is_not_continued(tuned, source, data_dir, tmp_path):
+    run = train.resolve(dict(init_from=source, data_dir=data_dir, out_dir=str(tmp_path / "out"), seq_len=32,
+                             batch_tokens=128, steps=1, device="cpu", threads=1, eval_tokens=100))
+    train.main(run)
+    with pytest.raises(UserError, match="belongs to a run of train.py"):
+        tuned(method="full")
 
 def test_fewer_zeros_than_a_folder_has_are_refused(tuned):
     first = tuned(method="masked-lora", zeros=0.5, masks="wanda")
