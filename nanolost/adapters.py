@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lost import ACTIVATIONS, SparseLowRankLinear, as_autocast, decompose
+from lost import ACTIVATIONS, SparseLowRankLinear, as_autocast, check_sizes, decompose
 from model import Llama, generator_of
 from nanolost.covariance import linears
 from nanolost.methods import rebuild, settings_of
@@ -116,8 +116,11 @@ class Update(nn.Module):
     @torch.no_grad()
     def draw(self, generator: torch.Generator):
         """The first A, and the channels: those whose columns are largest in what the best rank-r matrix
-        leaves of W, as LOST chooses them."""
+        leaves of W, as LOST chooses them. LOSTError for a rank that leaves nothing."""
         self.A.copy_(drawn(self.rank, self.in_features, generator))
+        if self.activation != "none":
+            # it is saved as factors, which have no more
+            check_sizes(self.weight.shape, self.rank, self.k)
         if self.k:
             parts = decompose(self.weight, self.rank, self.k)
             self.index.copy_(parts.index)
@@ -226,20 +229,32 @@ def put_updates(
             k = max(1, int(share * linear.in_features))
         model.set_submodule(name, Update(linear, rank, scale, masked, k, activation))
 
-def share_of_zeros(model: Llama) -> float:
-    """In the weights of the blocks' linear layers, updates merged; 0 of a model without such."""
+def share_of(weights) -> float:
+    """The share of zeros in some matrices, 0 of none."""
     zeros = 0
     values = 0
-    for layer in linears(model).values():
-        if isinstance(layer, Update):
-            weight = layer.effective()
-        elif isinstance(layer, nn.Linear):
-            weight = layer.weight
-        else:
-            continue
+    for weight in weights:
         zeros += int((weight == 0).sum())
         values += weight.numel()
     return zeros / max(values, 1)
+
+def has_factors(layer: nn.Module) -> bool:
+    """Whether it is a matrix with others beside it, which make it dense where they are merged."""
+    return isinstance(layer, SparseLowRankLinear) and layer.rank > 0
+
+def share_of_zeros(model: Llama) -> float:
+    """In the weights of the blocks' linear layers, updates merged; 0 of a model without such."""
+    def weights():
+        for layer in linears(model).values():
+            if isinstance(layer, Update):
+                yield layer.effective()
+            elif isinstance(layer, nn.Linear | SparseLowRankLinear) and not has_factors(layer):
+                yield layer.weight
+    return share_of(weights())
+
+def share_beside_factors(model: Llama) -> float:
+    """In the matrices of the blocks that have factors beside them."""
+    return share_of(layer.weight for layer in linears(model).values() if has_factors(layer))
 
 def draw_updates(model: Llama, seed: int):
     """Start every update, the same for any number of processes."""

@@ -28,6 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from lost import ACTIVATIONS
 from nanolost.checkpoint import warn_once
 
 SOURCE = os.path.join(os.path.dirname(__file__), "sparse.cpp")
@@ -410,16 +411,18 @@ def pack_linear(linear: nn.Module, columns: int) -> nn.Module | None:
     return None
 
 class WithLowRank(nn.Module):
-    """Stands for a SparseLowRankLinear: x weightᵀ by one of the forms above, and (x Aᵀ) Bᵀ."""
+    """Stands for a SparseLowRankLinear: x weightᵀ by one of the forms above, and σ(x Aᵀ) Bᵀ."""
 
     def __init__(self, layer: nn.Module, weight: nn.Module):
         super().__init__()
         self.weight = weight
         self.A = layer.A
         self.B = layer.B
+        # a folder's own lost.py may be from before there was one
+        self.activation = ACTIVATIONS[getattr(layer, "activation", "none")]
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = F.linear(x, self.A)
+        inner = self.activation(F.linear(x, self.A))
         return self.weight(x) + F.linear(inner, self.B)
 
 def pack_low_rank(layer: nn.Module, columns: int) -> nn.Module | None:

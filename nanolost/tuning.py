@@ -134,6 +134,8 @@ LIMITS = {
     "gradient_tokens": ("be positive", lambda n: n >= 1),
 }
 LIMITS = {**settings.LIMITS, **LIMITS}
+# of --pattern mixed:8
+MOST_MIXED = 7 / 8
 # flags that mean something with some methods alone
 ONLY = {
     "stages": lambda method: method.staged,
@@ -164,6 +166,9 @@ def resolve(given: dict) -> Config:
     if known and config.zeros not in (None, 1 - known[0] / known[1]):
         raise UserError(f"--zeros {config.zeros}: --pattern {config.pattern} has {1 - known[0] / known[1]}; "
                         "leave --zeros out")
+    if config.pattern == "mixed:8" and config.zeros is not None and config.zeros > MOST_MIXED:
+        raise UserError(f"--zeros {config.zeros}: --pattern mixed:8 keeps one value of eight at the least; "
+                        f"use {MOST_MIXED} or less")
     if config.pattern == "mixed:8" and config.masks not in ("fisher", "walk") and config.method != "losa":
         raise UserError("--pattern mixed:8: use --masks fisher or walk, which know what each matrix needs")
     if config.method is not None:
@@ -191,6 +196,18 @@ def remember(config: Config, saved: dict):
         if getattr(config, name) is None and saved.get(name) is not None:
             setattr(config, name, saved_value(saved, name, None, Config, LIMITS))
 
+def typed(config: Config) -> dict:
+    """The flags of a fine-tuning that are not at their defaults."""
+    found = {}
+    for field in dataclasses.fields(TuneFlags):
+        value = getattr(config, field.name)
+        if value != field.default:
+            found[field.name] = value
+    # `resolve` has filled it in
+    if config.gradient_tokens == config.calibration_tokens:
+        del found["gradient_tokens"]
+    return found
+
 # zeros that a trained model has by chance are no sparsity
 BY_CHANCE = 0.01
 # what a share may be off by where it was asked for
@@ -205,8 +222,10 @@ def settle_zeros(config: Config, there: float):
     if known:
         config.zeros = 1 - known[0] / known[1]
     if config.method is None:
-        config.method = BEST[bool(config.zeros or there)]
-        check_method(config, {})
+        # a mixed pattern says that there are to be zeros, not how many
+        wanted = config.zeros or there or config.pattern != "unstructured"
+        config.method = BEST[bool(wanted)]
+        check_method(config, typed(config))
     if not METHODS[config.method].masks:
         return
     if config.zeros is None:

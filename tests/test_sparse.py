@@ -419,16 +419,17 @@ def test_several_texts_stay_dense_where_that_is_faster(kernel):
     model, _ = sparse_model()
     assert not packed_layers(pack(model, columns=1000))
 
-def with_low_rank(linear, rank):
-    layer = SparseLowRankLinear(linear.in_features, linear.out_features, rank, linear.bias is not None)
+def with_low_rank(linear, rank, activation="none"):
+    biased = linear.bias is not None
+    layer = SparseLowRankLinear(linear.in_features, linear.out_features, rank, biased, activation)
     for p in layer.parameters():
         p.data = torch.randn(p.shape) / 8
     layer.weight.data = linear.weight.data.clone()
     return layer
 
-@pytest.mark.parametrize("rank", [0, 3])
-def test_a_matrix_with_zeros_beside_one_of_low_rank_is_packed_too(kernel, rank):
-    layer = with_low_rank(linear_with(0.7), rank)
+@pytest.mark.parametrize("rank, activation", [(0, "none"), (3, "none"), (3, "silu")])
+def test_a_matrix_with_zeros_beside_one_of_low_rank_is_packed_too(kernel, rank, activation):
+    layer = with_low_rank(linear_with(0.7), rank, activation)
     model, x = nn.Sequential(nn.Sequential(layer)), torch.randn(1, 96)
     expected = layer(x)
     assert packed_layers(pack(model)) == ["0.0.weight" if rank else "0.0"]
