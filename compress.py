@@ -16,13 +16,19 @@ import tempfile
 import time
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 
 from model import Llama
 from nanolost import lowrank, pruning
 from nanolost.budget import peak_memory, size
-from nanolost.calibration import key_of, statistics_of, temporary_folder
+from nanolost.calibration import (
+    WINDOW,
+    calibration_windows,
+    key_of,
+    micro_batch,
+    statistics_of,
+    temporary_folder,
+)
 from nanolost.checkpoint import (
     SAVE_DTYPES,
     check_free,
@@ -39,13 +45,12 @@ from nanolost.covariance import (
     GROUP_OF,
     Batch,
     Statistics,
-    batches,
     covariance_bytes,
     linears,
     place_of,
     spool_bytes,
 )
-from nanolost.data import SampleOrder, TokenDataset
+from nanolost.data import TokenDataset
 from nanolost.errors import UserError
 from nanolost.estimate import duration, rates, seconds_of
 from nanolost.factored_layers import ALWAYS_FACTORED, FACTORED, to_factors
@@ -67,8 +72,6 @@ FORMS = {"lost": lowrank.METHODS, "sparse": pruning.METHODS}
 TOKENS = {"lost": 16_384, "sparse": 65_536}
 # and of the closed loop: at half of the values twice as many are worth 0.014 nats to low rank
 LOOP_TOKENS = {"lost": 32_768, "sparse": 16_384}
-# tokens of a window, of a model that takes so many
-WINDOW = 512
 # of linear layers
 KINDS = {name.rpartition(".")[2] for name in GROUP_OF}
 # the methods that need no statistics
@@ -257,30 +260,18 @@ class Texts:
         for data in (self.train, self.val):
             data.check_tokenizer(tokenizer, config.data_dir, config.ckpt)
             data.check_ids(min(tokenizer.vocab_size, rows))
-        # as many as evaluation has in a pass on this device
-        self.micro = max(1, DEVICES[device.type]["micro_tokens"] // config.seq_len)
         samples = max(1, self.val.samples_for(config.eval_tokens))
-        self.validation = Validation.of(self.val, samples, self.micro, tokenizer, rows)
-        # windows of the whole text, drawn by the seed
-        self.order = SampleOrder(len(self.train), config.seed)
-        self.seq_len = config.seq_len
-
-    def windows(self, tokens: int) -> int:
-        return max(1, tokens // self.seq_len)
+        micro = micro_batch(self.val, device)
+        self.validation = Validation.of(self.val, samples, micro, tokenizer, rows)
 
     def calibration(self, config: Config, device) -> list[Batch]:
-        every = self.windows(config.calibration_tokens)
-        # a short text is read once: the same window twice teaches nothing
-        every = min(every, len(self.train))
-        samples = self.order[np.arange(every)]
-        return batches(self.train, samples, self.micro, self.windows(config.gradient_tokens), device)
+        tokens, gradients = config.calibration_tokens, config.gradient_tokens
+        return calibration_windows(self.train, config.seed, tokens, gradients, device)
 
     def loop(self, config: Config, device) -> list[Batch]:
         """Windows behind those of the statistics; of a short text the same ones."""
-        first = min(self.windows(config.calibration_tokens), len(self.train))
-        count = min(self.windows(config.loop_tokens), len(self.train))
-        samples = self.order[np.arange(count) + first]
-        return batches(self.train, samples, self.micro, 0, device)
+        first = min(max(1, config.calibration_tokens // self.train.seq_len), len(self.train))
+        return calibration_windows(self.train, config.seed, config.loop_tokens, 0, device, first)
 
 # --- what it costs ---
 

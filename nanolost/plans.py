@@ -14,7 +14,7 @@ import numpy as np
 
 from model import Llama, generator_of
 from nanolost import adapters, checkpoint, losa, masks, pruning, run, staging, tuning
-from nanolost.calibration import key_of, statistics_of, temporary_folder
+from nanolost.calibration import calibration_windows, key_of, statistics_of, temporary_folder
 from nanolost.covariance import linears, place_of
 from nanolost.errors import UserError
 from nanolost.files import read_json
@@ -207,7 +207,7 @@ class Stages(Once):
         dense.to(device)
         # the other methods look at inputs alone
         gradients = config.gradient_tokens if config.masks in staging.TOGETHER else 0
-        windows = masks.windows_of(text, config, config.calibration_tokens, gradients, device)
+        windows = calibration_windows(text, config.seed, config.calibration_tokens, gradients, device)
         need = masks.spooled(windows, dense) + staging.dense_bytes(dense, windows)
         home = self.at_end.enter_context(temporary_folder(need))
         statistics = None
