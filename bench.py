@@ -1,12 +1,13 @@
 """Speed and memory, each against what it should be compared with, the contestants taking turns:
 
-    python bench.py --what step,decode --model 130m          # of init, layer, step, decode, data (all)
+    python bench.py --what step,decode --model 130m          # of the parts in --help
     python bench.py --device cuda --model 1b
 
 Prints a table of each part, and last one JSON object on one line. Times are medians; a ratio above 1 is a
 gain. The limit of LOST over dense is the ratio of their multiplications."""
 import nanolost  # noqa: F401, I001  before torch: OpenMP reads its settings once
 
+import copy
 import json
 import math
 import os
@@ -26,9 +27,10 @@ import torch.nn.functional as F
 from lost import LOSTLinear, apply_lost
 from model import MODELS, Llama
 from nanolost.budget import count_bytes, peak_flops, peak_memory
+from nanolost.checkpoint import load_model
 from nanolost.counts import count_flops, count_multiplies
 from nanolost.data import SampleOrder, TokenDataset, token_dtype, write_shard
-from nanolost.decode import compile_step, generate
+from nanolost.decode import compile_frozen, compile_step, generate
 from nanolost.errors import UserError
 from nanolost.flags import command, flag, parse
 from nanolost.huggingface import config_to_hf
@@ -37,6 +39,7 @@ from nanolost.loop import State, update
 from nanolost.methods import build_model
 from nanolost.settings import DEVICES, autocast, resolve, settle_device
 from nanolost.settings import Config as TrainConfig
+from nanolost.sparse import PackedLinear, load_kernel, most_columns, pack
 
 # the speed does not depend on the first weights, and these need no SVD
 QUICK_START = {"init": "random", "select": "weight"}
@@ -50,10 +53,19 @@ LONG_SHARD_TOKENS = 200_000_000
 READS = 1000
 # tokens before those that decode adds
 PROMPT = 32
+# a pattern of zeros, beside shares of them
+TWO_OF_FOUR = "2:4"
+# columns of the sparse part: texts that are decoded at once
+COLUMNS = (1, 2, 4, 8, 16)
+# weights times columns in one turn of the sparse part
+TURN = 1 << 28
+# bytes of dense weights in the sparse part: several times the last cache
+BEYOND_CACHE = 1 << 27
 
 @dataclass
 class Config:
-    what: str = flag("init,layer,step,decode,data", "the parts to measure")
+    what: str = flag("init,layer,step,decode,data", "the parts to measure; there is also sparse, products of "
+                     "a decode step")
     model: str = flag("130m", "size", list(MODELS))
     device: str = flag("auto", "the best there is", ["auto", *DEVICES])
     dtype: str = flag("bfloat16", "autocast, and the weights in the decode part", ["float32", "bfloat16"])
@@ -61,6 +73,10 @@ class Config:
     tokens: int = flag(2048, "tokens in a micro-batch, in windows of --seq_len")
     seq_len: int = flag(256, "tokens of a window")
     new_tokens: int = flag(64, "new tokens in the decode part")
+    texts: int = flag(1, "texts at once in the decode part")
+    zeros: tuple[float, ...] = flag((0.5, 0.7, 0.9), "shares of zeros in the decode and sparse parts")
+    ckpt: str | None = flag(None, "the model of this folder in the decode part", path=True)
+    n_layer: int | None = flag(None, "blocks (those of the size)")
     rounds: int = flag(7, "how often each contestant takes its turn")
     vocab_size: int = flag(50257, "rows of embedding and head")
 
@@ -100,6 +116,10 @@ def race(contestants: dict[str, Callable], rounds: int, device: torch.device) ->
 
 # --- what is built for several parts ---
 
+def held_bytes(model: nn.Module) -> int:
+    """Of weights, packed or not."""
+    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+
 def train_config(config: Config, linear: str, **given) -> TrainConfig:
     """The settings of a training run by the recipe of the size, one micro-batch an update."""
     if linear == "lost":
@@ -109,6 +129,7 @@ def train_config(config: Config, linear: str, **given) -> TrainConfig:
         "linear": linear,
         "vocab_size": config.vocab_size,
         "seq_len": config.seq_len,
+        **({"n_layer": config.n_layer} if config.n_layer else {}),
         "batch_tokens": config.tokens,
         "micro_batch": config.tokens // config.seq_len,
         "device": config.device,
@@ -369,31 +390,125 @@ def continuation_by_transformers(model: Llama, idx: torch.Tensor, new_tokens: in
         )
     return work
 
+def with_zeros(model: nn.Module, share: float | str) -> nn.Module:
+    """The same with so many of the weights of its blocks set to zero, anywhere, or two of every four."""
+    generator = torch.Generator().manual_seed(0)
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or name == "lm_head":
+            continue
+        drawn = torch.rand(module.weight.shape, generator=generator)
+        if share == TWO_OF_FOUR:
+            order = drawn.view(-1, 4).argsort(1)
+            drop = (order < 2).view_as(drawn)
+        else:
+            drop = drawn < share
+        drop = drop.to(module.weight.device)
+        module.weight.data.masked_fill_(drop, 0)
+    return model
+
+def decoders(config: Config, device: torch.device):
+    """The models of the decode part, by name; the first is dense."""
+    def build(linear):
+        if config.ckpt:
+            return load_model(config.ckpt)[0].to(device)
+        return build_model(train_config(config, linear), device)
+    # no autocast: it would cast every weight again for each token
+    dtype = getattr(torch, config.dtype)
+    # without zeros a model is as fast, so that one dense model stands for all shares
+    yield "dense", build("dense").to(dtype)
+    if not config.ckpt:
+        yield "lost", build("lost").to(dtype)
+    # a GPU has kernels for one pattern alone
+    shares = config.zeros if device.type == "cpu" else (TWO_OF_FOUR,)
+    for share in shares:
+        model = with_zeros(build("dense").to(dtype), share)
+        name = share if share == TWO_OF_FOUR else f"{share:.0%}"
+        yield f"{name} zeros", pack(model, config.texts)
+
 def bench_decode(config: Config, device: torch.device) -> list[dict]:
-    """One text continued greedily, weights in --dtype. compiled: only the decode step is, never the
-    prefill."""
-    # one row: what a person who waits for an answer has
-    idx = torch.randint(config.vocab_size, (1, PROMPT), device=device)
+    """Texts continued greedily, weights in --dtype. compiled: only the decode step is, never the prefill."""
+    # by default one row: what a person who waits for an answer has
+    idx = torch.randint(config.vocab_size, (config.texts, PROMPT), device=device)
     new = config.new_tokens
     contestants = {}
-    for linear in ("dense", "lost"):
-        model = build_model(train_config(config, linear), device)
-        # no autocast: it would cast every weight again for each token
-        model.to(getattr(torch, config.dtype))
-        contestants[linear] = continuation(model, idx, new)
-        if linear == "dense":
+    sizes = {}
+    for name, model in decoders(config, device):
+        contestants[name] = continuation(model, idx, new)
+        sizes[name] = held_bytes(model)
+        if name == "dense" and not config.ckpt:
             contestants["transformers"] = continuation_by_transformers(model, idx, new)
+            sizes["transformers"] = sizes[name]
         if config.compile:
-            contestants[f"{linear}, compiled"] = continuation(model, idx, new, compile_step(model))
+            contestants[f"{name}, compiled"] = continuation(model, idx, new, compile_step(model))
+            sizes[f"{name}, compiled"] = sizes[name]
     seconds = race(contestants, config.rounds, device)
     rows = []
     for name in contestants:
-        rows.append({
+        alike = "dense, compiled" if name.endswith("compiled") else "dense"
+        row = {
             "decode": name,
-            "tokens/s": new / seconds[name],
+            "bytes": sizes[name],
+            "tokens/s": config.texts * new / seconds[name],
             "over dense": seconds["dense"] / seconds[name],
-            "over transformers": seconds["transformers"] / seconds[name],
+            "over dense alike": seconds[alike] / seconds[name],
+        }
+        if "transformers" in seconds:
+            row["over transformers"] = seconds["transformers"] / seconds[name]
+        rows.append(row)
+    return rows
+
+# --- sparse: products of a decode step, weights with zeros ---
+
+def repeated(layers: list[Callable], x: torch.Tensor, times: int) -> Callable:
+    def work():
+        with torch.inference_mode():
+            for _ in range(times):
+                for layer in layers:
+                    layer(x)
+    return work
+
+def race_of_products(config: Config, linear: nn.Linear, share: float) -> list[dict]:
+    """Dense and packed, a row for each number of columns. best: the faster one of dense, compiled or not."""
+    device = linear.weight.device
+    # as many as no cache holds: a decode step meets each weight once
+    copies = math.ceil(BEYOND_CACHE / linear.weight.nbytes)
+    dense = [copy.deepcopy(linear) for _ in range(copies)]
+    packed = [PackedLinear(one, max(COLUMNS)) for one in dense]
+    rows = []
+    for columns in COLUMNS:
+        x = torch.randn(1, columns, linear.in_features, dtype=linear.weight.dtype)
+        # a turn is about a tenth of a second: a timer knows it well
+        times = max(1, TURN // (linear.weight.numel() * columns * copies))
+        contestants = {"dense": repeated(dense, x, times), "packed": repeated(packed, x, times)}
+        if config.compile:
+            step = compile_frozen(lambda x: [one(x) for one in dense], [x])
+            contestants["compiled"] = repeated([lambda x, step=step: step(x)], x, times)
+        seconds = race(contestants, config.rounds, device)
+        ms = {name: 1000 * one / (times * copies) for name, one in seconds.items()}
+        best = min(ms["dense"], ms.get("compiled", ms["dense"]))
+        rows.append({
+            "sparse": f"{linear.in_features}→{linear.out_features}, {share:.0%}",
+            "columns": columns,
+            **{f"{name}, ms": one for name, one in ms.items()},
+            "over dense": ms["dense"] / ms["packed"],
+            "over best": best / ms["packed"],
+            "bytes": held_bytes(packed[0]) / held_bytes(linear),
+            "used": "packed" if columns <= most_columns(PackedLinear, x.dtype, share) else "dense",
         })
+    return rows
+
+def bench_sparse(config: Config, device: torch.device) -> list[dict]:
+    """The products of a decode step in the shapes of a size, in --dtype, whether or not they are used."""
+    if device.type != "cpu" or getattr(torch, config.dtype) not in load_kernel():
+        raise UserError(f"--what sparse measures a kernel for CPUs, which {device.type} has none of here")
+    sizes = MODELS[config.model]
+    width = sizes["n_embd"]
+    inner = sizes["n_ffn"]
+    rows = []
+    for m, n in [(width, width), (width, inner), (inner, width)]:
+        for share in config.zeros:
+            linear = nn.Linear(m, n, bias=False).to(getattr(torch, config.dtype)).requires_grad_(False)
+            rows += race_of_products(config, with_zeros(linear, share), share)
     return rows
 
 # --- data: reading samples ---
@@ -456,16 +571,23 @@ BENCHES = {
     "layer": bench_layer,
     "step": bench_step,
     "decode": bench_decode,
+    "sparse": bench_sparse,
     "data": bench_data,
 }
 
 def check(config: Config):
     """UserError for flags that cannot be measured."""
     # all that counts something
-    for name in ("tokens", "seq_len", "new_tokens", "rounds", "vocab_size"):
+    for name in ("tokens", "seq_len", "new_tokens", "texts", "rounds", "vocab_size"):
         value = getattr(config, name)
         if value < 1:
             raise UserError(f"--{name} {value}: must be positive")
+    if config.n_layer is not None and config.n_layer < 1:
+        raise UserError(f"--n_layer {config.n_layer}: must be positive")
+    for share in config.zeros:
+        # NaN compares as false
+        if not 0 < share < 1:
+            raise UserError(f"--zeros {share}: must lie between 0 and 1")
     wrong = set(config.what.split(",")) - set(BENCHES)
     if wrong:
         raise UserError(f"--what {', '.join(sorted(wrong))}: use {', '.join(BENCHES)}")

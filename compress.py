@@ -16,13 +16,19 @@ import tempfile
 import time
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 
 from model import Llama
 from nanolost import lowrank, pruning
 from nanolost.budget import peak_memory, size
-from nanolost.calibration import key_of, statistics_of, temporary_folder
+from nanolost.calibration import (
+    WINDOW,
+    calibration_windows,
+    key_of,
+    micro_batch,
+    statistics_of,
+    temporary_folder,
+)
 from nanolost.checkpoint import (
     SAVE_DTYPES,
     check_free,
@@ -39,13 +45,12 @@ from nanolost.covariance import (
     GROUP_OF,
     Batch,
     Statistics,
-    batches,
     covariance_bytes,
     linears,
     place_of,
     spool_bytes,
 )
-from nanolost.data import SampleOrder, TokenDataset
+from nanolost.data import TokenDataset
 from nanolost.errors import UserError
 from nanolost.estimate import duration, rates, seconds_of
 from nanolost.factored_layers import ALWAYS_FACTORED, FACTORED, to_factors
@@ -65,8 +70,8 @@ from nanolost.tokenizer import Tokenizer
 FORMS = {"lost": lowrank.METHODS, "sparse": pruning.METHODS}
 # tokens of statistics, where none are asked for
 TOKENS = {"lost": 16_384, "sparse": 65_536}
-# tokens of a window, of a model that takes so many
-WINDOW = 512
+# and of the closed loop: at half of the values twice as many are worth 0.014 nats to low rank
+LOOP_TOKENS = {"lost": 32_768, "sparse": 16_384}
 # of linear layers
 KINDS = {name.rpartition(".")[2] for name in GROUP_OF}
 # the methods that need no statistics
@@ -101,7 +106,8 @@ class Config:
                                                 f"{TOKENS['lost']}, sparse {TOKENS['sparse']})",
                                           section="text")
     gradient_tokens: int | None = flag(None, "text for that of output gradients (as many)")
-    loop_tokens: int = flag(16_384, "further text, for the closed loop and for cap's losses")
+    loop_tokens: int | None = flag(None, "further text, for the closed loop and for cap's losses (lost "
+                                         f"{LOOP_TOKENS['lost']}, sparse {LOOP_TOKENS['sparse']})")
     eval_tokens: int = flag(16_384, "validation text for the loss before and after")
     seq_len: int | None = flag(None, f"tokens of a window, of all of these ({WINDOW}, or the model's limit "
                                      "where that is less)")
@@ -180,6 +186,8 @@ def settle(config: Config):
         raise UserError(f"--budget {config.budget}: must be above 0 and at most 1")
     # who names one of the two gets the other to fit
     tokens = TOKENS[config.form]
+    if config.loop_tokens is None:
+        config.loop_tokens = LOOP_TOKENS[config.form]
     if config.calibration_tokens is None:
         config.calibration_tokens = max(tokens, config.gradient_tokens or 0)
     if config.gradient_tokens is None:
@@ -252,30 +260,18 @@ class Texts:
         for data in (self.train, self.val):
             data.check_tokenizer(tokenizer, config.data_dir, config.ckpt)
             data.check_ids(min(tokenizer.vocab_size, rows))
-        # as many as evaluation has in a pass on this device
-        self.micro = max(1, DEVICES[device.type]["micro_tokens"] // config.seq_len)
         samples = max(1, self.val.samples_for(config.eval_tokens))
-        self.validation = Validation.of(self.val, samples, self.micro, tokenizer, rows)
-        # windows of the whole text, drawn by the seed
-        self.order = SampleOrder(len(self.train), config.seed)
-        self.seq_len = config.seq_len
-
-    def windows(self, tokens: int) -> int:
-        return max(1, tokens // self.seq_len)
+        micro = micro_batch(self.val, device)
+        self.validation = Validation.of(self.val, samples, micro, tokenizer, rows)
 
     def calibration(self, config: Config, device) -> list[Batch]:
-        every = self.windows(config.calibration_tokens)
-        # a short text is read once: the same window twice teaches nothing
-        every = min(every, len(self.train))
-        samples = self.order[np.arange(every)]
-        return batches(self.train, samples, self.micro, self.windows(config.gradient_tokens), device)
+        tokens, gradients = config.calibration_tokens, config.gradient_tokens
+        return calibration_windows(self.train, config.seed, tokens, gradients, device)
 
     def loop(self, config: Config, device) -> list[Batch]:
         """Windows behind those of the statistics; of a short text the same ones."""
-        first = min(self.windows(config.calibration_tokens), len(self.train))
-        count = min(self.windows(config.loop_tokens), len(self.train))
-        samples = self.order[np.arange(count) + first]
-        return batches(self.train, samples, self.micro, 0, device)
+        first = min(max(1, config.calibration_tokens // self.train.seq_len), len(self.train))
+        return calibration_windows(self.train, config.seed, config.loop_tokens, 0, device, first)
 
 # --- what it costs ---
 

@@ -16,19 +16,21 @@ from typing import NamedTuple
 
 import torch
 
+from lost import LOSTError
 from model import Llama
 from nanolost import adapters, checkpoint, out_dir, run, tuning
 from nanolost.budget import checkpoint_bytes, count, describe, describe_text
 from nanolost.choices import Questions
 from nanolost.covariance import linears
 from nanolost.data import TokenDataset
-from nanolost.errors import UserError
+from nanolost.errors import UserError, as_user_error
 from nanolost.failures import failures_with_their_repair
 from nanolost.flags import command, parse
 from nanolost.huggingface import travelling_files
 from nanolost.job import Job
 from nanolost.lines import LineDataset
 from nanolost.loop import Report, State, Validation, evaluate
+from nanolost.masks import calibration_text
 from nanolost.methods import merge_layers, special_layers
 from nanolost.plans import Once, carry_out, plan_of
 from nanolost.settings import settle_device, split_batch
@@ -37,42 +39,50 @@ from nanolost.tuning import FIXED, METHODS, Config
 
 # --- data ---
 
-def training_text(config: Config, tokenizer) -> TokenDataset:
+def training_text(config: Config, tokenizer, window: int) -> TokenDataset:
+    """Windows of shards, or rows of lines; config.seq_len is what a sample has then."""
     if os.path.isdir(config.data):
-        return TokenDataset(config.data, "train", config.seq_len)
-    text = LineDataset(config.data, tokenizer, config.seq_len)
+        text = TokenDataset(config.data, "train", window)
+    else:
+        text = LineDataset(config.data, tokenizer, window)
     # rows are as long as the longest line, where that is less
     config.seq_len = text.seq_len
     return text
 
-def validation_text(config: Config, tokenizer, rows: int) -> Validation | None:
-    """The validation split of --eval_dir, or of --data where that is shards."""
+def validation_text(config: Config, tokenizer, window: int, rows: int) -> Validation | None:
+    """The validation split of --eval_dir, or of --data where that is shards; None without either. window: of
+    the model, where --data is lines."""
     place = config.eval_dir
     if place is None and os.path.isdir(config.data):
         place = config.data
     if place is None:
         return None
-    window = min(config.seq_len, WINDOW)
     data = TokenDataset(place, "val", window)
     samples = data.samples_for(config.eval_tokens)
+    # as many tokens at a time as in training
     micro = max(1, config.micro_batch * config.seq_len // window)
     return Validation.of(data, samples, micro, tokenizer, rows)
 
 def texts_of(config: Config, tokenizer, model: Llama, world: int) -> run.Texts:
     limit = model.config.max_seq_len
-    if config.seq_len is None:
-        config.seq_len = min(WINDOW, limit)
-    if config.seq_len > limit:
-        raise UserError(f"--seq_len {config.seq_len} is above the {limit} tokens that the model in "
-                        f"{config.ckpt} was made for: use {limit} or less")
-    train = training_text(config, tokenizer)
+    window = config.seq_len or min(WINDOW, limit)
+    if window > limit:
+        raise UserError(f"--seq_len {window} is above the {limit} tokens that the model in {config.ckpt} was "
+                        f"made for: use {limit} or less")
+    train = training_text(config, tokenizer, window)
+    if not os.path.isdir(config.data):
+        # a resume knows how long the rows were, and nothing else
+        window = min(WINDOW, limit)
     tuning.settle_batch(config, len(train), world)
     config.micro_batch, _ = split_batch(config, world)
-    validation = validation_text(config, tokenizer, model.config.vocab_size)
-    texts = run.Texts(train, validation, tokenizer, model.config.vocab_size, config.seed)
+    rows = model.config.vocab_size
+    validation = validation_text(config, tokenizer, window, rows)
+    texts = run.Texts(train, validation, tokenizer, rows, config.seed)
     texts.micro = config.micro_batch
     if config.eval is not None:
         texts.questions = Questions.read(config.eval, tokenizer, limit)
+    if config.calibration_dir is not None:
+        texts.others = [calibration_text(config, train, limit)]
     return texts
 
 # --- the model ---
@@ -83,6 +93,7 @@ def plain_layers(model: Llama) -> list[str]:
 
 def check_layers(model: Llama, config: Config):
     """Merge LOST layers where the method needs matrices. UserError for those that SiLU keeps apart."""
+    # these two train them as they are
     if config.method in ("full", "lost") or not special_layers(model):
         return
     try:
@@ -95,10 +106,21 @@ def switches(config: Config) -> tuple[float, bool, str]:
     """Of every update: scale, whether it is under a mask, and what stands between its factors."""
     return config.alpha / config.rank, METHODS[config.method].update == "masked", config.activation
 
+def train_own_updates(model: Llama, config: Config):
+    """Layers that are low rank and channels already are their own update, to LOST."""
+    if METHODS[config.method].update != "channels":
+        return
+    for layer in special_layers(model).values():
+        layer.requires_grad_(True)
+        # a whole matrix beside the factors is frozen as any other, with its zeros
+        if "weight" in dict(layer.named_parameters(recurse=False)):
+            layer.weight.requires_grad_(False)
+
 def make_trained(model: Llama, config: Config):
     """Say which parameters are trained, and give frozen weights their updates, in place."""
     method = METHODS[config.method]
     names = plain_layers(model)
+    # all, or only what comes beside them
     model.requires_grad_(method.update is None)
     if method.update is None:
         if method.masks:
@@ -107,22 +129,20 @@ def make_trained(model: Llama, config: Config):
     share = config.sparsity if method.update == "channels" else 0
     scale, masked, activation = switches(config)
     adapters.put_updates(model, names, config.rank, scale, masked, share, activation)
-    if method.update == "channels":
-        # layers that are low rank and channels already are their own update
-        for layer in special_layers(model).values():
-            layer.requires_grad_(True)
-    adapters.draw_updates(model, config.seed)
+    # a rank that the model's sizes forbid
+    with as_user_error(LOSTError, prefix=f"--method {config.method}: "):
+        adapters.draw_updates(model, config.seed)
+    train_own_updates(model, config)
 
 def resumed(model: Llama, folder: str, config: Config, job: Job) -> State:
     """The state that the checkpoint `folder` holds; model: the merged one in there."""
-    method = METHODS[config.method]
-    if method.update is None:
+    if METHODS[config.method].update is None:
         make_trained(model, config)
     else:
+        # as `make_trained`, with the updates that were saved
         model.requires_grad_(False)
         checkpoint.load_parts(folder, model, *switches(config))
-        for layer in special_layers(model).values():
-            layer.requires_grad_(True)
+        train_own_updates(model, config)
     return State.of(model.to(job.device), config)
 
 # --- the run ---
@@ -137,20 +157,16 @@ def prepare_out_dir(config: Config, texts: run.Texts, model: Llama) -> str | Non
     texts.check(config)
     return out_dir.choose_checkpoint(config.out_dir, config.resume, config.overwrite)
 
-# chosen once for a run, where nothing is typed
-CHOSEN = ("method", "zeros", "seq_len", "batch_tokens", "steps", "lr", "warmup")
-
-def remember(config: Config, saved: dict):
-    """Fill in what an earlier start of this run chose."""
-    for name in CHOSEN:
-        if getattr(config, name) is None and name in saved:
-            setattr(config, name, saved[name])
-
-def warn(config: Config, there: float, report: Report):
-    """Say what a run will do to the zeros of its folder, before it starts."""
+def warn(config: Config, there: float, beside: float, report: Report):
+    """Say what a run will do to the zeros of its folder, before it starts. there: their share of the
+    matrices; beside: of those that have factors beside them."""
     if there > tuning.BY_CHANCE and not METHODS[config.method].masks:
         report.say(f"zeros       the folder's matrices are {there:.1%} zeros, which --method {config.method} "
                    "fills: --method masked-lora keeps them")
+    # the others train them all, or merge them
+    if beside > tuning.BY_CHANCE and config.method != "lost":
+        report.say(f"zeros       the matrices beside factors are {beside:.1%} zeros, which --method "
+                   f"{config.method} fills: --method lost trains the factors alone")
 
 @torch.no_grad()
 def say_rounding(state: State, texts: run.Texts, dtype: str, job: Job, report: Report):
@@ -185,11 +201,13 @@ def go_on(folder: str, config: Config, texts: run.Texts, plan: Once, job: Job, r
     model, saved = checkpoint.load_folder(folder)
     if "config" not in saved:
         raise UserError(f"{folder} has no training state to continue from: it is a model alone")
+    if "stage_steps" not in saved["config"]:
+        raise UserError(f"{folder} belongs to a run of train.py: use another --out_dir, and give this one to "
+                        "--ckpt")
     now = run.go_on(saved["config"], config, texts, FIXED, job, report)
     for name in ("stage_steps", "source_dtype"):
         now[name] = saved["config"][name]
-    # a longer run has a longer last stage
-    plan.firsts = now["stage_steps"]
+    plan.keep(now["stage_steps"])
     report.say(f"continuing from {folder}")
     state = resumed(model, folder, config, job)
     number = plan.firsts.index(saved["began"])
@@ -199,29 +217,43 @@ def go_on(folder: str, config: Config, texts: run.Texts, plan: Once, job: Job, r
     return state, now, number
 
 class Opened(NamedTuple):
-    """What a run begins with. source: the folder of `model`; there: its share of zeros."""
+    """What a run begins with. source: the folder of `model`; there, beside: its shares of zeros, as `warn`
+    takes them."""
 
     source: str
     model: Llama
     there: float
+    beside: float
     texts: run.Texts
     plan: Once
+
+def begun(config: Config, job: Job) -> tuple[str | None, dict]:
+    """The newest good checkpoint of the run in out_dir, and its settings; (None, {}) where none has begun."""
+    own, _ = own_checkpoint(config.out_dir, config.resume, "ckpt")
+    if own is None:
+        return None, {}
+    home = config.out_dir if config.resume == "auto" else config.resume
+    # a damaged one is passed over before anything is read from it
+    good = job.first(lambda: checkpoint.checkpoint_folder(home))
+    return own_checkpoint(config.out_dir, good, "ckpt")
 
 def opened(config: Config, job: Job, at_end: contextlib.ExitStack) -> Opened:
     """Read model and texts, and choose what depends on them. UserError for all that does not go together."""
     tuning.settle_paths(config)
     # a run that goes on knows what it chose, and has its model
-    own, before = own_checkpoint(config.out_dir, config.resume, "ckpt")
-    remember(config, before)
+    own, before = begun(config, job)
+    tuning.remember(config, before)
     source = own or checkpoint.checkpoint_folder(config.ckpt)
     model, tokenizer, _ = checkpoint.load_with_tokenizer(source)
     there = adapters.share_of_zeros(model)
+    # before they may be merged
+    beside = adapters.share_beside_factors(model)
     if own is None:
         tuning.settle_zeros(config, there)
     check_layers(model, config)
     texts = texts_of(config, tokenizer, model, job.world)
     plan = plan_of(config, model, texts, job, there, at_end)
-    return Opened(source, model, there, texts, plan)
+    return Opened(source, model, there, beside, texts, plan)
 
 def describe_run(model: Llama, config: Config, texts: run.Texts, plan: Once, job: Job) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -249,7 +281,7 @@ def main(config: Config):
         Report(config, job) as report,
         failures_with_their_repair(),
     ):
-        source, model, there, texts, plan = opened(config, job, at_end)
+        source, model, there, beside, texts, plan = opened(config, job, at_end)
         # what was chosen, and steps of all stages
         report.config = dataclasses.replace(config, steps=plan.steps)
         if config.dry_run:
@@ -265,7 +297,7 @@ def main(config: Config):
         else:
             state, now = start(source, model, config, texts, plan, job)
             number = -1
-            warn(config, there, report)
+            warn(config, there, beside, report)
         report.say(describe_run(state.model, config, texts, plan, job))
         if config.compile == "true":
             state.model.compile()

@@ -16,6 +16,7 @@ from nanolost.decode import compile_step, generate
 from nanolost.errors import UserError
 from nanolost.flags import command, flag, parse
 from nanolost.job import pick_device
+from nanolost.sparse import pack
 from nanolost.tokenizer import Tokenizer
 
 @dataclass
@@ -104,6 +105,8 @@ def main(config: Config):
     # one look for the newest checkpoint: training may add another meanwhile
     model, tokenizer, _ = load_with_tokenizer(checkpoint_folder(config.ckpt))
     model.to(device, getattr(torch, config.dtype))
+    # a matrix with many zeros, where that is faster
+    pack(model, config.num_samples)
     # all are drawn before the first is printed: they are one batch
     for i, text in enumerate(continuations(model, tokenizer, prompt, config)):
         if i:

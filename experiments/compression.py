@@ -14,16 +14,14 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 
-import json
 import shutil
-import subprocess
 import time
 from dataclasses import dataclass
 
 # first of ours: it imports nanolost before torch
-from experiments.runs import chosen, drive, read_lines
+from experiments import runs
+from experiments.runs import add_line, chosen, drive, read_lines
 from experiments.tables import fill, markdown, pyplot, save_figure, spread
-from nanolost.errors import UserError
 from nanolost.files import read_json
 from nanolost.flags import flag, say
 
@@ -146,23 +144,6 @@ class Config:
 
 # --- one row ---
 
-def command(program: str, **flags) -> str:
-    """Run one of our commands; what it prints. UserError with its last line where it fails."""
-    argv = [sys.executable, os.path.join(ROOT, program)]
-    for name, value in flags.items():
-        # a list is a flag with several words
-        values = value if isinstance(value, list) else [value]
-        argv += [f"--{name}", *map(str, values)]
-    done = subprocess.run(argv, capture_output=True, text=True)
-    if done.returncode:
-        typed = " ".join(argv[1:])
-        raise UserError(f"{typed} ended with {done.returncode}: {last_line(done.stderr)}")
-    return done.stdout
-
-def last_line(text: str) -> str:
-    _, _, last = text.strip().rpartition("\n")
-    return last
-
 def threads(config: Config) -> dict:
     return {} if config.threads is None else {"threads": config.threads}
 
@@ -173,7 +154,7 @@ def compressed(config: Config, row: str, folder: str) -> dict:
     if os.path.exists(report):
         return read_json(report)
     statistics = os.path.join(config.out_dir, f"statistics-{config.tokens}-{config.seed}")
-    command(
+    runs.output_of(
         "compress.py",
         ckpt=config.ckpt,
         data_dir=config.data_dir,
@@ -190,10 +171,7 @@ def compressed(config: Config, row: str, folder: str) -> dict:
     return read_json(report)
 
 def loss_of(config: Config, folder: str, data_dir: str) -> float:
-    """That eval.py measures on the validation text."""
-    said = command("eval.py", ckpt=folder, data_dir=data_dir, seq_len=SEQ_LEN, tokens=config.eval_tokens)
-    figures = json.loads(last_line(said))
-    return figures["loss"]
+    return runs.loss_of(folder, data_dir, SEQ_LEN, config.eval_tokens)
 
 def heal(config: Config, row: str, model: str, folder: str) -> float:
     """Train a model by the row's recipe; the seconds that took."""
@@ -201,7 +179,7 @@ def heal(config: Config, row: str, model: str, folder: str) -> float:
     shutil.rmtree(folder, ignore_errors=True)
     recipe = {**HEALING, **HEALED[row]}
     started = time.perf_counter()
-    command(
+    runs.output_of(
         "train.py",
         init_from=model,
         data_dir=config.data_dir,
@@ -294,9 +272,7 @@ def run(config: Config):
         if is_done(config, row):
             continue
         line = measure(config, row)
-        # a line at a time: what was measured stays, whatever ends the next row
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        add_line(path, line)
         gap = line["loss"] - line["dense"]
         say(f"{row}: {gap:+.3f} nats")
 

@@ -1,7 +1,8 @@
-"""A queue of ordinary runs of train.py, which any number of hours can continue, and what came out of them.
+"""A queue of ordinary runs of train.py or finetune.py, which any number of hours can continue, and what came
+out of them.
 
-An experiment has rows, each with flags of train.py. First seed 0 of a row trains at each learning rate of a
-sweep, then all seeds at the best one. Rows that differ little from another may go by that one's sweep. Runs
+An experiment has rows, each with flags of the command. First seed 0 of a row trains at each learning rate of
+a sweep, then all seeds at the best one. Rows that differ little from another may go by that one's sweep. Runs
 that have finished are never repeated; each leaves one line in results.jsonl, from which a table can be
 printed when the runs are gone."""
 import dataclasses
@@ -53,7 +54,7 @@ class Settings:
     seeds: int = flag(3, "seeds of each row at the best learning rate")
     rows: str | None = flag(None, "rows to run or print, separated by / (all)")
     jobs: int = flag(usable_cores(), "runs at a time, a core each")
-    extra: str = flag("", "more flags of train.py, separated by spaces, for what no row sets")
+    extra: str = flag("", "more flags of the command, separated by spaces, for what no row sets")
     results: str | None = flag(None, "print the table of this file of results, not of the runs in out_dir",
                                path=True)
     fill: str | None = flag(None, "put the table into this file, between its two markers", path=True)
@@ -71,10 +72,11 @@ def check(config: Settings):
             raise UserError(f"--lrs {lr}: must be positive and finite")
 
 @functools.cache
-def extra(config: Settings) -> dict:
-    """The flags in --extra. UserError for one that the driver sets itself."""
+def extra(config: Settings, cls=TrainConfig) -> dict:
+    """The flags in --extra, of the command with the settings `cls`. UserError for one that the driver sets
+    itself."""
     # paths have flags of the driver's own: no other value has a space in it
-    given = parse(TrainConfig, config.extra.split())
+    given = parse(cls, config.extra.split())
     ours = {f.name for f in dataclasses.fields(config)}
     # of these a driver has many values
     ours |= {"lr", "seed"}
@@ -113,6 +115,38 @@ def drive(verbs: dict[str, Callable], cls, doc: str):
 
     command(main)
 
+# --- one command ---
+
+def words_of(flags: dict) -> list[str]:
+    """Flags as one types them."""
+    words = []
+    for name, value in flags.items():
+        if isinstance(value, list):
+            # a flag with several words
+            words += [f"--{name}", *map(str, value)]
+        else:
+            words.append(f"--{name}={text(value)}")
+    return words
+
+def output_of(program: str, **flags) -> str:
+    """Run one of our commands; what it prints. UserError with its last line where it fails."""
+    argv = [sys.executable, os.path.join(ROOT, program), *words_of(flags)]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    if done.returncode:
+        typed = " ".join(argv[1:])
+        raise UserError(f"{typed} ended with {done.returncode}: {last_line(done.stderr)}")
+    return done.stdout
+
+def last_line(text: str) -> str:
+    _, _, last = text.strip().rpartition("\n")
+    return last
+
+def loss_of(folder: str, data_dir: str, seq_len: int, tokens: int) -> float:
+    """That eval.py measures on so many tokens of the validation split."""
+    said = output_of("eval.py", ckpt=folder, data_dir=data_dir, seq_len=seq_len, tokens=tokens)
+    figures = json.loads(last_line(said))
+    return figures["loss"]
+
 # --- files of JSON lines ---
 
 def read_lines(path: str) -> list[dict]:
@@ -129,6 +163,11 @@ def read_lines(path: str) -> list[dict]:
         return [json.loads(line) for line in whole.splitlines()]
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} has a line that is not JSON ({e}): remove it") from None
+
+def add_line(path: str, line: dict):
+    """Append an object: what was measured stays, whatever ends the next one."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 # --- one run ---
 
@@ -174,8 +213,8 @@ def text(value) -> str:
 # nothing of a run is kept in memory: what its folder says is read each time, so that it may change meanwhile
 @dataclass(frozen=True)
 class Run:
-    """One run: its folder, its flags, and the script that trains it (train.py, or one that registers more
-    kinds of layers before)."""
+    """One run: its folder, its flags, and the script that trains it (train.py, finetune.py, or one that
+    registers more kinds of layers before)."""
 
     folder: str
     flags: dict
@@ -186,9 +225,7 @@ class Run:
 
     def command(self) -> list[str]:
         script = os.path.join(ROOT, self.script)
-        flags = {**self.flags, "out_dir": self.folder}
-        words = [f"--{name}={text(value)}" for name, value in flags.items()]
-        return [sys.executable, script, *words]
+        return [sys.executable, script, *words_of({**self.flags, "out_dir": self.folder})]
 
     def status(self) -> dict:
         # written whole or not at all: it can be read while the run goes on
@@ -267,7 +304,10 @@ class Experiment:
     """Rows of runs.
 
     run_of: Key → Run. swept: row → the row by whose sweep its learning rate is chosen. rates_of: row →
-    learning rates that its sweep begins with."""
+    learning rates that its sweep begins with. figure: of a run's summary the one that chooses among them, the
+    smaller the better."""
+
+    figure = "val_loss"
 
     def __init__(self, config: Settings, run_of: Callable, swept: dict, rates_of: Callable):
         self.config = config
@@ -296,11 +336,11 @@ class Experiment:
         return run.summary() if run.finished() else None
 
     def loss(self, key: Key) -> float | None:
-        """Validation loss at the end, infinite if the run diverged, None while it has yet to come."""
+        """`figure` at the end, infinite if the run diverged, None while it has yet to come."""
         result = self.result(key)
         if result is None:
             return None
-        return result.get("val_loss", math.inf)
+        return result.get(self.figure, math.inf)
 
     def sweep(self, row: str) -> dict[float, float | None]:
         """Learning rate → loss of seed 0. While the best is at an end, the sweep goes on there by factors of
@@ -348,7 +388,7 @@ class Experiment:
     def finished(self, row: str) -> dict[int, dict]:
         """`results` without those that diverged."""
         found = self.results(row)
-        return {seed: found[seed] for seed in found if "val_loss" in found[seed]}
+        return {seed: found[seed] for seed in found if self.figure in found[seed]}
 
     def begun(self, rows: list[str]) -> list[str]:
         """Those of `rows` that a table has numbers of. UserError where there are none, or where --fill would

@@ -15,10 +15,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lost import ACTIVATIONS, SparseLowRankLinear, decompose
+from lost import ACTIVATIONS, SparseLowRankLinear, as_autocast, check_sizes, decompose
 from model import Llama, generator_of
 from nanolost.covariance import linears
 from nanolost.methods import rebuild, settings_of
+
+# --- under a mask ---
+
+def masked_sum(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """W + M ⊙ s B A (out, in), float32 inside autocast too."""
+    with torch.autocast(W.device.type, enabled=False):
+        whole = torch.addmm(W, B, A, alpha=scale)
+        return torch.where(W == 0, W, whole)
 
 class MaskedProduct(torch.autograd.Function):
     """y = x (W + M ⊙ s B A)ᵀ, M = (W ≠ 0). Of the sum only W and the factors are kept for the backward pass:
@@ -36,19 +44,29 @@ class MaskedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, W, A, B = ctx.saved_tensors
-        rows = dy.flatten(0, -2)
-        dx = dy @ masked_sum(W, A, B, ctx.scale).to(dy.dtype)
+        # made again: a product of rank r costs little beside those with the tokens
+        whole = masked_sum(W, A, B, ctx.scale).to(dy.dtype)
+        dx = dy @ whole
+        # a frozen update, as while statistics are collected
         if not ctx.needs_input_grad[2]:
             return dx, None, None, None, None
-        # of the sum, (out, in): under the mask, as only there the update counts
+        # of the sum, (out, in)
+        rows = dy.flatten(0, -2)
         dD = (rows.mT @ x.flatten(0, -2)).to(W.dtype)
+        # only under the mask does the update count
         dD = torch.where(W == 0, 0, dD * ctx.scale)
-        return dx, None, B.mT @ dD, dD @ A.mT, None
+        dA = B.mT @ dD
+        dB = dD @ A.mT
+        return dx, None, dA, dB, None
 
-def masked_sum(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """W + M ⊙ s B A (out, in), float32 inside autocast too."""
-    with torch.autocast(W.device.type, enabled=False):
-        return torch.where(W == 0, W, torch.addmm(W, B, A, alpha=scale))
+# --- the layer ---
+
+def drawn(rank: int, width: int, generator: torch.Generator) -> Tensor:
+    """Rows of A (rank, width) as LoRA's own code draws them: uniform, of variance 1 / (3 width)."""
+    bound = 1 / math.sqrt(width)
+    # on the CPU: the same on every device
+    rows = torch.rand(rank, width, generator=generator)
+    return (2 * rows - 1) * bound
 
 class Update(nn.Module):
     """A linear layer whose weight (out, in) is frozen, and a trained update: A (rank, in), B (out, rank) and,
@@ -95,26 +113,27 @@ class Update(nn.Module):
     def k(self) -> int:
         return len(getattr(self, "index", ()))
 
+    @torch.no_grad()
     def draw(self, generator: torch.Generator):
-        """The first A, as LoRA's own code draws it: uniform, of variance 1 / (3 in). And the channels, those
-        whose columns are largest in what the best rank-r matrix leaves of W, as LOST chooses them."""
-        bound = 1 / math.sqrt(self.in_features)
-        # on the CPU: the same on every device
-        A = torch.rand(self.A.shape, generator=generator)
-        with torch.no_grad():
-            self.A.copy_((2 * A - 1) * bound)
+        """The first A, and the channels: those whose columns are largest in what the best rank-r matrix
+        leaves of W, as LOST chooses them. LOSTError for a rank that leaves nothing."""
+        self.A.copy_(drawn(self.rank, self.in_features, generator))
+        if self.activation != "none":
+            # it is saved as factors, which have no more
+            check_sizes(self.weight.shape, self.rank, self.k)
         if self.k:
-            self.index.copy_(decompose(self.weight, self.rank, self.k).index)
+            parts = decompose(self.weight, self.rank, self.k)
+            self.index.copy_(parts.index)
 
+    # `input` as in nn.Linear, for callers that pass it by name
     def forward(self, input: Tensor) -> Tensor:
         if self.masked:
-            x = input
-            if torch.is_autocast_enabled(x.device.type):
-                x = x.to(torch.get_autocast_dtype(x.device.type))
+            x = as_autocast(input)
             y = MaskedProduct.apply(x, self.weight, self.A, self.B, self.scale)
             return y if self.bias is None else y + self.bias
         y = F.linear(input, self.weight, self.bias)
-        z = ACTIVATIONS[self.activation](F.linear(input, self.A))
+        z = F.linear(input, self.A)
+        z = ACTIVATIONS[self.activation](z)
         y = y + self.scale * F.linear(z, self.B)
         if self.k:
             y = y + F.linear(input[..., self.index], self.W_s)
@@ -137,16 +156,15 @@ class Update(nn.Module):
     def merge(self) -> nn.Module:
         """A layer without an update that computes the same: a plain one, or where an activation stands in
         between one that has the factors beside its weight. Its tensors are not trained."""
-        settings = dict(in_features=self.in_features, out_features=self.out_features,
-                        bias=self.bias is not None)
-        with torch.device("meta"):
-            if self.activation == "none":
-                layer = nn.Linear(**settings)
-                tensors = {"weight": self.effective()}
-            else:
-                layer = SparseLowRankLinear(**settings, rank=self.rank, activation=self.activation)
-                tensors = {"weight": self.with_channels(), "A": self.A, "B": self.scale * self.B}
-        if self.bias is not None:
+        sizes = self.in_features, self.out_features
+        biased = self.bias is not None
+        if self.activation == "none":
+            layer = nn.Linear(*sizes, bias=biased, device="meta")
+            tensors = {"weight": self.effective()}
+        else:
+            layer = SparseLowRankLinear(*sizes, self.rank, biased, self.activation, device="meta")
+            tensors = {"weight": self.with_channels(), "A": self.A, "B": self.scale * self.B}
+        if biased:
             tensors["bias"] = self.bias
         layer.load_state_dict(tensors, assign=True)
         return layer.requires_grad_(False)
@@ -165,15 +183,15 @@ class Update(nn.Module):
         """Another rank, and the same whole: what goes is added to the frozen weight, what comes starts with
         a column of zeros in B."""
         if rank < self.rank:
-            kept = self.effective()
+            # what no rank is left for
+            whole = self.effective()
             self.A = nn.Parameter(self.A[:rank].clone())
             self.B = nn.Parameter(self.B[:, :rank].clone())
-            self.rebase(kept)
+            self.rebase(whole)
         elif rank > self.rank:
             more = rank - self.rank
-            bound = 1 / math.sqrt(self.in_features)
-            drawn = (2 * torch.rand(more, self.in_features, generator=generator) - 1) * bound
-            self.A = nn.Parameter(torch.cat((self.A, drawn.to(self.A))))
+            rows = drawn(more, self.in_features, generator).to(self.A)
+            self.A = nn.Parameter(torch.cat((self.A, rows)))
             self.B = nn.Parameter(F.pad(self.B, (0, more)))
 
     def extra_repr(self) -> str:
@@ -211,20 +229,32 @@ def put_updates(
             k = max(1, int(share * linear.in_features))
         model.set_submodule(name, Update(linear, rank, scale, masked, k, activation))
 
-def share_of_zeros(model: Llama) -> float:
-    """In the weights of the blocks' linear layers, updates merged; 0 of a model without such."""
+def share_of(weights) -> float:
+    """The share of zeros in some matrices, 0 of none."""
     zeros = 0
     values = 0
-    for layer in linears(model).values():
-        if isinstance(layer, Update):
-            weight = layer.effective()
-        elif isinstance(layer, nn.Linear):
-            weight = layer.weight
-        else:
-            continue
+    for weight in weights:
         zeros += int((weight == 0).sum())
         values += weight.numel()
     return zeros / max(values, 1)
+
+def has_factors(layer: nn.Module) -> bool:
+    """Whether it is a matrix with others beside it, which make it dense where they are merged."""
+    return isinstance(layer, SparseLowRankLinear) and layer.rank > 0
+
+def share_of_zeros(model: Llama) -> float:
+    """In the weights of the blocks' linear layers, updates merged; 0 of a model without such."""
+    def weights():
+        for layer in linears(model).values():
+            if isinstance(layer, Update):
+                yield layer.effective()
+            elif isinstance(layer, nn.Linear | SparseLowRankLinear) and not has_factors(layer):
+                yield layer.weight
+    return share_of(weights())
+
+def share_beside_factors(model: Llama) -> float:
+    """In the matrices of the blocks that have factors beside them."""
+    return share_of(layer.weight for layer in linears(model).values() if has_factors(layer))
 
 def draw_updates(model: Llama, seed: int):
     """Start every update, the same for any number of processes."""

@@ -5,15 +5,39 @@ import os
 import shutil
 import tempfile
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from model import Llama
 from nanolost.budget import size
 from nanolost.checkpoint import write_json
-from nanolost.covariance import Batch, Statistics, block_file, collect, count_tokens
-from nanolost.data import TokenDataset
+from nanolost.covariance import Batch, Statistics, batches, block_file, collect, count_tokens
+from nanolost.data import SampleOrder, TokenDataset
 from nanolost.errors import UserError
 from nanolost.files import claim, read_json
+from nanolost.settings import DEVICES
+
+# tokens of a window that is looked at, of a model that takes so many
+WINDOW = 512
+
+# --- the text ---
+
+def micro_batch(text: TokenDataset, device) -> int:
+    """Windows of a pass, as many as evaluation has on this device."""
+    return max(1, DEVICES[device.type]["micro_tokens"] // text.seq_len)
+
+def calibration_windows(
+    text: TokenDataset, seed: int, tokens: int, gradients: int, device, first: int = 0
+) -> list[Batch]:
+    """So many tokens of the text in windows that the seed draws, from the one numbered `first` on; of the
+    first `gradients`, gradients too. At least one window of what is asked for at all; of a short text each
+    window once, as the same one twice teaches nothing."""
+    count = min(max(1, tokens // text.seq_len), len(text))
+    samples = SampleOrder(len(text), seed)[np.arange(count) + first]
+    learn = gradients and max(1, gradients // text.seq_len)
+    return batches(text, samples, micro_batch(text, device), learn, device)
+
+# --- what is known of it ---
 
 @contextlib.contextmanager
 def temporary_folder(need: int):

@@ -66,8 +66,10 @@ def input_of(block: nn.Module, group: str, x: Tensor, rope: Tensor) -> Tensor:
 class Streams:
     """The dense and the compressed model's states, x and x̂ (B, T, C) of each micro-batch."""
 
-    def __init__(self, model: Llama, texts: list[Batch]):
+    def __init__(self, model: Llama, texts: list[Batch], context):
         self.texts = texts
+        # of the forward passes alone: what is computed from what they show is float32 or more
+        self.context = context
         embed = model.model["embed_tokens"]
         # the two begin alike: the embedding stays as it is
         self.dense = [embed(batch.ids) for batch in texts]
@@ -83,7 +85,8 @@ class Streams:
         self.inputs = []
         for number, batch in enumerate(self.texts):
             x = self.dense[number]
-            found, self.dense[number] = dense_inputs(block, batch, x, self.rope)
+            with self.context:
+                found, self.dense[number] = dense_inputs(block, batch, x, self.rope)
             self.inputs.append(found)
 
     def sums(self, block: nn.Module, group: str) -> tuple[Tensor, Tensor]:
@@ -91,7 +94,8 @@ class Streams:
         both = 0
         cross = 0
         for number, batch in enumerate(self.texts):
-            small = input_of(block, group, self.small[number], self.rope)
+            with self.context:
+                small = input_of(block, group, self.small[number], self.rope)
             # as `dense_inputs` has them: the tokens of text alone, in the same order
             small = small.flatten(0, 1)[batch.real].float()
             dense = self.inputs[number][group].float()
@@ -101,7 +105,8 @@ class Streams:
 
     def leave(self, block: nn.Module):
         """Run the compressed block."""
-        self.small = [block(x, self.rope) for x in self.small]
+        with self.context:
+            self.small = [block(x, self.rope) for x in self.small]
         self.inputs = []
 
 def corrected(W: Tensor, both: Tensor, C_small: Tensor, cross: Tensor) -> Tensor:
@@ -120,21 +125,20 @@ def run(
     context,
 ):
     """replace(name, W̃, C̃) → the layer that takes its place, for every linear layer of the blocks."""
-    with context:
-        streams = Streams(model, texts)
-        for layer, block in enumerate(tqdm(model.model["layers"], "closed loop", disable=None)):
-            place = block_name(layer)
-            # the dense block first, while it is whole
-            streams.enter(block)
-            for group, names in GROUPS.items():
-                # with the groups before this one compressed already
-                C_small, cross = streams.sums(block, group)
-                # one C̃ for the layers that share their inputs
-                C = statistics.inputs(f"{place}.{names[0]}").to(C_small.device)
-                both = shrunk((C_small + in_float64(C)) / 2)
-                for name in names:
-                    dense = block.get_submodule(name).weight
-                    W = corrected(dense, both, C_small, cross)
-                    small = replace(f"{place}.{name}", W, both)
-                    block.set_submodule(name, small)
-            streams.leave(block)
+    streams = Streams(model, texts, context)
+    for layer, block in enumerate(tqdm(model.model["layers"], "closed loop", disable=None)):
+        place = block_name(layer)
+        # the dense block first, while it is whole
+        streams.enter(block)
+        for group, names in GROUPS.items():
+            # with the groups before this one compressed already
+            C_small, cross = streams.sums(block, group)
+            # one C̃ for the layers that share their inputs
+            C = statistics.inputs(f"{place}.{names[0]}").to(C_small.device)
+            both = shrunk((C_small + in_float64(C)) / 2)
+            for name in names:
+                dense = block.get_submodule(name).weight
+                W = corrected(dense, both, C_small, cross)
+                small = replace(f"{place}.{name}", W, both)
+                block.set_submodule(name, small)
+        streams.leave(block)

@@ -458,6 +458,7 @@ class TokenDataset:
 
     def __init__(self, data_dir: str, split: str, seq_len: int):
         assert split in SPLITS and seq_len >= 1, (split, seq_len)
+        self.path = data_dir
         self.seq_len = seq_len
         manifest = load_manifest(data_dir)
         shards = self._choose(data_dir, split, manifest)

@@ -5,6 +5,7 @@ import copy
 import torch
 
 from model import Llama
+from nanolost.sparse import share_calls
 
 BLOCK = 256                                    # tokens that a cache has room for at first
 PREFILL = 2048                                 # tokens read at once: the mask is this times the text
@@ -220,12 +221,22 @@ def decompositions() -> dict:
     return table
 
 @torch.no_grad()
-def compile_for_cpu(model, cache, tensors):
-    """tensors (token, *cache.tensors()) → [logits], for these shapes. Traced as it runs: torch.compile would
+def compile_frozen(run, tensors):
+    """run(*tensors), which returns a list, compiled for these shapes. Traced as it runs: torch.compile would
     look at each weight again before each token, 1 ms of 10 for LOST 350m in bfloat16."""
     from torch._inductor.compile_fx import compile_fx
     from torch.fx.experimental.proxy_tensor import make_fx
 
+    # clones, as the trace writes to them
+    clones = [tensor.clone() for tensor in tensors]
+    graph = make_fx(run)(*clones)
+    share_calls(graph)
+    # the weights become constants, so that what is made of them is made once
+    with torch._inductor.config.patch(freezing=True):
+        return compile_fx(graph, tensors, decompositions=decompositions())
+
+def compile_for_cpu(model, cache, tensors):
+    """tensors (token, *cache.tensors()) → [logits]."""
     def run(token, length, *kv):
         # the graph's own tensors in place of the cache's
         seen = copy.copy(cache)
@@ -234,12 +245,7 @@ def compile_for_cpu(model, cache, tensors):
         logits, _ = model(token, cache=seen)
         return [logits]
 
-    # clones, as the trace writes to them
-    clones = [tensor.clone() for tensor in tensors]
-    graph = make_fx(run)(*clones)
-    # the weights become constants, so that what is made of them is made once
-    with torch._inductor.config.patch(freezing=True):
-        return compile_fx(graph, tensors, decompositions=decompositions())
+    return compile_frozen(run, tensors)
 
 def compile_for_gpu(model: Llama):
     """`compile_step` by CUDA graphs."""

@@ -122,8 +122,8 @@ def level(target: float, floors: Numbers, sizes: Numbers) -> float:
             return left / width
         left -= floor * size
         width -= size
-    # rounding alone leads here: all floors are the mean
-    return target
+    # no block can rise: the floors' mean is the target, or above it
+    return min(floors)
 
 def bounds(target: float, floors: Numbers, sizes: Numbers) -> tuple[list, list]:
     """The box as numbers of zeros. What one block gives up another one can take, whatever their sizes."""
@@ -145,15 +145,10 @@ def rates(importances: Numbers, target: float, floors: Numbers, sizes: Numbers) 
     A block whose floor is above target + d stays at its floor. Where the floors together leave the others
     less than target − d, the lower side of the box is widened by as little as the mean asks for: all those
     others then have the same share. Floors whose mean is above the target are what there is."""
-    there = 0.0
-    for floor, size in zip(floors, sizes, strict=True):
-        there += floor * size
-    every = sum(sizes)
-    target = max(target, there / every)
     lower, upper = bounds(target, floors, sizes)
     # where a zero costs least, first; of equal blocks the first
     order = np.argsort(importances, kind="stable")
-    zeros = filled(order, lower, upper, target * every)
+    zeros = filled(order, lower, upper, target * sum(sizes))
     return [zero / size for zero, size in zip(zeros, sizes, strict=True)]
 
 def kept_counts(rates: Numbers, sizes: Numbers) -> list[int]:

@@ -2,19 +2,14 @@
 import contextlib
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from model import Llama
-from nanolost.calibration import key_of, statistics_of, temporary_folder
+from nanolost.calibration import WINDOW, calibration_windows, key_of, statistics_of, temporary_folder
 from nanolost.compression import Task
-from nanolost.covariance import Batch, batches, covariance_bytes, linears, spool_bytes
-from nanolost.data import SampleOrder, TokenDataset
-from nanolost.settings import DEVICES
+from nanolost.covariance import Batch, covariance_bytes, linears, spool_bytes
+from nanolost.data import TokenDataset
 from nanolost.sparse_layers import to_sparse
-
-# tokens of a window that is looked at, of a model that takes so many
-WINDOW = 512
 
 @dataclass
 class Zeros:
@@ -46,26 +41,21 @@ def calibration_text(config, train: TokenDataset, limit: int) -> TokenDataset:
         return train
     return TokenDataset(place or config.data, "train", min(WINDOW, limit))
 
-def windows_of(text: TokenDataset, config, tokens: int, gradients: int, device) -> list[Batch]:
-    """So many tokens of the text in windows that the seed draws; of the first `gradients`, gradients too."""
-    count = min(max(1, tokens // text.seq_len), len(text))
-    samples = SampleOrder(len(text), config.seed)[np.arange(count)]
-    micro = max(1, DEVICES[device.type]["micro_tokens"] // text.seq_len)
-    return batches(text, samples, micro, gradients // text.seq_len, device)
-
-def spooled(config, model: Llama) -> int:
+def spooled(windows: list[Batch], model: Llama) -> int:
     """Bytes that choosing zeros takes on the disk meanwhile, as compress.py counts them."""
+    # a text may have fewer than were asked for
+    tokens = sum(batch.ids.numel() for batch in windows)
     values = sum(layer.weight.numel() for layer in linears(model).values())
     vectors = covariance_bytes(model) * model.config.n_layer
-    return spool_bytes(model, config.calibration_tokens) + vectors + 9 * values
+    return spool_bytes(model, tokens) + vectors + 9 * values
 
 def put_zeros(model: Llama, config, folder: str, text: TokenDataset, device, context) -> dict[str, dict]:
     """Put config.zeros of zeros into the blocks' matrices by config.masks, with the values that go with them;
     what each became, as in allocation.json. folder: where the model's weights come from."""
     asked = Zeros(config.masks, 1 - config.zeros, config.pattern)
-    with untrained(model), temporary_folder(spooled(config, model)) as spool:
-        tokens, gradients = config.calibration_tokens, config.gradient_tokens
-        windows = windows_of(text, config, tokens, gradients, device)
+    windows = calibration_windows(text, config.seed, config.calibration_tokens, config.gradient_tokens,
+                                  device)
+    with untrained(model), temporary_folder(spooled(windows, model)) as spool:
         key = key_of(config, folder, text)
         statistics = statistics_of(model, windows, config.statistics, key, spool, context)
         task = Task(model, asked, statistics, [], spool, device, context)

@@ -14,7 +14,7 @@ import numpy as np
 
 from model import Llama, generator_of
 from nanolost import adapters, checkpoint, losa, masks, pruning, run, staging, tuning
-from nanolost.calibration import key_of, statistics_of, temporary_folder
+from nanolost.calibration import calibration_windows, key_of, statistics_of, temporary_folder
 from nanolost.covariance import linears, place_of
 from nanolost.errors import UserError
 from nanolost.files import read_json
@@ -27,6 +27,8 @@ from nanolost.tuning import METHODS, Config
 
 # M of --pattern mixed:8
 MIXED = 8
+# more zeros than were asked for, about which something is said
+FAR = 0.005
 
 # --- the model that is aimed at ---
 
@@ -72,13 +74,26 @@ class Once:
         self.at_end = at_end
         self.steps = config.steps
 
+    def keep(self, firsts: list[int]):
+        """Have the stages that an earlier start made: a longer run has a longer last one. UserError for a run
+        that would end before that."""
+        last = firsts[-1]
+        if self.steps <= last:
+            raise UserError(f"--steps {self.config.steps}: the last of this run's {len(firsts)} stages "
+                            f"begins after step {last}; use {last + 1} or more")
+        self.firsts = firsts
+
     def enter(self, number: int, state: State) -> dict:
         """Begin the stage `number`, from 0; what metrics.jsonl is to say of it."""
         found = {}
         if self.lacks():
             found = self.before(state)
             self.choose(state)
-        return {**found, "zeros": adapters.share_of_zeros(state.model)}
+        share = adapters.share_of_zeros(state.model)
+        if self.lacks() and share > self.config.zeros + FAR:
+            self.job.say(f"zeros       {share:.2%}, since those of the folder lie unevenly in its rows and "
+                         "matrices: --masks walk or fisher weigh all of them together")
+        return {**found, "zeros": share}
 
     def lacks(self) -> bool:
         """Whether zeros are to be chosen."""
@@ -124,6 +139,12 @@ class Halves(Once):
         parts = parts_of(model)
         self.firsts = [part * steps for part in range(parts)]
         self.steps = parts * steps
+
+    def keep(self, firsts: list[int]):
+        """As `Once.keep`; but what a half was trained with, the next one has looked at."""
+        if firsts != self.firsts:
+            raise UserError(f"--steps was {firsts[1]} for each half of a block when this run began, and is "
+                            f"{self.config.steps} now: give the old value, or use another --out_dir")
 
     def check_aim(self):
         """UserError where the model would be its own aim."""
@@ -186,8 +207,8 @@ class Stages(Once):
         dense.to(device)
         # the other methods look at inputs alone
         gradients = config.gradient_tokens if config.masks in staging.TOGETHER else 0
-        windows = masks.windows_of(text, config, config.calibration_tokens, gradients, device)
-        need = masks.spooled(config, dense) + staging.dense_bytes(dense, windows)
+        windows = calibration_windows(text, config.seed, config.calibration_tokens, gradients, device)
+        need = masks.spooled(windows, dense) + staging.dense_bytes(dense, windows)
         home = self.at_end.enter_context(temporary_folder(need))
         statistics = None
         if gradients:
@@ -231,8 +252,10 @@ class Stages(Once):
         _, errors = staging.choose_zeros(self.masking, rates, patterns)
         if config.ranks == "uniform":
             errors = [1.0] * len(errors)
-        # the paper's 16 at a mean of 8
-        return losa.ranks(errors, self.means[number], 2 * config.rank)
+        mean = self.means[number]
+        # the paper's 16 at a mean of 8; many stages end above twice a small --rank
+        most = max(2 * config.rank, math.ceil(mean))
+        return losa.ranks(errors, mean, most)
 
     def patterns(
         self, importances: list[float], target: float, floors: list[float]

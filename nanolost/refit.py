@@ -96,14 +96,19 @@ class Refit:
             p.requires_grad_(True)
 
     def loss(self, number: int) -> Tensor:
-        """How far the stream of one micro-batch is off, () float32."""
+        """How far the stream of one micro-batch is off, summed over its tokens, () float32."""
         aim = self.aims[number].float()
         with self.context:
             y = self.half(self.small[number], self.rope)
         # of each token, (B, T)
         off = (y.float() - aim).square().sum(-1)
         size = aim.square().sum(-1)
-        return (off / size)[self.real[number]].mean()
+        return (off / size)[self.real[number]].sum()
+
+    def tokens(self, numbers: range, job) -> Tensor:
+        """Of these micro-batches on all processes, ()."""
+        count = sum(self.real[number].sum() for number in numbers)
+        return job.sum(count)
 
     def update(self, state: State, data, samples, config, job) -> Figures:
         """One optimizer step of the half, on its own windows: the counterpart of loop.update."""
@@ -111,9 +116,11 @@ class Refit:
         state.gradients.zero_()
         step = state.step - state.began
         total = torch.zeros((), device=job.device)
-        for number in range(step * self.micro, (step + 1) * self.micro):
-            # micro-batches and processes have as many windows each
-            part = self.loss(number) / (self.micro * job.world)
+        numbers = range(step * self.micro, (step + 1) * self.micro)
+        # of rows some have more padding than others
+        tokens = self.tokens(numbers, job)
+        for number in numbers:
+            part = self.loss(number) / tokens
             part.backward()
             total += part.detach()
         return take_step(state, total, samples.size, started, config, job)

@@ -22,8 +22,10 @@ from nanolost.tokenizer import Tokenizer
 
 class Texts:
     """What a run reads: training samples in their order, and the text of an evaluation, None for none. rows:
-    words of the model's table. questions: what else an evaluation asks, None for nothing."""
+    words of the model's table. others: texts that are looked at before. questions: what else an evaluation
+    asks, None for nothing."""
 
+    others = ()
     questions = None
     # of those, so many at a time
     micro = 1
@@ -50,11 +52,11 @@ class Texts:
 
     def check(self, config):
         """Read every token once: UserError for shards of another tokenizer."""
-        for data in self.splits():
+        for data in [*self.splits(), *self.others]:
             known = data.tokenizer_sha256
             if known is not None and not self.tokenizer.matches(known):
-                raise UserError(f"{config.tokenizer} is not the tokenizer that {config.data_dir} was made "
-                                "with: use its tokenizer.json as it was, or prepare the text again")
+                raise UserError(f"{config.tokenizer} is not the tokenizer that {data.path} was made with: "
+                                "use its tokenizer.json as it was, or prepare the text again")
             data.check_ids(min(self.tokenizer.vocab_size, self.rows))
 
     def samples(self, state: State, shape: tuple[int, int, int]) -> np.ndarray:

@@ -206,9 +206,9 @@ LIMITS = {
     "spike": ("be above 1, or 0 for none", lambda x: x == 0 or x > 1),
 }
 
-def check_limits(config):
+def check_limits(config, limits: dict = LIMITS):
     """UserError for the first value of a dataclass of flags that is out of its range."""
-    for name, (must, fits) in LIMITS.items():
+    for name, (must, fits) in limits.items():
         value = getattr(config, name, None)
         if value is not None and not fits(value):
             raise UserError(f"--{name} {value}: must {must}")
@@ -223,15 +223,17 @@ def has_type(value, hint) -> bool:
         return True
     return any(isinstance(value, typing.get_origin(kind) or kind) for kind in kinds if kind is not type(None))
 
-def saved_value(saved: dict, name: str, default=None):
+def saved_value(saved: dict, name: str, default=None, cls=None, limits=LIMITS):
     """A setting that goes on as a checkpoint holds it, in `saved`; `default` where it is not there. UserError
-    for one that nobody could have typed: the file was edited, or is another program's."""
+    for one that nobody could have typed: the file was edited, or is another program's. cls: the dataclass of
+    the flags (Config)."""
     if name not in saved:
         return default
     value = saved[name]
-    choices = Config.__dataclass_fields__[name].metadata["choices"]
-    must, fits = LIMITS.get(name, ("be one of the flag's values", lambda value: True))
-    good = has_type(value, typing.get_type_hints(Config)[name])
+    cls = cls or Config
+    choices = cls.__dataclass_fields__[name].metadata["choices"]
+    must, fits = limits.get(name, ("be one of the flag's values", lambda value: True))
+    good = has_type(value, typing.get_type_hints(cls)[name])
     if not good or (choices and value not in choices) or not fits(value):
         raise UserError(f"{name} is {value!r:.40} in the checkpoint's state.json, and must {must}: restore "
                         "the checkpoint, or use another one")

@@ -5,11 +5,11 @@ import os
 from dataclasses import dataclass
 
 from lost import SWITCHES
-from nanolost import pruning
+from nanolost import pruning, settings
 from nanolost.errors import UserError
 from nanolost.flags import flag
 from nanolost.optim import OPTIMIZERS
-from nanolost.settings import FROM_TRAINED, RunFlags, TrainingFlags, check_limits
+from nanolost.settings import FROM_TRAINED, RunFlags, TrainingFlags, check_limits, saved_value
 
 # --- methods ---
 
@@ -133,6 +133,9 @@ LIMITS = {
     "calibration_tokens": ("be positive", lambda n: n >= 1),
     "gradient_tokens": ("be positive", lambda n: n >= 1),
 }
+LIMITS = {**settings.LIMITS, **LIMITS}
+# of --pattern mixed:8
+MOST_MIXED = 7 / 8
 # flags that mean something with some methods alone
 ONLY = {
     "stages": lambda method: method.staged,
@@ -153,11 +156,7 @@ def resolve(given: dict) -> Config:
         if not given.get(name):
             raise UserError(f"give --{name}: python finetune.py --ckpt FOLDER --data FILE.jsonl|DIR")
     config = Config(**given)
-    check_limits(config)
-    for name, (must, fits) in LIMITS.items():
-        value = getattr(config, name)
-        if value is not None and not fits(value):
-            raise UserError(f"--{name} {value}: must {must}")
+    check_limits(config, LIMITS)
     if config.gradient_tokens is None:
         config.gradient_tokens = config.calibration_tokens
     if config.gradient_tokens > config.calibration_tokens:
@@ -167,6 +166,9 @@ def resolve(given: dict) -> Config:
     if known and config.zeros not in (None, 1 - known[0] / known[1]):
         raise UserError(f"--zeros {config.zeros}: --pattern {config.pattern} has {1 - known[0] / known[1]}; "
                         "leave --zeros out")
+    if config.pattern == "mixed:8" and config.zeros is not None and config.zeros > MOST_MIXED:
+        raise UserError(f"--zeros {config.zeros}: --pattern mixed:8 keeps one value of eight at the least; "
+                        f"use {MOST_MIXED} or less")
     if config.pattern == "mixed:8" and config.masks not in ("fisher", "walk") and config.method != "losa":
         raise UserError("--pattern mixed:8: use --masks fisher or walk, which know what each matrix needs")
     if config.method is not None:
@@ -184,6 +186,28 @@ def check_method(config: Config, given: dict):
 
 # --- what depends on the model ---
 
+# chosen once for a run, where nothing is typed
+CHOSEN = ("method", "zeros", "seq_len", "batch_tokens", "steps", "lr")
+
+def remember(config: Config, saved: dict):
+    """Fill in what an earlier start of this run chose; `saved` is the config of its checkpoint."""
+    for name in CHOSEN:
+        # what never was chosen, such as zeros of a method without, stays open
+        if getattr(config, name) is None and saved.get(name) is not None:
+            setattr(config, name, saved_value(saved, name, None, Config, LIMITS))
+
+def typed(config: Config) -> dict:
+    """The flags of a fine-tuning that are not at their defaults."""
+    found = {}
+    for field in dataclasses.fields(TuneFlags):
+        value = getattr(config, field.name)
+        if value != field.default:
+            found[field.name] = value
+    # `resolve` has filled it in
+    if config.gradient_tokens == config.calibration_tokens:
+        del found["gradient_tokens"]
+    return found
+
 # zeros that a trained model has by chance are no sparsity
 BY_CHANCE = 0.01
 # what a share may be off by where it was asked for
@@ -198,8 +222,10 @@ def settle_zeros(config: Config, there: float):
     if known:
         config.zeros = 1 - known[0] / known[1]
     if config.method is None:
-        config.method = BEST[bool(config.zeros or there)]
-        check_method(config, {})
+        # a mixed pattern says that there are to be zeros, not how many
+        wanted = config.zeros or there or config.pattern != "unstructured"
+        config.method = BEST[bool(wanted)]
+        check_method(config, typed(config))
     if not METHODS[config.method].masks:
         return
     if config.zeros is None:

@@ -18,7 +18,7 @@ import pytest
 import nanolost  # noqa: F401  before torch: OpenMP reads its settings once
 import prepare_c4
 import train
-from nanolost import checkpoint
+from nanolost import checkpoint, sparse
 from nanolost.job import Job
 from nanolost.loop import update
 from nanolost.settings import resolve, settle_device, split_batch
@@ -44,6 +44,14 @@ def no_process_outlives_its_test():
     # after a failure; processes of a launcher end when it does
     while LAUNCHED:
         LAUNCHED.pop().kill()
+
+@pytest.fixture
+def kernel():
+    """The dtypes of the kernel; skips where this machine cannot have one."""
+    missing = sparse.NEEDED[sparse.torch.bfloat16] - sparse.cpu_flags()
+    if missing:
+        pytest.skip(f"this CPU has no {', '.join(sorted(missing))}")
+    assert sparse.load_kernel() == set(sparse.NEEDED)
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=10, help="random kills of a run, of each kind")

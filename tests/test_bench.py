@@ -5,7 +5,7 @@ import sys
 import pytest
 
 import bench
-from nanolost import loop
+from nanolost import loop, sparse
 from nanolost.errors import UserError
 
 def run(capsys, what):
@@ -17,7 +17,8 @@ def run(capsys, what):
 def test_each_part_prints_a_table_and_last_one_line_of_json(capsys):
     results, tables = run(capsys, "init,layer,step,decode")
     assert [row["layer"] for row in results["layer"]] == ["128→128", "128→344", "344→128"]
-    assert {row["decode"] for row in results["decode"]} == {"dense", "lost", "transformers"}
+    names = {"dense", "lost", "transformers", "50% zeros", "70% zeros", "90% zeros"}
+    assert {row["decode"] for row in results["decode"]} == names
     assert results["init"][0]["decompositions"] == 28 and "of limit" in tables
     steps = {row["step"]: row for row in results["step"]}
     assert set(steps) == {"dense", "lost", "lost, reading data", "lost, recompute", "transformers"}
@@ -87,7 +88,50 @@ def test_contestants_take_turns_each_after_a_run_that_warms_memory_up():
     assert set(bench.race(names, 3, bench.torch.device("cpu"))) == set("abc")
     assert order == list("abc") * 2 + list("aabbcc") * 3
 
-@pytest.mark.parametrize("name", ["tokens", "seq_len", "new_tokens", "rounds", "vocab_size"])
+def test_shares_of_zeros_are_packed_for_a_cpu_and_held_in_less_memory(kernel):
+    sizes = {}
+    for name, model in bench.decoders(small(zeros=(0.5, 0.9)), bench.torch.device("cpu")):
+        sizes[name] = bench.held_bytes(model)
+        kept = [module.weight.count_nonzero() / module.weight.numel() for module in model.modules()
+                if isinstance(module, sparse.PackedLinear)]
+        assert kept == pytest.approx([1 - float(name[:2]) / 100] * 28 if "zeros" in name else [], abs=0.03)
+    assert sizes["90% zeros"] < sizes["50% zeros"] < sizes["dense"]
+
+def test_on_a_gpu_two_of_every_four_are_zeros():
+    model = bench.with_zeros(bench.build_model(bench.train_config(small(), "dense"), "cpu"), "2:4")
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, bench.nn.Linear)}
+    assert linears.pop("lm_head").weight.all()
+    for linear in linears.values():
+        assert ((linear.weight.view(-1, 4) != 0).sum(1) == 2).all()
+
+def test_products_are_measured_on_more_weights_than_a_cache_holds(kernel, monkeypatch):
+    monkeypatch.setattr(bench, "BEYOND_CACHE", 3 << 16)
+    monkeypatch.setattr(bench, "TURN", 1)
+    made = []
+    begin = sparse.PackedLinear.__init__
+    monkeypatch.setattr(sparse.PackedLinear, "__init__", lambda *args: made.append(args) or begin(*args))
+    rows = bench.bench_sparse(small(zeros=(0.5,), rounds=1), bench.torch.device("cpu"))
+    assert [row["sparse"] for row in rows[::5]] == ["128→128, 50%", "128→344, 50%", "344→128, 50%"]
+    assert [row["columns"] for row in rows[:5]] == [1, 2, 4, 8, 16] and len(made) == 3 + 2 + 2
+    assert {row["used"] for row in rows} == {"packed"}
+    assert [row["bytes"] for row in rows] == pytest.approx([0.5 + 1 / 32] * 15, abs=0.03)
+
+@pytest.mark.parametrize("device, kernels", [("cpu", ()), ("meta", ("float32",))])
+def test_products_are_refused_where_there_is_no_kernel(monkeypatch, device, kernels):
+    monkeypatch.setattr(bench, "load_kernel", lambda: [getattr(bench.torch, name) for name in kernels])
+    with pytest.raises(UserError, match="a kernel for CPUs"):
+        bench.bench_sparse(small(), bench.torch.device(device))
+
+@pytest.mark.parametrize("given, message", [
+    (dict(n_layer=0), "--n_layer 0: must be positive"),
+    (dict(zeros=(0.5, 1.0)), "--zeros 1.0: must lie between 0 and 1"),
+    (dict(zeros=(float("nan"),)), "--zeros nan: must lie"),
+])
+def test_shares_and_blocks_that_cannot_be_are_refused(given, message):
+    with pytest.raises(UserError, match=message):
+        bench.main(bench.Config(**given))
+
+@pytest.mark.parametrize("name", ["tokens", "seq_len", "new_tokens", "texts", "rounds", "vocab_size"])
 def test_a_number_below_one_is_refused(name):
     with pytest.raises(UserError, match=f"--{name} 0: must be positive"):
         bench.main(bench.Config(**{name: 0}))
@@ -98,7 +142,7 @@ def test_without_transformers_the_repair_is_named(monkeypatch):
         bench.as_transformers(None)
 
 def test_an_unknown_part_is_refused():
-    with pytest.raises(UserError, match="--what speed: use init, layer, step, decode, data"):
+    with pytest.raises(UserError, match="--what speed: use init, layer, step, decode, sparse, data"):
         bench.main(bench.Config(what="data,speed"))
 
 def test_windows_that_do_not_fill_a_batch_are_refused_with_a_number_that_does():

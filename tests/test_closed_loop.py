@@ -29,7 +29,7 @@ def prior(name: str) -> torch.Tensor:
 
 PRIOR = types.SimpleNamespace(inputs=prior)
 
-def run(model, replace, data=None, micro=2, statistics=PRIOR) -> dict[str, tuple]:
+def run(model, replace, data=None, micro=2, statistics=PRIOR, context=FULL) -> dict[str, tuple]:
     """W̃ and C̃ of every layer, in the order in which it was asked for. replace(name, linear, W̃) → weight."""
     data = data or Windows(5, LENGTHS)
     model.requires_grad_(False)
@@ -42,7 +42,7 @@ def run(model, replace, data=None, micro=2, statistics=PRIOR) -> dict[str, tuple
         other.load_state_dict(linear.state_dict())
         other.weight.copy_(replace(name, linear, W))
         return other.requires_grad_(False)
-    closed_loop.run(model, statistics, texts_of(data, micro), asked, FULL)
+    closed_loop.run(model, statistics, texts_of(data, micro), asked, context)
     return seen
 
 def inputs_of(model, data) -> dict[str, np.ndarray]:
@@ -157,6 +157,14 @@ def test_the_layer_that_is_given_takes_the_place_and_no_hook_is_left():
     assert_without_hooks(model)
 
 # --- the text ---
+
+def test_what_is_computed_of_the_inputs_is_not_under_their_autocast():
+    seen = set()
+    def replace(name, linear, W):
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return W
+    run(small(), replace, context=torch.autocast("cpu", torch.bfloat16))
+    assert seen == {False}
 
 def assert_alike(one, other, tolerance):
     for name in NAMES:

@@ -12,7 +12,6 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from small_models import all_logits, largest_difference, small, tokens
 
-import compress
 import prepare_c4
 from compress import Config, main
 from lost import LOSTLinear, apply_lost
@@ -320,7 +319,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name(compressed, source, tmp
 def test_too_little_room_for_what_is_kept_meanwhile_is_said_first(compressed, monkeypatch, tmp_path):
     from collections import namedtuple
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(compress.shutil, "disk_usage", lambda path: usage(0, 0, 1000))
+    monkeypatch.setattr(calibration.shutil, "disk_usage", lambda path: usage(0, 0, 1000))
     with pytest.raises(UserError, match="TMPDIR"):
         compressed()
     assert not os.listdir(tmp_path)

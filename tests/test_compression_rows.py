@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from experiments import compression
+from experiments import runs
 from experiments.compression import Config, folder_of, healed, results, run, unhealed
 from nanolost.errors import UserError
 
@@ -36,7 +36,7 @@ class Commands:
 @pytest.fixture
 def commands(monkeypatch):
     found = Commands()
-    monkeypatch.setattr(compression, "command", found)
+    monkeypatch.setattr(runs, "output_of", found)
     return found
 
 ROW = "closed loop 50%"
@@ -90,5 +90,5 @@ def test_a_table_has_the_mean_and_the_spread_of_the_seeds(commands, tmp_path):
     assert "+2.500 ± 1.000" in line.split("|")[5]
 
 def test_a_command_that_fails_is_told_by_its_last_line():
-    with pytest.raises(UserError, match="compress.py --no_such_flag 1 ended with 2: .*no_such_flag"):
-        compression.command("compress.py", no_such_flag=1)
+    with pytest.raises(UserError, match="compress.py --no_such_flag=1 ended with 2: .*no_such_flag"):
+        runs.output_of("compress.py", no_such_flag=1)

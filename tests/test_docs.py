@@ -107,7 +107,7 @@ def known_flags() -> set[str]:
     known = set(FOREIGN)
     for name in ("nanolost.settings", "nanolost.tuning", "prepare_c4", "sample", "eval", "export",
                  "compress", "bench", "experiments.compression", "experiments.speed", "experiments.controls",
-                 "experiments.tiny", "experiments.ladder"):
+                 "experiments.tiny", "experiments.ladder", "experiments.finetuning"):
         fields = vars(importlib.import_module(name))["Config"].__dataclass_fields__
         known |= {f"--{field}" for field in fields}
     return known
@@ -229,8 +229,9 @@ def test_the_code_of_the_readme_runs(capsys):
         run(code)
 
 def test_the_pages_but_one_have_no_other_code():
-    # what is shown there is run below, each block with what it is for, or in test_huggingface.py
-    known = {"README.md", "extending.md", "huggingface.md"}
+    # what is shown there is run below, each block with what it is for, or in test_huggingface.py and
+    # test_sparse.py
+    known = {"README.md", "extending.md", "finetuning.md", "huggingface.md"}
     assert {page.name for page in PAGES if blocks(page, "python")} <= known
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def test_counts_are_sums_over_the_layers_and_over_the_inputs_that_they_share():
     assert counts.short_cubed == 3 * (5 * 48 ** 3 + 2 * 24 ** 3)
 
 def settled(**flags):
-    given = dict(calibration_tokens=1000, gradient_tokens=500, closed_loop=False)
+    given = dict(calibration_tokens=1000, gradient_tokens=500, loop_tokens=10_000, closed_loop=False)
     return Config(**{**given, **flags})
 
 def test_more_text_and_a_closed_loop_take_longer_and_a_faster_machine_less():

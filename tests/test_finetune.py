@@ -6,9 +6,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_models import all_logits, small
+from small_models import all_logits, mixed, small, sparse_of
 
 import finetune
+import prepare_c4
+import train
 from lost import LOSTLinear, apply_lost
 from nanolost import adapters, checkpoint
 from nanolost.checkpoint import load_folder, write_model
@@ -34,7 +36,7 @@ def tuned(source, data_dir, tmp_path):
         flags = dict(ckpt=source, data=data_dir, out_dir=str(tmp_path / "out"), seq_len=32, batch_tokens=128,
                      steps=6, eval_every=3, save_every=3, eval_tokens=500, log_every=1, rank=4,
                      calibration_tokens=1024, device="cpu", threads=1)
-        method = METHODS.get(given.get("method", "lora"))
+        method = METHODS[given.get("method") or "lora"]
         if method.update is None:
             del flags["rank"]
         if not method.masks:
@@ -114,6 +116,31 @@ def test_a_finished_run_goes_on_when_it_is_given_more_steps(tuned):
     assert [line["step"] for line in metrics(config, "stage")] == [0, 1]
     assert checkpoint.step_of(folder_of(config)) == 14
 
+@pytest.mark.parametrize("flags, steps, message", [
+    ({"method": "losa", "steps": 20}, 8, "--steps 8: the last of this run's 5 stages begins after step 8"),
+    ({"method": "refit", "steps": 2}, 1, "--steps was 2 for each half"),
+    ({"method": "refit", "steps": 2}, 4, "--steps was 2 for each half"),
+])
+def test_a_length_that_the_stages_forbid_is_refused(tuned, flags, steps, message):
+    flags = {**flags, "zeros": 0.5, "masks": "wanda", "save_every": 1, "keep": 100}
+    config = tuned(**flags)
+    # of a run that has not come to its last stage
+    for folder in checkpoint.checkpoints(config.out_dir)[2:]:
+        shutil.rmtree(folder)
+    with pytest.raises(UserError, match=message):
+        tuned(**{**flags, "steps": steps})
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "state.json"])
+@pytest.mark.parametrize("damage", [os.remove, lambda path: os.truncate(path, 100)], ids=["gone", "cut"])
+def test_a_damaged_checkpoint_is_passed_over(tuned, capsys, name, damage):
+    first = tuned(method="lora")
+    good, newest = checkpoint.checkpoints(first.out_dir)[-2:]
+    damage(os.path.join(newest, name))
+    tuned(method="lora")
+    output = capsys.readouterr()
+    assert f"{newest} is damaged" in output.err
+    assert f"continuing from {good}" in output.out
+
 @pytest.mark.parametrize("changed", [{"method": "lora"}, {"zeros": 0.6}, {"masks": "wanda"}, {"rank": 3},
                                      {"alpha": 8.0}, {"seed": 1}, {"seq_len": 16}])
 def test_a_resume_with_another_recipe_is_refused(tuned, changed):
@@ -176,6 +203,11 @@ def test_each_part_of_losa_can_be_switched_off(tuned, flags):
         model, _ = load_folder(folder_of(config))
         shares = [float((layer.weight == 0).float().mean()) for layer in linears(model).values()]
         assert max(shares) - min(shares) < 0.03 and by_block[0] == pytest.approx(0.6, abs=1e-3)
+
+def test_ranks_may_rise_above_twice_a_small_rank(tuned):
+    config = tuned(method="losa", zeros=0.5, masks="wanda", rank=1, steps=10)
+    ranks = [line["ranks"] for line in metrics(config, "stage")]
+    assert [sum(of_blocks) for of_blocks in ranks] == [2, 2, 2, 4, 6]
 
 def test_wanda_has_as_many_zeros_in_every_row(tuned):
     config = tuned(method="masked-lora", zeros=0.5, masks="wanda")
@@ -242,6 +274,14 @@ def test_refit_of_a_compressed_folder_aims_at_what_it_was_made_of(tuned, source)
     found = tuned(ckpt=sparse, method="refit", steps=2, out_dir=first.out_dir + "3")
     assert weights_of(folder_of(named)) == weights_of(folder_of(found))
 
+def test_rows_weigh_the_same_in_a_refit_for_any_micro_batch(tuned, lines):
+    found = []
+    for micro in (1, 4):
+        config = tuned(method="refit", zeros=0.5, masks="wanda", data=str(lines / "train.jsonl"), steps=2,
+                       seq_len=None, batch_tokens=4 * 24, micro_batch=micro, out_dir=f"{lines}/by_{micro}")
+        found.append([line["loss"] for line in metrics(config, "train")])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
 # --- LOST layers ---
 
 @pytest.fixture(scope="module")
@@ -267,6 +307,26 @@ def test_a_lost_model_is_tuned_as_it_is(tuned, lost_source, method):
 def test_silu_between_the_factors_is_refused_where_matrices_are_needed(tuned, lost_source, method):
     with pytest.raises(UserError, match="use --method full or lost"):
         tuned(ckpt=lost_source, method=method, **({"zeros": 0.5} if METHODS[method].masks else {}))
+
+@pytest.fixture(scope="module")
+def factored_source(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("factored") / "model")
+    model = mixed(small(**SIZES), [sparse_of])
+    write_model(folder, model, BYTE, {})
+    return folder
+
+def test_lost_trains_factors_and_leaves_the_matrix_beside_them_its_zeros(tuned, factored_source):
+    config = tuned(ckpt=factored_source, method="lost")
+    before = linears(load_folder(factored_source)[0])
+    for name, layer in linears(load_folder(folder_of(config))[0]).items():
+        assert torch.equal(layer.weight, before[name].weight)
+        assert not torch.equal(layer.B, before[name].B)
+
+@pytest.mark.parametrize("method, said", [("full", True), ("lora", True), ("lost", False)])
+def test_zeros_beside_factors_are_filled_with_a_word(tuned, factored_source, capsys, method, said):
+    tuned(ckpt=factored_source, method=method, steps=1)
+    output = capsys.readouterr().out
+    assert (f"which --method {method} fills" in output.partition("step ")[0]) == said
 
 # --- data ---
 
@@ -299,6 +359,37 @@ def test_lines_may_be_tuned_on_beside_shards_for_the_loss(tuned, lines, data_dir
                    batch_tokens=None, eval=str(lines / "asked.jsonl"))
     assert [line["step"] for line in metrics(config, "eval")] == [0, 3, 6]
     assert [line["step"] for line in metrics(config, "accuracy")] == [0, 3, 6]
+
+def test_a_resume_evaluates_the_same_windows_beside_lines(tuned, lines, data_dir):
+    flags = dict(method="lora", data=str(lines / "train.jsonl"), eval_dir=data_dir, seq_len=None,
+                 batch_tokens=None)
+    tuned(**flags)
+    config = tuned(**flags, steps=9)
+    counts = {line["val_tokens"] for line in metrics(config, "eval")}
+    assert counts == {SIZES["max_seq_len"] * (500 // SIZES["max_seq_len"])}
+
+@pytest.fixture(scope="module")
+def foreign_dir(tmp_path_factory):
+    """The built-in text in another vocabulary."""
+    folder = str(tmp_path_factory.mktemp("foreign"))
+    prepare_c4.main(prepare_c4.Config(input=["builtin"], tokenizer="train:300", out_dir=folder, workers=1))
+    return folder
+
+@pytest.mark.parametrize("flag", ["calibration_dir", "eval_dir"])
+def test_shards_of_another_tokenizer_are_refused_by_their_name(tuned, foreign_dir, flag):
+    with pytest.raises(UserError, match=f"is not the tokenizer that {foreign_dir} was made with"):
+        tuned(method="masked-lora", zeros=0.5, masks="wanda", **{flag: foreign_dir})
+
+@pytest.mark.parametrize("flags", [{"method": "masked-lora", "gradient_tokens": 1},
+                                   {"method": "losa", "stages": 2, "calibration_tokens": 1}])
+def test_less_text_than_a_window_is_a_window(tuned, flags):
+    config = tuned(zeros=0.5, masks="fisher", **flags)
+    assert zeros_of(folder_of(config)) == pytest.approx(0.5, abs=1e-3)
+
+def test_more_text_than_there_is_asks_for_no_room(tuned, lines):
+    config = tuned(method="masked-lora", zeros=0.5, masks="walk", calibration_tokens=10**12, seq_len=None,
+                   data=str(lines / "train.jsonl"), batch_tokens=None)
+    assert zeros_of(folder_of(config)) == pytest.approx(0.5, abs=1e-3)
 
 # --- what is said ---
 
@@ -335,11 +426,34 @@ def test_what_rounding_to_the_sources_dtype_costs_is_said(tuned, tmp_path, capsy
     ({"method": "lora", "ckpt": "nowhere"}, "no checkpoint in"),
     ({"method": "lora", "gradient_tokens": 10}, "--gradient_tokens means nothing"),
     ({"method": "masked-lora", "zeros": 0.5, "gradient_tokens": 10_000}, "use as many or less"),
+    ({"method": "losa", "zeros": 0.95, "pattern": "mixed:8"}, "use 0.875 or less"),
+    ({"method": "lost", "rank": 33}, "--method lost: rank 33 of a 32×32 weight"),
+    ({"method": "lost", "rank": 33, "sparsity": 0.0, "activation": "silu"}, "rank 33 of a 32×32 weight"),
+    # without a method one is chosen, with which they must mean something
+    ({"method": None, "rank": 4, "stages": 2}, "--stages means nothing with --method lora"),
+    ({"method": None, "rank": 4, "masks": "wanda"}, "--masks means nothing with --method lora"),
+    ({"method": None, "rank": 4, "zeros": 0.5, "sparsity": 0.1}, "--sparsity means nothing"),
+    ({"method": None, "rank": 4, "pattern": "mixed:8"}, "give --zeros"),
 ])
 def test_what_cannot_be_is_refused_before_anything_is_written(tuned, tmp_path, given, message):
     with pytest.raises(UserError, match=message):
         tuned(**given)
     assert not checkpoint.checkpoints(str(tmp_path / "out"))
+
+def test_more_zeros_than_asked_for_are_told_of(tuned, capsys):
+    first = tuned(method="masked-lora", zeros=0.5, masks="fisher")
+    capsys.readouterr()
+    tuned(ckpt=folder_of(first), method="masked-lora", zeros=0.6, masks="wanda", out_dir=first.out_dir + "2")
+    assert "lie unevenly in its rows" in capsys.readouterr().out
+    tuned(ckpt=folder_of(first), method="masked-lora", zeros=0.6, masks="walk", out_dir=first.out_dir + "3")
+    assert "lie unevenly in its rows" not in capsys.readouterr().out
+
+def test_the_run_of_another_command_is_not_continued(tuned, source, data_dir, tmp_path):
+    run = train.resolve(dict(init_from=source, data_dir=data_dir, out_dir=str(tmp_path / "out"), seq_len=32,
+                             batch_tokens=128, steps=1, device="cpu", threads=1, eval_tokens=100))
+    train.main(run)
+    with pytest.raises(UserError, match="belongs to a run of train.py"):
+        tuned(method="full")
 
 def test_fewer_zeros_than_a_folder_has_are_refused(tuned):
     first = tuned(method="masked-lora", zeros=0.5, masks="wanda")

@@ -6,14 +6,19 @@ import types
 
 import pytest
 import torch
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
 from matrices import covariance, noise
 
 from nanolost import pruning
 from nanolost.lowrank import shrunk
 from nanolost.pruning import (
     NEAR,
+    NEVER,
     Roots,
     Walker,
+    fitted,
     inverse_root,
     largest,
     largest_of_groups,
@@ -60,6 +65,48 @@ def test_rows_keep_their_largest_and_together_the_share(score):
         assert max(counts) - min(counts) <= 1
         for row, count, values in zip(mask.tolist(), counts, score.tolist(), strict=True):
             assert row == literal_largest(values, count)
+
+def with_never(score, seed=3):
+    """The score without two of three entries, and none at all in one row."""
+    never = noise(*score.shape, seed=seed).abs() < 1
+    never[2] = True
+    return score.masked_fill(never, NEVER), ~never
+
+@scores
+def test_what_can_never_stay_does_not_and_the_others_make_up_for_it(score):
+    score, able = with_never(score)
+    size = int(able.sum())
+    for count in (0, 1, size // 2, size, 60):
+        masks = largest(score, count), largest_of_rows(score, (count + 0.5) / 66)
+        for mask in masks:
+            assert int(mask.sum()) == min(count, size)
+            assert not (mask & ~able).any()
+    for n, m in ((2, 4), (1, 8)):
+        mask = largest_of_groups(score, n, m)
+        for kept, there in zip(mask, able, strict=True):
+            for chosen, known in zip(kept.split(m), there.split(m), strict=True):
+                assert int(chosen.sum()) == min(n, int(known.sum()))
+        assert not (mask & ~able).any()
+
+def literal_fitted(counts: list, room: list) -> list:
+    found = [min(pair) for pair in zip(counts, room, strict=True)]
+    missing = sum(counts) - sum(found)
+    while missing and any(a < b for a, b in zip(found, room, strict=True)):
+        for i, most in enumerate(room):
+            if missing and found[i] < most:
+                found[i] += 1
+                missing -= 1
+    return found
+
+@settings(max_examples=100, deadline=None)
+@drawn(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 60)), min_size=1, max_size=9))
+def test_what_does_not_fit_goes_to_the_others_as_many_to_each(pairs):
+    counts, room = (list(column) for column in zip(*pairs, strict=True))
+    found = fitted(torch.tensor(counts), torch.tensor(room)).tolist()
+    expected = literal_fitted(counts, room)
+    assert sum(found) == sum(expected) and all(a <= b for a, b in zip(found, room, strict=True))
+    # who gets the odd ones is open
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 1
 
 @pytest.mark.parametrize("n, m", [(2, 4), (4, 8), (1, 4), (7, 8), (3, 3)])
 @scores
@@ -122,6 +169,21 @@ def test_the_walk_is_the_surgeon_column_by_column(block, monkeypatch):
     # what the weight was is left
     assert torch.equal(W, noise(7, 22))
 
+def test_zeros_that_stay_make_up_for_nothing(monkeypatch):
+    monkeypatch.setattr(pruning, "BLOCK", 8)
+    W, C = noise(7, 22), covariance(22, 1)
+    gone = noise(7, 22, seed=4) > 0.3
+    W[gone] = 0
+    left = iter(~gone.T)
+    def keep(saliency):
+        return saliency > 0.4
+    expected = surgeon(W, C, lambda saliency: keep(saliency) & next(left))
+    found = walk(W, inverse_root(C), keep, gone=gone)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+    assert not found[gone].any() and 20 < int(found.count_nonzero()) < int((~gone).sum())
+    # which is more than leaving them as they were
+    assert walk(W, inverse_root(C), keep)[gone].any()
+
 @pytest.mark.parametrize("n, m", [(2, 4), (3, 8)])
 def test_the_walk_in_groups_is_the_surgeon_with_a_choice_a_group(n, m, monkeypatch):
     monkeypatch.setattr(pruning, "BLOCK", 8)
@@ -166,6 +228,15 @@ def test_sparsegpt_keeps_exactly_the_share_block_by_block(share, monkeypatch):
     found = sparsegpt(W, inverse_root(covariance(22, 1)), share, None)
     ends = [math.floor(share * 7 * end + 1e-9) for end in (8, 16, 22)]
     assert [int(found[:, :end].count_nonzero()) for end in (8, 16, 22)] == ends
+
+def test_sparsegpt_meets_its_count_where_whole_blocks_are_gone(monkeypatch):
+    monkeypatch.setattr(pruning, "BLOCK", 8)
+    W = noise(7, 22)
+    W[:, :8] = 0
+    W[0, 10:] = 0
+    found = sparsegpt(W, inverse_root(covariance(22, 1)), 0.5, None, W == 0)
+    assert int(found.count_nonzero()) == 77
+    assert not found[W == 0].any()
 
 @pytest.mark.parametrize("pattern", [None, (2, 4)], ids=["half", "2:4"])
 @pytest.mark.parametrize("seed", range(3))

@@ -9,7 +9,7 @@ import torch
 from matrices import noise
 
 from nanolost import splitting
-from nanolost.pruning import largest
+from nanolost.pruning import NEVER, largest
 from nanolost.shelf import Shelf
 from nanolost.splitting import (
     GROWTH,
@@ -111,6 +111,24 @@ def test_a_pattern_is_kept_exactly_and_loses_less_than_the_start(n, m, tmp_path)
     D = result(layer)
     assert (D.view(24, -1, m).count_nonzero(2) == n).all()
     assert cost(W - D, C, G) < 0.7 * cost(W - start, C, G)
+
+@pytest.mark.parametrize("patterns", [None, {NAME: (2, 4)}], ids=["half", "2:4"])
+def test_zeros_that_stay_are_never_chosen_again(patterns, tmp_path):
+    C, G, W = covariance(32, 1), covariance(24, 2), noise(24, 32)
+    gone = noise(24, 32, seed=5) > 0.5
+    # the weight that is approximated may have entries there: they are for the others to make up for
+    start = W * largest(W.abs().masked_fill(gone, NEVER), 300)
+    layer = Scaled(NAME, C, G, Shelf(str(tmp_path)))
+    layer.begin(W, start, CPU, gone)
+    split([layer], 300, patterns, CPU)
+    D = result(layer)
+    assert not D[gone].any()
+    if patterns:
+        room = (~gone).view(24, -1, 4).sum(2).clamp(max=2)
+        assert torch.equal(D.view(24, -1, 4).count_nonzero(2), room)
+    else:
+        assert int(D.count_nonzero()) == 300
+    assert cost(W - D, C, G) < 0.8 * cost(W - start, C, G)
 
 @pytest.mark.parametrize("start", ["best", "other"])
 def test_diagonal_covariances_leave_the_largest_scaled_weights_of_all_layers(start, tmp_path, monkeypatch):
