@@ -119,6 +119,7 @@ def activation_bytes(model: Llama, config, micro: int) -> int:
     every = kept_all(block, model, micro, config.seq_len, dtype)
     kept = [every] * len(model.model["layers"])
     again = 0
+    # of one block at a time the rest is there again, in the backward pass
     if config.recompute:
         kept = [kept_again(block, model, tokens, item) for block in model.model["layers"]]
         again = every - kept_again(block, model, tokens, item)
@@ -139,7 +140,7 @@ def estimate(model: Llama, config, micro: int, activations: float | None = None)
     if activations is None:
         activations = activation_bytes(model, config, micro)
     weights, gradients, moments = count_bytes(model, config.optimizer)
-    # vectors, which are whole on every process, are too few to count apart
+    # vectors, which are whole on every process, are too few to count apart: 0.01 % of a 7b
     return Need(
         weights / config.shard,
         gradients / config.shard,
@@ -172,6 +173,7 @@ def smallest(model: Llama, config, world: int, memory: float):
     micro-batch that the run would have, else with the largest one that fits; None where nothing does."""
     wanted, accumulation = split_batch(config, world)
     share = wanted * accumulation
+    # a smaller micro-batch costs less speed than gathers over more machines
     for micro in sorted((d for d in divisors(share) if d <= wanted), reverse=True):
         # the same for any --shard
         activations = activation_bytes(model, config, micro)

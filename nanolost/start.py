@@ -47,6 +47,7 @@ def own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 def units_of(model: Llama) -> list[str]:
     """Names of the modules that have tensors, a tied head left out."""
     names = [name for name, module in model.named_modules() if own_tensors(module)]
+    # it is the embedding's tensor under a second name
     if model.config.tie_embeddings:
         names.remove("lm_head")
     return names
@@ -56,6 +57,7 @@ def made(name: str, weights, config, device, faithful: bool) -> dict[str, torch.
     """The tensors of a layer that replaces the dense one `name`, on `device`. faithful: see
     `keep_function`."""
     shape = weights.shapes.get_submodule(name)
+    # the usual constructor would draw a weight, and hold it beside the one that comes
     with torch.device("meta"):
         linear = nn.Linear(shape.in_features, shape.out_features, shape.bias is not None)
     for key, p in list(linear.named_parameters()):
@@ -87,6 +89,7 @@ class Filling:
     def attempt(self, names: list[str]) -> dict[str, torch.Tensor]:
         """This process's one of the modules `names`; a UserError of any is raised on all."""
         tensors, error = {}, None
+        # the others would wait for what this one does not send
         try:
             if self.job.rank < len(names):
                 tensors = self.make(names[self.job.rank])
@@ -101,6 +104,7 @@ class Filling:
     def run(self):
         world = self.job.world
         units = units_of(self.model)
+        # all make theirs at once, then send one after the other
         for first in range(0, len(units), world):
             names = units[first:first + world]
             mine = self.attempt(names)

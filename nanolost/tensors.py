@@ -62,6 +62,7 @@ class Writer:
             view = view[self.file.write(view):]
 
     def put(self, tensor: torch.Tensor):
+        # as bytes, since numpy knows no bfloat16
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         self.write(flat.view(torch.uint8).numpy())
 
@@ -95,6 +96,7 @@ class TensorFiles:
         return found
 
     def open(self, path: str):
+        # a header is read once: 7b has 100 KB of it, and a resume asks for 2,000 tensors
         if path not in self.files:
             try:
                 # the library would wait at a pipe
