@@ -173,7 +173,7 @@ def smallest(model: Llama, config, world: int, memory: float):
     micro-batch that the run would have, else with the largest one that fits; None where nothing does."""
     wanted, accumulation = split_batch(config, world)
     share = wanted * accumulation
-    # a smaller micro-batch costs less speed than gathers over more machines
+    # that of the run first: gathers of a larger --shard hide behind computing, smaller products are slow
     for micro in sorted((d for d in divisors(share) if d <= wanted), reverse=True):
         # the same for any --shard
         activations = activation_bytes(model, config, micro)
