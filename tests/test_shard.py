@@ -293,7 +293,7 @@ def split(small):
 def test_a_disk_that_takes_half_of_a_save_ends_all_processes_with_the_reason(split, tmp_path):
     config = split(steps=4, optimizer="muon")
     def train_with_little_room():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (95_000, 95_000))
         with pytest.raises(OSError, match="cannot save .*File too large.*make room"):
             train.main(config)
     passes(2, train_with_little_room, log=tmp_path / "log")
