@@ -114,7 +114,8 @@ class Once:
         # asked to stop: the loop will see to that
         if found is None:
             return {}
-        self.job.say(f"before zeros | val loss {found['val_loss']:.4f} | perplexity {found['val_ppl']:.2f}")
+        self.job.say(f"before new zeros | val loss {found['val_loss']:.4f} | perplexity "
+                     f"{found['val_ppl']:.2f}")
         return {"dense_loss": found["val_loss"]}
 
     def choose(self, state: State):
@@ -312,6 +313,8 @@ def carry_out(plan: Once, state: State, number: int, report: Report, save) -> st
         found = plan.enter(number, state)
         if found:
             report.record("stage", stage=number + 1, **found)
+        if found and METHODS[config.method].masks:
+            report.say(f"zeros       {found['zeros']:.2%} of the blocks' matrices from here on")
         # what the zeros alone cost
         if number == 0 and not run.assess(state, texts, job, report):
             return job.stop_reason()
