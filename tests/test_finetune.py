@@ -438,7 +438,7 @@ def test_what_rounding_to_the_sources_dtype_costs_is_said(tuned, tmp_path, capsy
     ({"method": "lora", "zeros": 0.5}, "--zeros means nothing with --method lora"),
     ({"method": "full", "rank": 4}, "--rank means nothing with --method full"),
     ({"method": "masked-lora", "zeros": 0.5, "stages": 2}, "--stages means nothing"),
-    ({"method": "masked-lora", "zeros": 1.5}, "--zeros 1.5: must lie between 0 and 1"),
+    ({"method": "masked-lora", "zeros": 1.5}, "--zeros 1.5: must be a share between 0 and 1"),
     ({"method": "masked-lora", "pattern": "2:4", "zeros": 0.3}, "--pattern 2:4 has 0.5"),
     ({"method": "masked-lora", "zeros": 0.5, "masks": "wanda", "pattern": "mixed:8"}, "use --masks fisher"),
     ({"method": "masked-full", "zeros": 0.5, "optimizer": "muon"}, "would fill the zeros"),
