@@ -1,0 +1,62 @@
+"""A LOST run that begins dense, so that the decomposition sees weights which know the data: --dense_start.
+
+The SVD of a random weight knows nothing of the text. Here W trains for a share of the updates, is decomposed
+where it stands, and A, B and W_s go on under the same schedule, samples and momenta. A checkpoint says itself
+which layers it has, so that a run continues on either side."""
+import torch
+
+from nanolost import loop
+from nanolost.counts import count_flops
+from nanolost.job import Job
+from nanolost.methods import METHODS, special_layers
+
+def due(state: loop.State, config) -> bool:
+    # below --steps for any share below 1
+    return state.step >= int(config.dense_start * config.steps) and not special_layers(state.model)
+
+def momenta(state: loop.State) -> dict[torch.nn.Parameter, dict]:
+    """Parameter → its optimizer's state."""
+    return {p: own for optimizer in state.optimizers for p, own in optimizer.state.items()}
+
+def factor_momenta(layer, G: torch.Tensor) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """What the momentum G (out, in) of W is for the parts of the layer that W became: the chain rule through
+    γ B A + (1 − γ) W_s, without the slope of a SiLU."""
+    gamma = float(layer.bounded_gamma())
+    found = {layer.A: gamma * layer.B.T @ G, layer.B: gamma * G @ layer.A.T}
+    if layer.k:
+        found[layer.W_s] = (1 - gamma) * G[:, layer.index]
+    return found
+
+@torch.no_grad()
+def decompose(state: loop.State, config, job: Job):
+    """Make a dense state one of --linear's layers. The moments of AdamW in the blocks begin anew: a square
+    has no chain rule."""
+    before = momenta(state)
+    modules = dict(state.model.named_modules())
+    weights = {name: module.weight for name, module in modules.items() if hasattr(module, "weight")}
+    METHODS[config.linear].convert(state.model, config, (0, 1))
+    for tensor in state.model.state_dict().values():
+        # two kinds of GPU may round a decomposition differently
+        job.broadcast(tensor, 0)
+    began = state.began
+    state.restart(config)
+    # the schedule goes on
+    state.began = began
+    for name, layer in special_layers(state.model).items():
+        G = before.pop(weights[name], {}).get("momentum_buffer")
+        if G is not None:
+            before |= {p: {"momentum_buffer": own} for p, own in factor_momenta(layer, G).items()}
+    for optimizer in state.optimizers:
+        for group in optimizer.param_groups:
+            optimizer.state.update({p: before[p] for p in group["params"] if p in before})
+
+def updating(config, report: loop.Report):
+    """The update of a run: `loop.update`, and before the one that is due the decomposition."""
+    if not config.dense_start:
+        return loop.update
+    def update(state, data, samples, config, job):
+        if due(state, config):
+            decompose(state, config, job)
+            report.flops = count_flops(state.model, config.seq_len)
+        return loop.update(state, data, samples, config, job)
+    return update
