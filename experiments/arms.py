@@ -103,15 +103,19 @@ class Trial(NamedTuple):
     batch: int
     seed: int
 
-def check(config: Config):
+def check_numbers(config: Config):
     """UserError for numbers with which nothing would run."""
     for name in ("trials", "seeds", "batch_tokens", "jobs", "wait"):
-        if getattr(config, name) <= 0:
-            raise UserError(f"--{name} {getattr(config, name)}: must be positive")
+        value = getattr(config, name)
+        if value <= 0:
+            raise UserError(f"--{name} {value}: must be positive")
+    # each length starts where the one before ended
+    rising = list(config.lengths) == sorted(set(config.lengths))
     whole = all(length >= 1 and length == int(length) for length in config.lengths)
-    if not whole or list(config.lengths) != sorted(set(config.lengths)):
+    if not whole or not rising:
         raise UserError(f"--lengths {config.lengths}: must be whole positive numbers in ascending order")
-    clash = sorted(extra(config).keys() & {"steps", "optimizer", *Trial._fields})
+    ours = {"steps", "optimizer", *Trial._fields}
+    clash = sorted(extra(config).keys() & ours)
     if clash:
         raise UserError(f"--extra must not set {', '.join(clash)}: the driver does")
 
@@ -182,15 +186,17 @@ def flags_of(config: Config, trial: Trial) -> dict:
         "save_every": 200,
         "keep": 1,
     }
+    # the row has the last word
     flags |= settings(config, trial.row)
-    own = trial._asdict()
-    for name in ("row", "length", "batch"):
-        del own[name]
+    flags["steps"] = steps
+    flags["batch_tokens"] = trial.batch
+    for name in ("lr", "aux_lr", "weight_decay", "momentum", "seed"):
+        flags[name] = getattr(trial, name)
     # AdamW has betas in its place
     if flags["optimizer"] == "adamw":
-        del own["momentum"]
-    data_dir = os.path.abspath(config.data_dir)
-    return flags | own | {"steps": steps, "batch_tokens": trial.batch, "data_dir": data_dir}
+        del flags["momentum"]
+    flags["data_dir"] = os.path.abspath(config.data_dir)
+    return flags
 
 def name_of(trial: Trial) -> str:
     """One name a trial, below its row's."""

@@ -3,22 +3,59 @@
 A pair is two runs of one seed: the same order of the data, and the same dense start where the shapes agree.
 Of n pairs with mean m and deviation s a difference counts when |m| > 2 s / √n, with three pairs at least."""
 import math
+import os
 import statistics
 from typing import NamedTuple
 
 import numpy as np
 
-from experiments.arms import Trial
+# first of ours: it imports nanolost before torch
+from experiments.arms import Config, Trial
 from experiments.ladder import fit_line
+from experiments.runs import read_lines
 from experiments.tables import spread
-
-# trial → its line of results
-Results = dict[Trial, dict]
+from nanolost.errors import UserError
 
 LEAST_PAIRS = 3
 
+# --- results ---
+
+# trial → its line in the file of results
+Results = dict[Trial, dict]
+
+def trial_of(line: dict) -> Trial:
+    try:
+        return Trial(*(line[name] for name in Trial._fields))
+    except (KeyError, TypeError):
+        raise UserError(f"{str(line):.80} is no result of isoflop.py: remove it from --results") from None
+
+def results(config: Config) -> Results:
+    if not os.path.exists(config.results):
+        return {}
+    lines = read_lines(config.results)
+    return {trial_of(line): line for line in lines}
+
+def losses(found: Results) -> dict[Trial, float]:
+    """Trial → validation loss at the end, infinite where it diverged."""
+    return {trial: line.get("val_loss", math.inf) for trial, line in found.items()}
+
+def seeds_of(found: Results, trial: Trial) -> dict[int, dict]:
+    """Seed → result of a trial whose rates are chosen, without the seed that chose them."""
+    own = {}
+    for other, line in found.items():
+        same = other._replace(seed=trial.seed) == trial
+        # seed 0 is better at its own choice than it would be at another's
+        if same and other.seed > 0 and "val_loss" in line:
+            own[other.seed] = line
+    return dict(sorted(own.items()))
+
+def mean_loss(lines: dict[int, dict]) -> float:
+    return statistics.mean(line["val_loss"] for line in lines.values())
+
+# --- the rule ---
+
 class Gap(NamedTuple):
-    """A row's loss above its dense row's in nats, over pairs of seeds."""
+    """A row's loss above its dense row's in nats, a number for each pair."""
 
     pairs: list[float]
 
@@ -27,9 +64,11 @@ class Gap(NamedTuple):
 
     def error(self) -> float:
         """Twice the standard error, infinite where the pairs are too few to say."""
-        if len(self.pairs) < LEAST_PAIRS:
+        count = len(self.pairs)
+        if count < LEAST_PAIRS:
             return math.inf
-        return 2 * statistics.stdev(self.pairs) / math.sqrt(len(self.pairs))
+        deviation = statistics.stdev(self.pairs)
+        return 2 * deviation / math.sqrt(count)
 
     def counts(self) -> bool:
         return abs(self.mean()) > self.error()
@@ -37,86 +76,96 @@ class Gap(NamedTuple):
     def shown(self) -> str:
         return spread(self.pairs, "+.3f")
 
-def seeds_of(results: Results, trial: Trial) -> dict[int, dict]:
-    """Seed → result of a trial whose rates are chosen, without the seed that chose them."""
-    found = {}
-    for other, line in results.items():
-        if other._replace(seed=0) == trial._replace(seed=0) and other.seed and "val_loss" in line:
-            found[other.seed] = line
-    return dict(sorted(found.items()))
-
-# --- what a FLOP is worth ---
-
 def slopes(lengths: list[int], losses: list[float]) -> list[float]:
-    """Of loss against the logarithm of updates, in nats for each factor of e, at each length: of the parabola
-    through all points that are there."""
+    """Of loss over the logarithm of updates, in nats for a factor of e, at each length."""
     x = np.log(lengths)
+    # of one point nothing can be said
     if len(x) < 2:
         return [0.0] * len(x)
+    # the parabola through three lengths, the line through two
     curve = np.polyfit(x, losses, min(2, len(x) - 1))
-    return [float(slope) for slope in np.polyval(np.polyder(curve), x)]
+    steepness = np.polyval(np.polyder(curve), x)
+    return [float(slope) for slope in steepness]
 
-def gap(results: Results, own: Trial, dense: Trial, slope: float) -> Gap | None:
-    """Of seeds that both have. slope: of dense's loss, by which FLOPs that a row lacks count for it; None
-    without a pair."""
-    mine = seeds_of(results, own)
-    theirs = seeds_of(results, dense)
+def gap(found: Results, own: Trial, dense: Trial, slope: float) -> Gap | None:
+    """Over seeds that both have, None without any. slope: of dense's loss, by which the FLOPs that a row
+    lacks to its budget are turned into nats."""
+    mine = seeds_of(found, own)
+    theirs = seeds_of(found, dense)
     pairs = []
-    for seed in mine.keys() & theirs.keys():
-        lacking = math.log(theirs[seed]["flops"] / mine[seed]["flops"])
-        pairs.append(mine[seed]["val_loss"] + slope * lacking - theirs[seed]["val_loss"])
+    for seed in sorted(mine.keys() & theirs.keys()):
+        line = mine[seed]
+        other = theirs[seed]
+        # the slope is negative: who had fewer would have come further down
+        lacking = math.log(other["flops"] / line["flops"])
+        at_equal = line["val_loss"] + slope * lacking
+        pairs.append(at_equal - other["val_loss"])
     return Gap(pairs) if pairs else None
 
 # --- where a gap ends ---
 
 def crossing(lengths: list[int], gaps: list[float]) -> float | None:
-    """The updates at which a gap first goes through zero, on lines between the logarithms of the lengths."""
+    """The updates at which a gap first goes through zero, on lines over the logarithm of updates."""
+    x = np.log(lengths)
     for i in range(len(gaps) - 1):
-        before, after = gaps[i], gaps[i + 1]
+        before = gaps[i]
+        after = gaps[i + 1]
         if before == 0 or before * after < 0:
             share = before / (before - after)
-            low, high = math.log(lengths[i]), math.log(lengths[i + 1])
-            return math.exp(low + share * (high - low))
+            return math.exp(x[i] + share * (x[i + 1] - x[i]))
     return None
 
 def crossing_with_interval(lengths: list[int], gaps: list[Gap]) -> tuple[float | None, ...]:
-    """(at the means, where all gaps are larger by their error, smaller by it); None: none of the lengths."""
-    if any(one.error() == math.inf for one in gaps):
-        return crossing(lengths, [one.mean() for one in gaps]), None, None
-    ends = [crossing(lengths, [one.mean() + sign * one.error() for one in gaps]) for sign in (0, 1, -1)]
-    return ends[0], *ends[1:]
+    """(at the means, where all gaps are larger by their error, smaller by it); None: nowhere."""
+    means = [one.mean() for one in gaps]
+    errors = [one.error() for one in gaps]
+    at = crossing(lengths, means)
+    # too few pairs for an interval
+    if math.inf in errors:
+        return at, None, None
+    larger = np.add(means, errors)
+    smaller = np.subtract(means, errors)
+    return at, crossing(lengths, larger), crossing(lengths, smaller)
 
 # --- frontiers ---
 
 class Point(NamedTuple):
+    """The mean over seeds of a row at a length. flops: of the whole training."""
+
     row: str
     length: int
     flops: float
     loss: float
 
-def points(results: Results, best: list[Trial]) -> list[Point]:
-    """The mean over seeds of each of the trials that has any."""
-    found = []
-    for trial in best:
-        lines = list(seeds_of(results, trial).values())
+def points(found: Results, trials: list[Trial]) -> list[Point]:
+    """Of those of the trials that have any seed."""
+    every = []
+    for trial in trials:
+        lines = seeds_of(found, trial)
         if lines:
-            loss = statistics.mean(line["val_loss"] for line in lines)
-            found.append(Point(trial.row, trial.length, lines[0]["flops"], loss))
-    return sorted(found, key=lambda point: point.flops)
+            # alike for all seeds
+            flops = next(iter(lines.values()))["flops"]
+            every.append(Point(trial.row, trial.length, flops, mean_loss(lines)))
+    return every
 
-def frontier(found: list[Point]) -> list[Point]:
+def frontier(every: list[Point]) -> list[Point]:
     """Without those that another reaches with no more FLOPs."""
     kept = []
-    for point in sorted(found, key=lambda point: (point.flops, point.loss)):
+    for point in sorted(every, key=lambda point: (point.flops, point.loss)):
         if not kept or point.loss < kept[-1].loss:
             kept.append(point)
     return kept
 
-def exponent(found: list[Point]) -> tuple[float, float, float]:
+def exponent(kept: list[Point]) -> tuple[float, float, float]:
     """b of loss = a · FLOPs^-b, half its 95 % interval, and a."""
-    x = [math.log(point.flops) for point in found]
-    slope, fixed, half = fit_line(x, [math.log(point.loss) for point in found])
+    # a power law is a line there
+    x = [math.log(point.flops) for point in kept]
+    y = [math.log(point.loss) for point in kept]
+    slope, fixed, half = fit_line(x, y)
     return -slope, half, math.exp(fixed)
 
 def kind(row: str) -> str:
-    return "dense" if row.startswith("dense") and row != "dense start" else "LOST"
+    # which begins dense and ends as LOST
+    if row == "dense start":
+        return "LOST"
+    return "dense" if row.startswith("dense") else "LOST"

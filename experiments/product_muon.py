@@ -56,8 +56,11 @@ class ProductMuon(torch.optim.Optimizer):
         for A, B in self.pairs:
             if A not in momenta:
                 continue
-            eta = 0.2 * group["lr"] * math.sqrt(max(len(B), A.shape[1]))
-            by_A, by_B = inverse_root(A @ A.T), inverse_root(B.T @ B)
+            # as Muon's match_rms_adamw has it for a matrix of the product's shape
+            size = max(len(B), A.shape[1])
+            eta = 0.2 * group["lr"] * math.sqrt(size)
+            by_A = inverse_root(A @ A.T)                                                       # (r, r)
+            by_B = inverse_root(B.T @ B)
             # both before either moves
             change_A = by_B @ msign(by_B @ momenta[A])
             change_B = msign(momenta[B] @ by_A) @ by_A

@@ -85,13 +85,17 @@ def extra(config: Settings) -> dict:
 
 def chosen(config: Settings, rows: dict) -> list[str]:
     """The rows that --rows names, all of `rows` without it."""
-    if not config.rows:
+    return some(config.rows, rows, "--rows")
+
+def some(typed: str | None, rows: dict, flag: str) -> list[str]:
+    """The rows whose names were typed behind `flag`, all of them for nothing."""
+    if not typed:
         return list(rows)
     # each once, in the order that was typed
-    names = list(dict.fromkeys(name.strip() for name in config.rows.split("/")))
+    names = list(dict.fromkeys(name.strip() for name in typed.split("/")))
     unknown = [name for name in names if name not in rows]
     if unknown:
-        raise UserError(f"--rows {'/'.join(unknown)}: choose from {'/'.join(rows)}")
+        raise UserError(f"{flag} {'/'.join(unknown)}: choose from {'/'.join(rows)}")
     return names
 
 def drive(verbs: dict[str, Callable], cls, doc: str):

@@ -3,8 +3,10 @@
 Every row that is compared walks over pairs (lr, aux_lr) in steps of 2, as many of them as any other row: the
 start, then the untried pairs nearest to the best so far. Four more trials change weight decay and momentum at
 the best pair. The best of all is the row's at that length, and its walk for the next length starts there."""
+import itertools
 import math
 
+# first of ours: it imports nanolost before torch
 from experiments.arms import (
     ADAMW,
     DENSE_START,
@@ -19,10 +21,12 @@ from experiments.arms import (
     Config,
     Trial,
     against,
+    check_numbers,
     lengths,
     parameters,
 )
 from experiments.runs import chosen
+from nanolost.errors import UserError
 
 # trial → validation loss, infinite where it diverged
 Losses = dict[Trial, float]
@@ -32,24 +36,25 @@ Losses = dict[Trial, float]
 # exponents of 2 of lr and aux_lr
 Point = tuple[int, int]
 
+def best_point(tried: dict[Point, float]) -> Point:
+    # of equals the first in order, so that the walk is the same whoever takes it
+    return min(tried, key=lambda point: (tried[point], point))
+
 def nearest(tried: dict[Point, float]) -> list[Point]:
     """The untried points that are nearest to the best one, all at one distance."""
-    # of equals the first, so that the walk is the same whoever takes it
-    i, j = min(tried, key=lambda point: (tried[point], point))
-    rings = {}
+    i, j = best_point(tried)
+    # farther than all of them is always one that is untried
     reach = range(-len(tried), len(tried) + 1)
-    for a in reach:
-        for b in reach:
-            rings.setdefault(a * a + b * b, []).append((i + a, j + b))
-    for distance in sorted(rings):
-        new = [point for point in rings[distance] if point not in tried]
-        if new:
-            return new
-    raise AssertionError("more points than tries")
+    rings = {}
+    for a, b in itertools.product(reach, reach):
+        point = (i + a, j + b)
+        if point not in tried:
+            rings.setdefault(a * a + b * b, []).append(point)
+    return rings[min(rings)]
 
 def walk(loss_of, trials: int) -> tuple[dict[Point, float], list[Point]]:
-    """(the points that were tried, those to be tried next) after (0, 0), `trials` of them at most. loss_of: a
-    point → its loss, None for one that has yet to come."""
+    """(the points that were tried with their losses, those to be tried next) after (0, 0), `trials` of them
+    in all. loss_of: a point → its loss, None for one that has yet to come."""
     tried = {}
     batch = [(0, 0)]
     while len(tried) < trials:
@@ -65,8 +70,9 @@ def walk(loss_of, trials: int) -> tuple[dict[Point, float], list[Point]]:
 
 def bracketed(tried: dict[Point, float]) -> bool:
     """Whether the best point has a worse one on both sides, in both directions."""
-    i, j = min(tried, key=lambda point: (tried[point], point))
-    return {(i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)} <= tried.keys()
+    i, j = best_point(tried)
+    sides = {(i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)}
+    return sides <= tried.keys()
 
 # --- rates ---
 
@@ -74,7 +80,12 @@ def bracketed(tried: dict[Point, float]) -> bool:
 START = {"lr": 1.2e-2, "aux_lr": 4.8e-2, "weight_decay": 0.01, "momentum": 0.95}
 START_ADAMW = {**START, "lr": 6e-3, "aux_lr": 6e-3}
 # tried at the best pair
-OTHERS = ({"weight_decay": 0.0}, {"weight_decay": 0.05}, {"momentum": 0.9}, {"momentum": 0.98})
+OTHERS = (
+    {"weight_decay": 0.0},
+    {"weight_decay": 0.05},
+    {"momentum": 0.9},
+    {"momentum": 0.98},
+)
 # where a length is not worth a walk
 AROUND = (1, 0.5, 2)
 
@@ -85,6 +96,14 @@ def at(trial: Trial, point: Point) -> Trial:
 
 def around(trial: Trial) -> list[Trial]:
     return [trial._replace(lr=trial.lr * factor) for factor in AROUND]
+
+def check(config: Config):
+    """UserError for flags with which nothing would run."""
+    check_numbers(config)
+    # a mistake in --rows is named there too
+    stages = list(Stages(config, {}).every())
+    if config.until and config.until not in stages:
+        raise UserError(f"--until {config.until}: choose one of {', '.join(stages)}")
 
 class Stages:
     """What is known and what comes next, by the losses `found`. Each list of trials holds those that are done
@@ -101,6 +120,7 @@ class Stages:
         self.known = {}
 
     def among(self, rows: dict) -> list[str]:
+        """Those that --rows leaves."""
         return [row for row in rows if row in self.rows]
 
     def best_of(self, trials: list[Trial]) -> Trial | None:
@@ -110,9 +130,10 @@ class Stages:
         best = min(trials, key=self.found.get)
         return best if self.found[best] < math.inf else None
 
-    # --- one row at one length ---
+    # --- one row at one length, the i-th ---
 
     def start(self, row: str, i: int) -> Trial | None:
+        """Where its walk starts; None while that is not known."""
         if i == 0:
             start = START_ADAMW if row in ADAMW else START
             return Trial(row, self.lengths[0], **start, batch=self.config.batch_tokens, seed=0)
@@ -128,7 +149,9 @@ class Stages:
         start = self.start(row, i)
         if start is None:
             return None
-        return start, *walk(lambda point: self.found.get(at(start, point)), self.config.trials)
+        def loss_of(point):
+            return self.found.get(at(start, point))
+        return start, *walk(loss_of, self.config.trials)
 
     def grid(self, row: str, i: int) -> list[Trial]:
         """All trials of a walk that are known by now, and then the ones beside its best."""
@@ -140,15 +163,17 @@ class Stages:
         best = self.best_of(trials)
         if best is None:
             return trials
-        # AdamW has no such momentum
-        others = [other for other in OTHERS if row not in ADAMW or "momentum" not in other]
-        return trials + [best._replace(**other) for other in others]
+        for other in OTHERS:
+            # AdamW has no such momentum
+            if row not in ADAMW or "momentum" not in other:
+                trials.append(best._replace(**other))
+        return trials
 
     def has_walk(self, i: int) -> bool:
         return i == 0 or i < len(self.lengths) - 1
 
     def choosing(self, row: str, i: int) -> list[Trial]:
-        """The trials by which the rates of a row are chosen at a length."""
+        """The trials by which the rates of a row are chosen."""
         if self.has_walk(i):
             return self.grid(row, i)
         best = self.best(row, i - 1)
@@ -159,61 +184,88 @@ class Stages:
         return around(best) if row in thorough else [best]
 
     def best(self, row: str, i: int) -> Trial | None:
+        """None while it is not known."""
         if (row, i) not in self.known:
-            self.known[row, i] = self.best_of(self.choosing(row, i))
+            trials = self.choosing(row, i)
+            self.known[row, i] = self.best_of(trials)
         return self.known[row, i]
 
     def arms(self) -> list[str] | None:
         """LOST's main rows, the best first, by the last length with a walk; None while one is to come."""
-        best = {row: self.best(row, self.middle) for row in self.among(MAIN) if not row.startswith("dense")}
-        if None in best.values():
-            return None
-        return sorted(best, key=lambda row: self.found[best[row]])
+        losses = {}
+        for row in self.among(MAIN):
+            if row.startswith("dense"):
+                continue
+            best = self.best(row, self.middle)
+            if best is None:
+                return None
+            losses[row] = self.found[best]
+        return sorted(losses, key=losses.get)
 
     def thorough(self) -> list[str] | None:
         """Rows with three rates at the last length: dense, the two best arms, whatever changes an arm."""
         arms = self.arms()
-        return None if arms is None else ["dense", *arms[:2], *VARIANTS]
+        if arms is None:
+            return None
+        return ["dense", *arms[:2], *VARIANTS]
 
-    # --- the stages ---
+    # --- parts of the queue ---
 
     def rates(self, rows: dict) -> list[Trial]:
-        return [trial for i in range(len(self.lengths)) for row in self.among(rows)
-                for trial in self.choosing(row, i)]
+        """Length by length."""
+        trials = []
+        for i in range(len(self.lengths)):
+            for row in self.among(rows):
+                trials += self.choosing(row, i)
+        return trials
 
     def seeds(self, trials: list[Trial | None]) -> list[Trial]:
         """The seeds of the comparison: one of all trials before the next, so that what is cut compares."""
-        ready = [trial for trial in trials if trial]
-        return [trial._replace(seed=seed) for seed in range(1, self.config.seeds + 1) for trial in ready]
+        found = []
+        for seed in range(1, self.config.seeds + 1):
+            # some are not chosen yet
+            found += [trial._replace(seed=seed) for trial in trials if trial]
+        return found
 
-    def main_seeds(self, rows: dict) -> list[Trial]:
-        every = range(len(self.lengths))
-        return self.seeds([self.best(row, i) for i in every for row in self.among(rows)])
+    def seeds_of_rows(self, rows: dict) -> list[Trial]:
+        best = []
+        for i in range(len(self.lengths)):
+            best += [self.best(row, i) for row in self.among(rows)]
+        return self.seeds(best)
 
     def compared(self, rows: dict) -> list[Trial]:
-        return self.rates(rows) + self.main_seeds(rows)
+        return self.rates(rows) + self.seeds_of_rows(rows)
 
     def resized(self, row: str, factor: float) -> list[Trial]:
         """Three rates of a row with another batch, on as many tokens as the middle length has."""
         best = self.best(row, self.middle)
         if best is None:
             return []
-        return around(best._replace(batch=int(self.config.batch_tokens * factor)))
+        batch = int(self.config.batch_tokens * factor)
+        return around(best._replace(batch=batch))
 
     def batches(self) -> list[Trial]:
         """Dense and the best arm with half and twice the batch: what updates do and what tokens."""
-        rows = ["dense", *(self.arms() or [])[:1]]
-        trials = [self.resized(row, factor) for row in rows for factor in (0.5, 2)]
-        best = [self.best_of(own) for own in trials]
-        return [trial for own in trials for trial in own] + self.seeds(best)
+        arms = self.arms() or []
+        trials = []
+        best = []
+        for row in ["dense", *arms[:1]]:
+            for factor in (0.5, 2):
+                own = self.resized(row, factor)
+                trials += own
+                best.append(self.best_of(own))
+        return trials + self.seeds(best)
 
     def sized(self, row: str, per_parameter: int) -> Trial | None:
         """A row of another size, at so many tokens for each parameter of its dense row."""
         dense = against(row)
-        best = self.best("dense" if row == dense else "LOST 144 r 60", self.middle)
+        like = "dense" if row == dense else "LOST 144 r 60"
+        best = self.best(like, self.middle)
+        if best is None:
+            return None
         tokens = per_parameter * parameters(self.config, dense)
         length = max(1, tokens // self.config.batch_tokens)
-        return best and best._replace(row=row, length=length)
+        return best._replace(row=row, length=length)
 
     def size(self, rows: dict) -> list[Trial]:
         """10 and 20 tokens a parameter, the rates chosen at 10."""
@@ -221,43 +273,61 @@ class Stages:
         best = []
         for row in self.among(rows):
             short = self.sized(row, 10)
-            own = around(short) if short else []
+            # the middle length has not told yet
+            if short is None:
+                continue
+            own = around(short)
             trials += own
             chosen = self.best_of(own)
-            longer = chosen and chosen._replace(length=self.sized(row, 20).length)
-            best += [chosen, longer]
+            if chosen:
+                longer = self.sized(row, 20).length
+                best += [chosen, chosen._replace(length=longer)]
         return trials + self.seeds(best)
 
+    def ranks(self) -> list[Trial]:
+        trials = []
+        for row in self.among(TRANSFER):
+            trials += self.grid(row, 0)
+        return trials
+
     def adamw(self) -> list[Trial]:
-        """At the middle length, as the first page has them."""
-        every = range(self.middle + 1)
-        trials = [trial for i in every for row in self.among(ADAMW) for trial in self.grid(row, i)]
-        return trials + self.seeds([self.best(row, self.middle) for row in self.among(ADAMW)])
+        """Up to the middle length, near to where the first page has these rows."""
+        rows = self.among(ADAMW)
+        trials = []
+        for i in range(self.middle + 1):
+            for row in rows:
+                trials += self.grid(row, i)
+        best = [self.best(row, self.middle) for row in rows]
+        return trials + self.seeds(best)
+
+    # --- the queue ---
 
     def every(self) -> dict[str, list[Trial]]:
         """Stage → its trials that are known by now, in the order of the queue: what is last is cut first."""
         return {
             "rates": self.rates(MAIN),
-            "seeds": self.main_seeds(MAIN),
+            "seeds": self.seeds_of_rows(MAIN),
             "batch": self.batches(),
             "full rank": self.compared(FULL_RANK),
             "dense start": self.compared(DENSE_START),
             "half the size": self.size(SMALL),
             "product Muon": self.compared(PRODUCT),
-            "rates over ranks": [trial for row in self.among(TRANSFER) for trial in self.grid(row, 0)],
+            "rates over ranks": self.ranks(),
             "three times the size": self.size(LARGE),
             "AdamW": self.adamw(),
         }
 
     def pending(self) -> dict[str, list[Trial]]:
         """Stage → what could be trained now, up to the last stage that is wanted."""
-        seen = set()
+        # a later stage may ask for what an earlier one has
+        seen = {*self.found}
         todo = {}
         for stage, trials in self.every().items():
-            # a later stage may ask for what an earlier one has
-            new = [trial for trial in dict.fromkeys(trials) if trial not in seen | self.found.keys()]
-            todo[stage] = [trial for trial in new if trial.row in self.rows]
-            seen |= {*new}
+            todo[stage] = []
+            for trial in trials:
+                if trial not in seen and trial.row in self.rows:
+                    todo[stage].append(trial)
+                    seen.add(trial)
             if stage == self.config.until:
                 break
         return todo

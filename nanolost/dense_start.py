@@ -4,6 +4,7 @@ The SVD of a random weight knows nothing of the text. Here W trains for a share 
 where it stands, and A, B and W_s go on under the same schedule, samples and momenta. A checkpoint says itself
 which layers it has, so that a run continues on either side."""
 import torch
+import torch.nn as nn
 
 from nanolost import loop
 from nanolost.counts import count_flops
@@ -16,7 +17,10 @@ def due(state: loop.State, config) -> bool:
 
 def momenta(state: loop.State) -> dict[torch.nn.Parameter, dict]:
     """Parameter → its optimizer's state."""
-    return {p: own for optimizer in state.optimizers for p, own in optimizer.state.items()}
+    found = {}
+    for optimizer in state.optimizers:
+        found |= optimizer.state
+    return found
 
 def factor_momenta(layer, G: torch.Tensor) -> dict[torch.nn.Parameter, torch.Tensor]:
     """What the momentum G (out, in) of W is for the parts of the layer that W became: the chain rule through
@@ -31,9 +35,11 @@ def factor_momenta(layer, G: torch.Tensor) -> dict[torch.nn.Parameter, torch.Ten
 def decompose(state: loop.State, config, job: Job):
     """Make a dense state one of --linear's layers. The moments of AdamW in the blocks begin anew: a square
     has no chain rule."""
+    weights = {}
+    for name, module in state.model.named_modules():
+        if isinstance(module, nn.Linear):
+            weights[name] = module.weight
     before = momenta(state)
-    modules = dict(state.model.named_modules())
-    weights = {name: module.weight for name, module in modules.items() if hasattr(module, "weight")}
     METHODS[config.linear].convert(state.model, config, (0, 1))
     for tensor in state.model.state_dict().values():
         # two kinds of GPU may round a decomposition differently
@@ -43,12 +49,16 @@ def decompose(state: loop.State, config, job: Job):
     # the schedule goes on
     state.began = began
     for name, layer in special_layers(state.model).items():
-        G = before.pop(weights[name], {}).get("momentum_buffer")
+        G = before[weights[name]].get("momentum_buffer")
         if G is not None:
-            before |= {p: {"momentum_buffer": own} for p, own in factor_momenta(layer, G).items()}
+            for p, own in factor_momenta(layer, G).items():
+                before[p] = {"momentum_buffer": own}
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
-            optimizer.state.update({p: before[p] for p in group["params"] if p in before})
+            # those of embedding, head and norms are as they were
+            for p in group["params"]:
+                if p in before:
+                    optimizer.state[p] = before[p]
 
 def updating(config, report: loop.Report):
     """The update of a run: `loop.update`, and before the one that is due the decomposition."""

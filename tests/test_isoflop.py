@@ -17,7 +17,7 @@ import torch.nn as nn
 from conftest import PATIENCE, ROOT
 
 import train
-from experiments import arms, gaps, isoflop, layers, stages
+from experiments import answers, arms, gaps, isoflop, layers, stages
 from experiments.arms import Config, Trial
 from nanolost.errors import UserError
 from nanolost.flags import parse
@@ -84,7 +84,7 @@ def test_the_command_of_a_run_says_what_its_trial_says(row):
     ({"rows": "LOTS"}, "choose from dense"), ({"until": "night"}, "--until night: choose one of rates")])
 def test_flags_with_which_nothing_would_run_are_refused(given, match):
     with pytest.raises(UserError, match=match):
-        isoflop.check(Config(**given))
+        stages.check(Config(**given))
     with pytest.raises(UserError, match="--only LOTS"):
         isoflop.Queue(Config(only="LOTS"))
 
@@ -297,7 +297,7 @@ def ladder(data_dir, tmp_path_factory):
 
 def test_the_ladder_trains_each_run_once_and_keeps_what_it_wrote(ladder):
     config, made = ladder
-    found = isoflop.results(config)
+    found = gaps.results(config)
     # a walk of one and four beside it, then three rates; three seeds of each length
     assert len(made) == len(found) == 2 * (5 + 3 + 2 * 3)
     for trial, line in found.items():
@@ -312,13 +312,13 @@ def test_a_finished_queue_trains_nothing_and_a_lost_line_is_made_from_its_run(la
     config, made = ladder
     isoflop.run(config)
     assert capfd.readouterr().out == "" and len(made) == 28
-    kept = list(isoflop.results(config).items())
+    kept = list(gaps.results(config).items())
     with open(config.results, encoding="utf-8") as f:
         lines = f.readlines()
     with open(config.results, "w", encoding="utf-8") as f:
         f.writelines(lines[:-1])
     isoflop.run(config)
-    again = isoflop.results(config)
+    again = gaps.results(config)
     assert again.keys() == dict(kept).keys()
     assert again[kept[-1][0]]["val_loss"] == kept[-1][1]["val_loss"]
 
@@ -328,8 +328,8 @@ def cells_of(text):
 
 def test_the_table_holds_gaps_of_paired_seeds_and_the_whole_grid(ladder, tmp_path):
     config, _ = ladder
-    text = isoflop.tables(isoflop.Answer(config))
-    answer = isoflop.Answer(config)
+    text = answers.tables(answers.Answer(config))
+    answer = answers.Answer(config)
     row = [cells for cells in cells_of(text) if cells[0] == "LOST 144 r 60" and len(cells) == 7][1]
     own, dense = answer.best("LOST 144 r 60", 4), answer.best("dense", 4)
     slope = answer.slope("dense", 4)
@@ -351,31 +351,31 @@ def test_table_and_fit_fill_a_page_and_the_figure_is_drawn(ladder, tmp_path, cap
     page.write_text("".join(marks))
     # so few updates do not always help
     better = tmp_path / "results.jsonl"
-    lines = list(isoflop.results(config).values())
+    lines = list(gaps.results(config).values())
     for line in lines:
         # those of seed 0 have chosen the rates
         if line["seed"]:
             line["val_loss"] = 5 - 0.1 * line["length"] - 0.01 * line["seed"]
     better.write_text("".join(json.dumps(line) + "\n" for line in lines))
     filled = Config(**{**vars(config), "results": str(better), "fill": str(page)})
-    isoflop.table(filled)
-    isoflop.fit(filled)
+    answers.table(filled)
+    answers.fit(filled)
     text = page.read_text()
     assert "| dense |" in text and "| LOST | 2 |" in text and capfd.readouterr().out == ""
     # no table is wider than a page
     assert max(line.count(" | ") for line in text.splitlines()) < 8
-    figure = isoflop.figure(config)
+    figure = answers.figure(config)
     labels = figure.axes[0].get_legend_handles_labels()[1]
     assert labels == ["LOST 144 r 60"] and os.path.getsize(os.path.join(config.out_dir, "isoflop.png")) > 5000
 
 def test_without_a_result_there_is_no_table_and_a_foreign_line_is_named(tmp_path):
     config = Config(results=str(tmp_path / "none.jsonl"))
-    for verb in (isoflop.table, isoflop.figure, isoflop.fit):
+    for verb in (answers.table, answers.figure, answers.fit):
         with pytest.raises(UserError, match="run first"):
             verb(config)
     (tmp_path / "none.jsonl").write_text('{"row": "dense", "lr": 1}\n')
     with pytest.raises(UserError, match="no result of isoflop.py"):
-        isoflop.results(config)
+        gaps.results(config)
 
 def test_several_queues_share_the_runs_and_none_is_made_twice(data_dir, tmp_path, monkeypatch):
     config = tiny_ladder(data_dir, tmp_path, jobs=1, wait=0.01)
@@ -392,7 +392,7 @@ def test_several_queues_share_the_runs_and_none_is_made_twice(data_dir, tmp_path
     # a lock is an open file's, so threads are as good as processes
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: isoflop.Queue(config).work(), range(4)))
-    assert len(made) == len(set(made)) == len(isoflop.results(config)) == 28
+    assert len(made) == len(set(made)) == len(gaps.results(config)) == 28
 
 @pytest.mark.slow
 def test_two_processes_share_a_queue(data_dir, tmp_path):
@@ -403,4 +403,4 @@ def test_two_processes_share_a_queue(data_dir, tmp_path):
     said = [process.communicate(timeout=PATIENCE) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     lines = [line for out, _ in said for line in out.splitlines()]
-    assert len(lines) == len(set(lines)) == len(isoflop.results(config)) == 5
+    assert len(lines) == len(set(lines)) == len(gaps.results(config)) == 5
