@@ -94,10 +94,12 @@ def verdict(found: gaps.Gap | None) -> list[str]:
 
 def is_tuned(answer: Answer, best: Trial) -> bool:
     """Whether more than one rate was tried at this length."""
+    # by whatever stage: they differ in the rate alone
     tried = {trial.lr for trial in answer.results if trial._replace(lr=best.lr) == best}
     return len(tried) > 1
 
 def size_table(answer: Answer) -> str:
+    # also those that have no seeds yet
     trained = {trial.row for trial in answer.results}
     body = []
     for row in answer.rows:
@@ -118,6 +120,7 @@ def size_table(answer: Answer) -> str:
 
 def main_row(answer: Answer, row: str, best: Trial) -> list:
     lines = list(seeds_of(answer.results, best).values())
+    # a reader must not take one run for a sweep
     shown = rates(best)
     if not is_tuned(answer, best):
         shown += ", not tuned here"
@@ -133,8 +136,10 @@ def main_tables(answer: Answer) -> list[str]:
     """One of each length."""
     by_length = {}
     for row in answer.rows:
+        # other sizes have lengths of their own
         for length, best in answer.of_row(row).items():
-            by_length.setdefault(length, []).append(main_row(answer, row, best))
+            cells = main_row(answer, row, best)
+            by_length.setdefault(length, []).append(cells)
     head = ["", "lr/aux_lr", "tokens", "seeds", "loss", "loss − dense's, in pairs", "counts"]
     parts = []
     for length, body in sorted(by_length.items()):
@@ -145,10 +150,12 @@ def crossing_table(answer: Answer) -> list[str]:
     body = []
     for row in answer.rows:
         own = answer.curve(row)
+        # a line needs two ends
         if len(own) < 2:
             continue
         ends = gaps.crossing_with_interval(list(own), list(own.values()))
-        body.append([row, *(f"{end:,.0f}" if end else "none" for end in ends)])
+        cells = [f"{end:,.0f}" if end else "none" for end in ends]
+        body.append([row, *cells])
     head = ["", "updates at which the gap is zero", "with gaps larger by 2 s/√n", "smaller by it"]
     return [markdown(head, body)] if body else []
 
@@ -164,9 +171,12 @@ def batch_table(answer: Answer) -> list[str]:
         dense = answer.with_seeds("dense", length, batch)
         for row in arms.MAIN:
             own = answer.with_seeds(row, length, batch)
-            found = own and dense and gaps.gap(answer.results, own, dense, slope)
-            if found and row != "dense":
-                body.append([row, batch, arms.updates(answer.config, dense), *verdict(found)])
+            # one arm has them, and no other
+            if row == "dense" or not own or not dense:
+                continue
+            found = gaps.gap(answer.results, own, dense, slope)
+            updates = arms.updates(answer.config, dense)
+            body.append([row, batch, updates, *verdict(found)])
     tokens = length * answer.config.batch_tokens
     head = ["", "tokens an update", "updates of dense", "loss − dense's, in pairs", "counts"]
     return [f"{tokens:,} tokens in other batches\n", markdown(head, body)] if body else []
@@ -194,9 +204,12 @@ def grid_row(answer: Answer, row: str, i: int) -> list | None:
     for trial in trials:
         cell = f"{rates(trial)} → {known[trial]:.3f}"
         cells.append(f"**{cell}**" if trial == best else cell)
+    both = "no"
+    # the last length has three rates at most, on one line
     walked = answer.stages.walked(row, i) if answer.stages.has_walk(i) else None
-    both = walked and walked[1] and bracketed(walked[1])
-    return [answer.lengths[i], row, len(trials), "yes" if both else "no", "; ".join(cells)]
+    if walked and walked[1] and bracketed(walked[1]):
+        both = "yes"
+    return [answer.lengths[i], row, len(trials), both, "; ".join(cells)]
 
 def grid_table(answer: Answer) -> list[str]:
     body = []
@@ -238,6 +251,7 @@ def figure(config: Config):
     drawn, axes = pyplot().subplots(figsize=(6.5, 4))
     for row in answer.rows:
         own = answer.curve(row)
+        # dense itself, and rows of another size
         if not own:
             continue
         means = [one.mean() for one in own.values()]

@@ -160,9 +160,14 @@ METHODS["scaled"] = Method(convert_to_scaled, START, LOST_FLAGS)
 def equal_blocks(shape: tuple[int, int], blocks: int) -> list[tuple[int, int, int]]:
     """(blocks, out, in) of diagonal blocks of one size in a row, where both sides are cut into `blocks` as
     numpy's array_split does: three sizes at most, and none without outputs."""
-    sides = [[len(part) for part in np.array_split(range(size), blocks)] for size in shape]
-    found = [(len(list(equal)), *size) for size, equal in itertools.groupby(zip(*sides, strict=True))]
-    return [size for size in found if size[1]]
+    rows, columns = (np.array_split(range(size), blocks) for size in shape)
+    sides = [(len(own), len(inputs)) for own, inputs in zip(rows, columns, strict=True)]
+    found = []
+    for (outputs, inputs), equal in itertools.groupby(sides):
+        # with fewer outputs than blocks the last channels have none
+        if outputs:
+            found.append((len(list(equal)), outputs, inputs))
+    return found
 
 class FullRankLinear(nn.Module):
     """y = γ SiLU(x Aᵀ) Bᵀ + (1 − γ) x Dᵀ with the diagonal blocks of an (out, in) matrix for D: the sum has
@@ -173,15 +178,20 @@ class FullRankLinear(nn.Module):
 
     def __init__(self, in_features, out_features, rank: int, blocks: int, gamma: float, activation: str):
         super().__init__()
-        self.own = {"in_features": in_features, "out_features": out_features, "blocks": blocks}
+        self.own = {
+            "in_features": in_features,
+            "out_features": out_features,
+            "blocks": blocks,
+        }
         self.low = LOSTLinear(in_features, out_features, rank, 0, gamma, activation)
         self.sizes = equal_blocks((out_features, in_features), blocks)
         for i, (count, outputs, inputs) in enumerate(self.sizes):
             self.register_parameter(f"D{i}", nn.Parameter(torch.empty(count * outputs, inputs)))
 
     def settings(self) -> dict:
-        low = self.low
-        return {**self.own, "rank": low.rank, "gamma": low.gamma, "activation": low.activation}
+        # as its constructor has them
+        names = ("rank", "gamma", "activation")
+        return self.own | {name: getattr(self.low, name) for name in names}
 
     def pieces(self):
         """Blocks of one size (blocks, out, in of one), and the rows and columns of D that they span."""
@@ -198,7 +208,8 @@ class FullRankLinear(nn.Module):
         for D, _, columns in self.pieces():
             own = wide[..., columns].unflatten(-1, (len(D), 1, -1))                     # (..., blocks, 1, in)
             # sums of about k products each: too short for a matrix product
-            parts.append((own * as_autocast(D)).sum(-1).flatten(-2))                     # (..., blocks · out)
+            products = own * as_autocast(D)
+            parts.append(products.sum(-1).flatten(-2))                                   # (..., blocks · out)
         return self.low(x) + (1 - self.low.gamma) * torch.cat(parts, -1)
 
     @torch.no_grad()

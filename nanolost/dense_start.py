@@ -26,15 +26,18 @@ def factor_momenta(layer, G: torch.Tensor) -> dict[torch.nn.Parameter, torch.Ten
     """What the momentum G (out, in) of W is for the parts of the layer that W became: the chain rule through
     γ B A + (1 − γ) W_s, without the slope of a SiLU."""
     gamma = float(layer.bounded_gamma())
-    found = {layer.A: gamma * layer.B.T @ G, layer.B: gamma * G @ layer.A.T}
+    found = {}
+    found[layer.A] = gamma * layer.B.T @ G                                                     # (r, in)
+    found[layer.B] = gamma * G @ layer.A.T                                                     # (out, r)
     if layer.k:
-        found[layer.W_s] = (1 - gamma) * G[:, layer.index]
+        found[layer.W_s] = (1 - gamma) * G[:, layer.index]                                     # (out, k)
     return found
 
 @torch.no_grad()
 def decompose(state: loop.State, config, job: Job):
     """Make a dense state one of --linear's layers. The moments of AdamW in the blocks begin anew: a square
     has no chain rule."""
+    # before the layers that hold them are gone
     weights = {}
     for name, module in state.model.named_modules():
         if isinstance(module, nn.Linear):
@@ -49,6 +52,7 @@ def decompose(state: loop.State, config, job: Job):
     # the schedule goes on
     state.began = began
     for name, layer in special_layers(state.model).items():
+        # none under AdamW
         G = before[weights[name]].get("momentum_buffer")
         if G is not None:
             for p, own in factor_momenta(layer, G).items():
@@ -62,11 +66,13 @@ def decompose(state: loop.State, config, job: Job):
 
 def updating(config, report: loop.Report):
     """The update of a run: `loop.update`, and before the one that is due the decomposition."""
+    # as every other run
     if not config.dense_start:
         return loop.update
     def update(state, data, samples, config, job):
         if due(state, config):
             decompose(state, config, job)
+            # the model is a cheaper one from here on
             report.flops = count_flops(state.model, config.seq_len)
         return loop.update(state, data, samples, config, job)
     return update
