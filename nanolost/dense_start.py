@@ -65,10 +65,10 @@ def decompose(state: loop.State, config, job: Job):
                     optimizer.state[p] = before[p]
 
 def updating(config, report: loop.Report):
-    """The update of a run: `loop.update`, and before the one that is due the decomposition."""
-    # as every other run
+    """The update of a run: `loop.update`, and before the one that is due the decomposition; None where no run
+    is cut so."""
     if not config.dense_start:
-        return loop.update
+        return None
     def update(state, data, samples, config, job):
         if due(state, config):
             decompose(state, config, job)
