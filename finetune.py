@@ -194,6 +194,7 @@ def start(
     source: str, model: Llama, config: Config, texts: run.Texts, plan: Once, job: Job
 ) -> tuple[State, dict]:
     """State and identity of a new run, before zeros are chosen."""
+    plan.check()
     now = run.start(config, texts, job)
     now["stage_steps"] = plan.firsts
     now["source_dtype"] = str(checkpoint.weights_dtype(source)).removeprefix("torch.")

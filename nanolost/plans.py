@@ -103,6 +103,9 @@ class Once:
         # whether the zeros that are there have the pattern is for the choice to see
         return config.pattern != "unstructured" or config.zeros > self.there + tuning.NEAR
 
+    def check(self):
+        """UserError for what a first stage would refuse, before out_dir is touched."""
+
     def reenter(self, number: int, state: State):
         """The same of a state that has begun the stage already."""
 
@@ -147,8 +150,9 @@ class Halves(Once):
             raise UserError(f"--steps was {firsts[1]} for each half of a block when this run began, and is "
                             f"{self.config.steps} now: give the old value, or use another --out_dir")
 
-    def check_aim(self):
-        """UserError where the model would be its own aim."""
+    def check(self):
+        """UserError where the model would be its own aim, too."""
+        super().check()
         config = self.config
         own = checkpoint.checkpoint_folder(config.ckpt)
         if dense_folder(config) == own and not self.lacks():
@@ -174,7 +178,6 @@ class Halves(Once):
     def enter(self, number: int, state: State) -> dict:
         found = {}
         if number == 0:
-            self.check_aim()
             found = super().enter(number, state)
             self.begin(state)
         self.refit.advance()

@@ -487,6 +487,7 @@ def test_refit_of_zeros_that_are_there_needs_a_dense_model(tuned):
     first = tuned(method="masked-lora", zeros=0.5, masks="wanda")
     with pytest.raises(UserError, match="name it by --dense"):
         tuned(ckpt=folder_of(first), method="refit", out_dir=first.out_dir + "2")
+    assert not os.path.exists(os.path.join(first.out_dir + "2", "status.json"))
 
 def test_a_dense_model_of_other_sizes_is_no_aim(tuned, tmp_path):
     folder = str(tmp_path / "other")
