@@ -73,7 +73,7 @@ def texts_of(config: Config, tokenizer, model: Llama, world: int) -> run.Texts:
     if not os.path.isdir(config.data):
         # a resume knows how long the rows were, and nothing else
         window = min(WINDOW, limit)
-    tuning.settle_batch(config, len(train), world)
+    tuning.settle_batch(config, train, world)
     config.micro_batch, _ = split_batch(config, world)
     rows = model.config.vocab_size
     validation = validation_text(config, tokenizer, window, rows)
@@ -91,6 +91,11 @@ def plain_layers(model: Llama) -> list[str]:
     """Names of the blocks' linear layers that have one matrix."""
     return [name for name, layer in linears(model).items() if type(layer) is torch.nn.Linear]
 
+def never_merges(model: Llama) -> bool:
+    """Whether a layer has no single matrix."""
+    activations = {getattr(layer, "activation", "none") for layer in special_layers(model).values()}
+    return bool(activations - {"none"})
+
 def check_layers(model: Llama, config: Config):
     """Merge LOST layers where the method needs matrices. UserError for those that SiLU keeps apart."""
     # these two train them as they are
@@ -99,8 +104,8 @@ def check_layers(model: Llama, config: Config):
     try:
         merge_layers(model)
     except UserError as e:
-        raise UserError(f"--method {config.method} needs plain matrices, and {e}; use --method full or "
-                        "lost") from None
+        raise UserError("this model is made of low-rank layers: use --method lost, which trains their "
+                        f"factors and channels, or full ({e})") from None
 
 def switches(config: Config) -> tuple[float, bool, str]:
     """Of every update: scale, whether it is under a mask, and what stands between its factors."""
@@ -161,11 +166,11 @@ def warn(config: Config, there: float, beside: float, report: Report):
     """Say what a run will do to the zeros of its folder, before it starts. there: their share of the
     matrices; beside: of those that have factors beside them."""
     if there > tuning.BY_CHANCE and not METHODS[config.method].masks:
-        report.say(f"zeros       the folder's matrices are {there:.1%} zeros, which --method {config.method} "
+        report.say(f"warning: the folder's matrices are {there:.1%} zeros, which --method {config.method} "
                    "fills: --method masked-lora keeps them")
     # the others train them all, or merge them
     if beside > tuning.BY_CHANCE and config.method != "lost":
-        report.say(f"zeros       the matrices beside factors are {beside:.1%} zeros, which --method "
+        report.say(f"warning: the matrices beside factors are {beside:.1%} zeros, which --method "
                    f"{config.method} fills: --method lost trains the factors alone")
 
 @torch.no_grad()
@@ -189,6 +194,7 @@ def start(
     source: str, model: Llama, config: Config, texts: run.Texts, plan: Once, job: Job
 ) -> tuple[State, dict]:
     """State and identity of a new run, before zeros are chosen."""
+    plan.check()
     now = run.start(config, texts, job)
     now["stage_steps"] = plan.firsts
     now["source_dtype"] = str(checkpoint.weights_dtype(source)).removeprefix("torch.")
@@ -249,7 +255,7 @@ def opened(config: Config, job: Job, at_end: contextlib.ExitStack) -> Opened:
     # before they may be merged
     beside = adapters.share_beside_factors(model)
     if own is None:
-        tuning.settle_zeros(config, there)
+        tuning.settle_zeros(config, there, never_merges(model))
     check_layers(model, config)
     texts = texts_of(config, tokenizer, model, job.world)
     plan = plan_of(config, model, texts, job, there, at_end)
@@ -308,6 +314,10 @@ def main(config: Config):
         if not stopped:
             say_rounding(state, texts, now["source_dtype"], job, report)
         report.end(stopped)
+        if not stopped:
+            folder = checkpoint.checkpoints(config.out_dir)[-1]
+            report.say(f"transformers loads {folder}; python export.py --ckpt {config.out_dir} --out_dir "
+                       "MODEL makes a folder to hand on")
 
 if __name__ == "__main__":
     command(lambda: main(tuning.resolve(parse(Config, sys.argv[1:], __doc__))))

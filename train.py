@@ -16,7 +16,7 @@ import sys
 import torch
 
 from model import Llama, LlamaConfig
-from nanolost import checkpoint, out_dir, run, shard, start
+from nanolost import checkpoint, dense_start, out_dir, run, shard, start
 from nanolost.allocation import settle_allocation
 from nanolost.budget import checkpoint_bytes, describe, describe_dense, describe_text
 from nanolost.data import TokenDataset
@@ -176,7 +176,8 @@ def main(config: Config):
 
         run.begin(state, folder, config, job, report, at_end)
         save = run.saver(state, now, texts, travelling, config, job, report)
-        report.end(run.train(state, texts, config, job, report, save))
+        update = dense_start.updating(config, report)
+        report.end(run.train(state, texts, config, job, report, save, update))
 
 if __name__ == "__main__":
     command(lambda: main(resolve(remembered(parse(Config, sys.argv[1:], __doc__)))))

@@ -87,13 +87,17 @@ def extra(config: Settings, cls=TrainConfig) -> dict:
 
 def chosen(config: Settings, rows: dict) -> list[str]:
     """The rows that --rows names, all of `rows` without it."""
-    if not config.rows:
+    return some(config.rows, rows, "--rows")
+
+def some(typed: str | None, rows: dict, flag: str) -> list[str]:
+    """The rows whose names were typed behind `flag`, all of them for nothing."""
+    if not typed:
         return list(rows)
     # each once, in the order that was typed
-    names = list(dict.fromkeys(name.strip() for name in config.rows.split("/")))
+    names = list(dict.fromkeys(name.strip() for name in typed.split("/")))
     unknown = [name for name in names if name not in rows]
     if unknown:
-        raise UserError(f"--rows {'/'.join(unknown)}: choose from {'/'.join(rows)}")
+        raise UserError(f"{flag} {'/'.join(unknown)}: choose from {'/'.join(rows)}")
     return names
 
 def drive(verbs: dict[str, Callable], cls, doc: str):
@@ -292,15 +296,60 @@ def mean_of_layers(layers: list[dict]) -> dict:
 
 def revision() -> str | None:
     """The commit of this program, "-dirty" behind it where files differ from it; None outside git."""
-    words = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    def git(*words):
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, check=True)
+        return done.stdout.decode().strip()
     # there may be no git, or no repository: a table is worth having without
     try:
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, check=True)
+        commit = git("rev-parse", "--short=12", "HEAD")
+        # results that a queue adds to are no program
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!experiments/results")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.decode().strip()
+    return f"{commit}-dirty" if changed else commit
 
-class Experiment:
+class Processes:
+    """Runs that train, each in a process of its own, started by several threads."""
+
+    def __init__(self):
+        # of processes that train, by the threads that wait for them
+        self.lock = threading.Lock()
+        self.started = []
+        self.stopping = False
+
+    def start(self, run: Run):
+        """One process, to its end. OSError or UserError with its last words where it left no result."""
+        # one thread: as many runs as cores are quicker than one on all of them, and sums are alike everywhere
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with self.lock:
+            # a thread may be on its way here when the others are told to stop
+            if self.stopping:
+                return
+            process = subprocess.Popen(
+                run.command(),
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            self.started.append(process)
+        words = process.communicate()[1].strip().splitlines()
+        if run.finished() or self.stopping:
+            return
+        reason = words[-1] if words else "it was stopped: the same command continues"
+        # train.py's exit codes: 2 is what a user can mend
+        kind = UserError if process.returncode == 2 else ChildProcessError
+        raise kind(f"{run.folder}: {reason}")
+
+    def stop(self):
+        with self.lock:
+            self.stopping = True
+        for process in self.started:
+            # of no effect on those that have ended
+            process.terminate()
+
+class Experiment(Processes):
     """Rows of runs.
 
     run_of: Key → Run. swept: row → the row by whose sweep its learning rate is chosen. rates_of: row →
@@ -310,14 +359,11 @@ class Experiment:
     figure = "val_loss"
 
     def __init__(self, config: Settings, run_of: Callable, swept: dict, rates_of: Callable):
+        super().__init__()
         self.config = config
         self.run_of = run_of
         self.swept = swept
         self.rates_of = rates_of
-        # of processes that train, by the threads that wait for them
-        self.lock = threading.Lock()
-        self.started = []
-        self.stopping = False
         self.file = os.path.join(config.out_dir, "results.jsonl")
         # results that came from elsewhere, in the place of the runs
         self.given = None
@@ -454,38 +500,6 @@ class Experiment:
         if not self.stopping:
             self.note(key, commit)
             say(f"{key.row}, lr {key.lr:g}, seed {key.seed}: {self.loss(key):.4f}")
-
-    def start(self, run: Run):
-        """One process, to its end. OSError or UserError with its last words where it left no result."""
-        # one thread: as many runs as cores are quicker than one on all of them, and sums are alike everywhere
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with self.lock:
-            # a thread may be on its way here when the others are told to stop
-            if self.stopping:
-                return
-            process = subprocess.Popen(
-                run.command(),
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            self.started.append(process)
-        words = process.communicate()[1].strip().splitlines()
-        if run.finished() or self.stopping:
-            return
-        reason = words[-1] if words else "it was stopped: the same command continues"
-        # train.py's exit codes: 2 is what a user can mend
-        kind = UserError if process.returncode == 2 else ChildProcessError
-        raise kind(f"{run.folder}: {reason}")
-
-    def stop(self):
-        with self.lock:
-            self.stopping = True
-        for process in self.started:
-            # of no effect on those that have ended
-            process.terminate()
 
     def note(self, key: Key, commit: str | None):
         """Keep the result in results.jsonl, in the place of an earlier one of the same run."""

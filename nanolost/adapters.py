@@ -130,7 +130,8 @@ class Update(nn.Module):
         if self.masked:
             x = as_autocast(input)
             y = MaskedProduct.apply(x, self.weight, self.A, self.B, self.scale)
-            return y if self.bias is None else y + self.bias
+            # in the dtype of autocast, as F.linear adds it
+            return y if self.bias is None else y + self.bias.to(y.dtype)
         y = F.linear(input, self.weight, self.bias)
         z = F.linear(input, self.A)
         z = ACTIVATIONS[self.activation](z)

@@ -151,7 +151,8 @@ def build_model(config, device, part: tuple[int, int] = (0, 1)) -> Llama:
         model = Llama(model_config(config), config.seed)
     model.to(device)
     convert = METHODS[config.linear].convert
-    if convert is not None:
+    # some are decomposed later (dense_start.py)
+    if convert is not None and not config.dense_start:
         convert(model, config, part)
     return model
 
@@ -238,8 +239,8 @@ def lost_layer(name: str, linear: nn.Linear, config) -> LOSTLinear:
 # no sparse path and a random start; CoLA (arXiv 2502.10940) differs from plain low rank by its SiLU alone
 PLAIN = {"sparsity": 0.0, "gamma": 1.0, "init": "random"}
 
-# the relatives have one rank and no channels
-LOST_USES = ("allocation", *LOST_FLAGS)
+# the relatives have one rank and no channels, and a random start that trained weights have no part in
+LOST_USES = ("allocation", *LOST_FLAGS, "dense_start")
 register("lost", LOSTLinear, convert_to_lost, uses=LOST_USES, low_rank=("A", "B"), sparse=("W_s",),
          one=lost_layer)
 # of trained weights alone: a fresh matrix has no elements that are better than others

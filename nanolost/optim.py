@@ -8,6 +8,7 @@ import math
 import torch
 import torch.nn as nn
 
+from lost import LOSTLinear
 from nanolost import shard
 from nanolost.errors import UserError
 
@@ -33,7 +34,7 @@ def freeze(model: nn.Module, patterns: list[str] | None):
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Trained parameters by what they are: "blocks" (matrices of the blocks), "embeddings" (embedding and
-    head), "vectors" (norms, biases, γ)."""
+    head), "vectors" (norms, biases, γ). And once more "factors": the pairs (A, B) among the blocks."""
     groups = {"blocks": [], "embeddings": [], "vectors": []}
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -44,7 +45,14 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
             groups["blocks"].append(p)
         else:
             groups["embeddings"].append(p)
+    groups["factors"] = factor_pairs(model)
     return groups
+
+def factor_pairs(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """A (r, in) and B (out, r) of each LOST layer that trains both. Not of a pinned one, whose A lacks the
+    identity."""
+    layers = [m for m in model.modules() if isinstance(m, LOSTLinear) and not m.pinned]
+    return [(m.A, m.B) for m in layers if m.A.requires_grad and m.B.requires_grad]
 
 def auxiliary(groups: dict, config) -> list[dict]:
     """Embedding, head and vectors, at a peak rate of their own."""

@@ -103,6 +103,9 @@ class Once:
         # whether the zeros that are there have the pattern is for the choice to see
         return config.pattern != "unstructured" or config.zeros > self.there + tuning.NEAR
 
+    def check(self):
+        """UserError for what a first stage would refuse, before out_dir is touched."""
+
     def reenter(self, number: int, state: State):
         """The same of a state that has begun the stage already."""
 
@@ -114,7 +117,8 @@ class Once:
         # asked to stop: the loop will see to that
         if found is None:
             return {}
-        self.job.say(f"before zeros | val loss {found['val_loss']:.4f} | perplexity {found['val_ppl']:.2f}")
+        self.job.say(f"before new zeros | val loss {found['val_loss']:.4f} | perplexity "
+                     f"{found['val_ppl']:.2f}")
         return {"dense_loss": found["val_loss"]}
 
     def choose(self, state: State):
@@ -146,8 +150,9 @@ class Halves(Once):
             raise UserError(f"--steps was {firsts[1]} for each half of a block when this run began, and is "
                             f"{self.config.steps} now: give the old value, or use another --out_dir")
 
-    def check_aim(self):
-        """UserError where the model would be its own aim."""
+    def check(self):
+        """UserError where the model would be its own aim, too."""
+        super().check()
         config = self.config
         own = checkpoint.checkpoint_folder(config.ckpt)
         if dense_folder(config) == own and not self.lacks():
@@ -173,7 +178,6 @@ class Halves(Once):
     def enter(self, number: int, state: State) -> dict:
         found = {}
         if number == 0:
-            self.check_aim()
             found = super().enter(number, state)
             self.begin(state)
         self.refit.advance()
@@ -312,6 +316,8 @@ def carry_out(plan: Once, state: State, number: int, report: Report, save) -> st
         found = plan.enter(number, state)
         if found:
             report.record("stage", stage=number + 1, **found)
+        if found and METHODS[config.method].masks:
+            report.say(f"zeros       {found['zeros']:.2%} of the blocks' matrices from here on")
         # what the zeros alone cost
         if number == 0 and not run.assess(state, texts, job, report):
             return job.stop_reason()

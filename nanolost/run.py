@@ -154,11 +154,11 @@ def assess(state: State, texts: Texts, job: Job, report: Report) -> bool:
     return True
 
 def train(
-    state: State, texts: Texts, config, job: Job, report: Report, save, update=update, total: int = 0
+    state: State, texts: Texts, config, job: Job, report: Report, save, make=None, total: int = 0
 ) -> str:
     """Update, evaluate and save for as many steps as `config` says from where the optimizers began, or until
-    a signal: returns its name, "" at the end. update: makes one. total: steps of the run, where this is one
-    of its stages."""
+    a signal: returns its name, "" at the end. make: makes an update (loop.update). total: steps of the run,
+    where this is one of its stages."""
     saved = state.counters()
     stopped = ""
     _, accumulation = split_batch(config, job.world)
@@ -178,7 +178,7 @@ def train(
             saved = state.counters()
         if state.step >= last or stopped:
             return stopped
-        figures = update(state, texts.train, texts.samples(state, shape), config, job)
+        figures = (make or update)(state, texts.train, texts.samples(state, shape), config, job)
         report.update(figures)
         if figures.asked:
             stopped = job.stop_reason()

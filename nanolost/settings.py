@@ -96,6 +96,8 @@ class MethodFlags:
     sparse_init: str = flag("weight", "whose columns the sparse path starts from: W's or the residual's",
                             SWITCHES["sparse_init"])
     activation: str = flag("silu", "function between the factors", SWITCHES["activation"])
+    dense_start: float = flag(0.0, "share of --steps for which the weights train dense, before they are "
+                                   "decomposed as trained ones")
 
 @dataclass
 class TrainingFlags:
@@ -201,6 +203,7 @@ LIMITS = {
     "grad_clip": ("not be negative", lambda x: x >= 0),
     "warmup": ("not be negative", lambda n: n >= 0),
     "min_lr_ratio": ("lie in [0, 1]", lambda x: 0 <= x <= 1),
+    "dense_start": ("lie in [0, 1)", lambda x: 0 <= x < 1),
     "momentum": ("lie in [0, 1)", lambda x: 0 <= x < 1),
     "betas": ("lie in [0, 1)", lambda pair: all(0 <= x < 1 for x in pair)),
     "spike": ("be above 1, or 0 for none", lambda x: x == 0 or x > 1),
@@ -251,6 +254,9 @@ def check_method(config: Config, given: dict):
     for field in dataclasses.fields(MethodFlags):
         if field.name in given and field.name not in (*method.uses, "linear"):
             raise UserError(f"--{field.name} means nothing with --linear {config.linear}: drop one of them")
+    if config.dense_start and config.freeze:
+        raise UserError("--freeze means nothing with --dense_start, whose parameters change their names: "
+                        "drop one of them")
     # a file says both for each layer
     if config.allocation is not None:
         for name in ("rank", "sparsity"):
@@ -270,6 +276,8 @@ def resolve_trained(given: dict) -> Config:
     for name in ("tokenizer", *(f.name for f in dataclasses.fields(ModelFlags))):
         if name in given:
             raise UserError(f"--{name} stands in the folder of --init_from: drop one of them")
+    if given.get("dense_start"):
+        raise UserError("--dense_start means nothing beside --init_from: the weights are trained already")
     if "steps" not in given:
         raise UserError("--init_from needs --steps: how long it pays depends on your text")
     values = dict.fromkeys(("model", "linear", "seq_len"))
@@ -315,6 +323,8 @@ def check_shard(config: Config):
     for name in ("world_size", "gpu_memory"):
         if getattr(config, name) is not None and not config.dry_run:
             raise UserError(f"--{name} means nothing without --dry_run: start so many processes by torchrun")
+    if config.shard > 1 and config.dense_start:
+        raise UserError("--dense_start needs whole matrices, and --shard splits them: drop one of them")
 
 def check_warmup(config: Config):
     if config.warmup is not None and config.warmup > config.steps:

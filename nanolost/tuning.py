@@ -42,6 +42,11 @@ MASKS = ("fisher", "walk", "wanda", "sparsegpt")
 
 # --- flags ---
 
+# lines of an update, and how often they are read, where nothing is typed: few hundred lines are the rule
+LINES = 16
+PASSES = 3
+MOST_STEPS = 1000
+
 @dataclass
 class TuneFlags:
     ckpt: str = flag("", "a Hugging Face LLaMA, or an out_dir or checkpoint folder of ours; dense, with "
@@ -87,9 +92,9 @@ class Config(RunFlags, TrainingFlags, TuneFlags):
     seq_len: int | None = flag(None, "tokens of a window, or at most of a line (1024, or the model's limit "
                                      "where that is less)", section="training")
     batch_tokens: int | None = flag(None, "tokens of an update, over all processes and micro-batches (about "
-                                          f"{FROM_TRAINED['batch_tokens']:_})")
-    steps: int | None = flag(None, "updates; refit: of each half of a block (one pass over the data, at most "
-                                   "1000)")
+                                          f"{FROM_TRAINED['batch_tokens']:_}; of lines {LINES})")
+    steps: int | None = flag(None, "updates; refit: of each half of a block (one pass over shards, "
+                                   f"{PASSES} over lines, at most {MOST_STEPS})")
     lr: float | None = flag(None, "peak learning rate (by --method)")
     aux_lr: float | None = flag(None, "peak learning rate of embedding, head and vectors (as --lr)")
     warmup: int | None = flag(None, "updates of linear warm-up, of a stage (a tenth)")
@@ -125,7 +130,7 @@ FIXED = {f.name for f in dataclasses.fields(TuneFlags)} | {"seq_len", "seed", "o
 FIXED -= {"out_dir", "eval_dir", "eval", "statistics", "batch_tokens"}
 
 LIMITS = {
-    "zeros": ("lie between 0 and 1", lambda x: 0 < x < 1),
+    "zeros": ("be a share between 0 and 1, such as 0.5", lambda x: 0 < x < 1),
     "stages": ("be positive", lambda n: n >= 1),
     "rank": ("be positive", lambda n: n >= 1),
     "alpha": ("be positive and finite", lambda x: 0 < x < math.inf),
@@ -213,9 +218,9 @@ BY_CHANCE = 0.01
 # what a share may be off by where it was asked for
 NEAR = 1e-3
 
-def settle_zeros(config: Config, there: float):
+def settle_zeros(config: Config, there: float, factored: bool = False):
     """Fill in the method and the share of zeros of the result, for a model with a share `there` of them.
-    UserError for fewer than it has."""
+    factored: whether its layers have no single matrix. UserError for fewer zeros than it has."""
     if there < BY_CHANCE:
         there = 0.0
     known = pruning.pattern_of(config.pattern)
@@ -225,6 +230,9 @@ def settle_zeros(config: Config, there: float):
         # a mixed pattern says that there are to be zeros, not how many
         wanted = config.zeros or there or config.pattern != "unstructured"
         config.method = BEST[bool(wanted)]
+        if factored and not wanted:
+            # such layers are their own update
+            config.method = "lost"
         check_method(config, typed(config))
     if not METHODS[config.method].masks:
         return
@@ -237,14 +245,19 @@ def settle_zeros(config: Config, there: float):
         raise UserError(f"--zeros {config.zeros}: {config.ckpt} has {there:.4f} already; give as many or "
                         "more, or leave it out")
 
-def settle_batch(config: Config, samples: int, world: int):
-    """Fill in what depends on the text, of so many samples of config.seq_len tokens."""
-    row = config.seq_len * world
+def settle_batch(config: Config, text, world: int):
+    """Fill in what depends on the training text, whose samples have config.seq_len tokens."""
+    samples = FROM_TRAINED["batch_tokens"] // config.seq_len
+    passes = 1
+    if text.row:
+        samples, passes = LINES, PASSES
     if config.batch_tokens is None:
-        config.batch_tokens = max(1, FROM_TRAINED["batch_tokens"] // row) * row
+        # every process has the same share
+        samples = max(1, samples // world) * world
+        config.batch_tokens = samples * config.seq_len
     if config.steps is None:
-        once = math.ceil(samples * config.seq_len / config.batch_tokens)
-        config.steps = min(once, 1000)
+        tokens = passes * len(text) * config.seq_len
+        config.steps = min(math.ceil(tokens / config.batch_tokens), MOST_STEPS)
     if config.lr is None:
         config.lr = METHODS[config.method].lr
     if METHODS[config.method].staged and config.steps < config.stages:
@@ -260,3 +273,5 @@ def settle_paths(config: Config):
         if name != "ckpt" and not os.path.exists(value):
             raise UserError(f"--{name} {value}: there is no such file or folder")
         setattr(config, name, os.path.abspath(value))
+    if os.path.realpath(config.out_dir) == os.path.realpath(config.ckpt):
+        raise UserError(f"--out_dir {config.out_dir} is the folder of --ckpt: name another one")

@@ -83,6 +83,11 @@ def test_under_autocast_the_sum_is_rounded_once():
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     assert torch.equal(y, F.linear(x.bfloat16(), layer.effective().bfloat16()))
+    # a bias leaves the dtype alone
+    layer.bias = torch.nn.Parameter(torch.ones(layer.out_features))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), y + 1)
+        assert layer(x).dtype == torch.bfloat16
     y.sum().backward()
     assert layer.A.grad.dtype == torch.float32 and layer.B.grad.abs().sum() > 0
 

@@ -56,7 +56,7 @@ def test_random_factors_get_the_norm_of_the_best_low_rank_part():
     torch.testing.assert_close(product.norm(), sigma[:5].norm())
     assert not torch.allclose(torch.linalg.svdvals(product)[:5], sigma[:5], rtol=0.01)
 
-@pytest.mark.parametrize("linear", ["sltrain", "scaled"])
+@pytest.mark.parametrize("linear", layers.NAMES)
 def test_a_kind_of_an_experiment_trains_saves_resumes_and_loads(small, linear):
     straight = small(linear=linear, out_dir=small().out_dir + "-straight")
     train.main(straight)

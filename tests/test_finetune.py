@@ -303,9 +303,16 @@ def test_a_lost_model_is_tuned_as_it_is(tuned, lost_source, method):
     same = torch.equal(model.state_dict()[norm], before.state_dict()[norm])
     assert same == (method == "lost")
 
+def test_a_lost_model_is_tuned_by_its_own_factors_unless_told_otherwise(lost_source, data_dir, tmp_path):
+    config = resolve(dict(ckpt=lost_source, data=data_dir, out_dir=str(tmp_path / "out"), seq_len=32,
+                          batch_tokens=128, steps=1, device="cpu", threads=1, eval_tokens=100))
+    finetune.main(config)
+    with open(os.path.join(config.out_dir, "config.json")) as file:
+        assert json.load(file)["method"] == "lost"
+
 @pytest.mark.parametrize("method", ["lora", "masked-lora", "losa"])
 def test_silu_between_the_factors_is_refused_where_matrices_are_needed(tuned, lost_source, method):
-    with pytest.raises(UserError, match="use --method full or lost"):
+    with pytest.raises(UserError, match="use --method lost, which trains their factors"):
         tuned(ckpt=lost_source, method=method, **({"zeros": 0.5} if METHODS[method].masks else {}))
 
 @pytest.fixture(scope="module")
@@ -353,6 +360,22 @@ def test_lines_are_learnt_and_questions_about_them_answered(tuned, lines, capsys
     output = capsys.readouterr().out
     assert "accuracy 1.000 ± 0.000" in output
     assert "rows of 24 tokens; 0 prompts lost their beginning, 0 completions their end" in output
+
+def test_few_lines_are_read_three_times_in_updates_of_sixteen(tuned, lines):
+    untyped = dict.fromkeys(("seq_len", "batch_tokens", "steps"))
+    config = tuned(method="lora", data=str(lines / "train.jsonl"), **untyped)
+    # 24 lines
+    with open(os.path.join(config.out_dir, "config.json")) as file:
+        chosen = json.load(file)
+    assert chosen["steps"] == 5 and chosen["batch_tokens"] == 16 * chosen["seq_len"]
+
+def test_the_last_lines_say_what_loads_where(tuned, capsys):
+    config = tuned(method="lora")
+    assert f"transformers loads {folder_of(config)}" in capsys.readouterr().out.splitlines()[-1]
+
+def test_the_folder_of_the_model_is_no_place_for_the_run(tuned, source):
+    with pytest.raises(UserError, match="is the folder of --ckpt"):
+        tuned(method="lora", out_dir=source)
 
 def test_lines_may_be_tuned_on_beside_shards_for_the_loss(tuned, lines, data_dir):
     config = tuned(method="lora", data=str(lines / "train.jsonl"), eval_dir=data_dir, seq_len=None,
@@ -415,7 +438,7 @@ def test_what_rounding_to_the_sources_dtype_costs_is_said(tuned, tmp_path, capsy
     ({"method": "lora", "zeros": 0.5}, "--zeros means nothing with --method lora"),
     ({"method": "full", "rank": 4}, "--rank means nothing with --method full"),
     ({"method": "masked-lora", "zeros": 0.5, "stages": 2}, "--stages means nothing"),
-    ({"method": "masked-lora", "zeros": 1.5}, "--zeros 1.5: must lie between 0 and 1"),
+    ({"method": "masked-lora", "zeros": 1.5}, "--zeros 1.5: must be a share between 0 and 1"),
     ({"method": "masked-lora", "pattern": "2:4", "zeros": 0.3}, "--pattern 2:4 has 0.5"),
     ({"method": "masked-lora", "zeros": 0.5, "masks": "wanda", "pattern": "mixed:8"}, "use --masks fisher"),
     ({"method": "masked-full", "zeros": 0.5, "optimizer": "muon"}, "would fill the zeros"),
@@ -464,6 +487,7 @@ def test_refit_of_zeros_that_are_there_needs_a_dense_model(tuned):
     first = tuned(method="masked-lora", zeros=0.5, masks="wanda")
     with pytest.raises(UserError, match="name it by --dense"):
         tuned(ckpt=folder_of(first), method="refit", out_dir=first.out_dir + "2")
+    assert not os.path.exists(os.path.join(first.out_dir + "2", "status.json"))
 
 def test_a_dense_model_of_other_sizes_is_no_aim(tuned, tmp_path):
     folder = str(tmp_path / "other")

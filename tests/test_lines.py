@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from small_models import all_logits, small
 from test_rows import ALONE, FULL, put_pairs, some_pairs
 
+from nanolost import run
 from nanolost.covariance import batches, is_text
 from nanolost.documents import Pair
 from nanolost.errors import UserError
 from nanolost.lines import LineDataset
 from nanolost.loop import Validation, accumulate, evaluate, shares
 from nanolost.rows import Examples
+from nanolost.settings import FIXED
 from nanolost.tokenizer import Tokenizer
-from train import check_same_run
 
 BYTES = Tokenizer.named("byte")
 EOT = BYTES.eot
@@ -154,7 +155,7 @@ def test_a_resumed_run_refuses_another_set_tokenizer_or_cut(tmp_path):
         changed = dataset(tmp_path, lines, longest, tokenizer)
         before, now = {"data": [first.fingerprint]}, {"data": [changed.fingerprint]}
         with pytest.raises(UserError, match="^data was .*use another --out_dir"):
-            check_same_run(before, now, print)
+            run.check_same_run(before, now, FIXED, print)
     first.check_tokenizer(ours, "a.jsonl", "out")
     with pytest.raises(UserError, match="another tokenizer"):
         first.check_tokenizer(other, "a.jsonl", "out")

@@ -347,7 +347,8 @@ def test_an_update_without_a_target_has_a_gradient_of_zeros(small):
 # --- what is said ---
 
 def kept(path, step=4, evaluated=0) -> bytes:
-    return b"".join(loop.kept_lines(str(path), types.SimpleNamespace(step=step, evaluated=evaluated)))
+    state = types.SimpleNamespace(step=step, evaluated=evaluated, began=0)
+    return b"".join(loop.kept_lines(str(path), state))
 
 def test_lines_that_will_come_again_are_dropped_and_those_of_the_user_stay(tmp_path):
     entries = [{"kind": kind, "step": step} for step in (4, 5) for kind in ("train", "eval", "spike")]

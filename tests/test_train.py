@@ -194,7 +194,7 @@ def test_the_files_of_a_run_hold_what_they_promise(small):
         "tokenizer_config.json", "lost.py", "modeling_lost.py", "manifest.json"}
     state = load_model(config.out_dir)[1]
     # and nothing that no one reads
-    assert set(state) == {"step", "samples", "tokens", "evaluated", "norms", "config"}
+    assert set(state) == {"step", "samples", "tokens", "evaluated", "began", "norms", "config"}
     assert (state["step"], state["samples"], state["tokens"], state["evaluated"]) == (8, 64, 2048, 8)
     assert len(state["norms"]) == 8 and state["norms"][2] == training[0]["grad_norm"]
 
