@@ -179,12 +179,14 @@ def say_rounding(state: State, texts: run.Texts, dtype: str, job: Job, report: R
     if dtype == "float32" or texts.validation is None or report.val_loss is None:
         return
     whole = adapters.merged(state.model)
-    for name, p in whole.named_parameters():
-        rounded = p.to(getattr(torch, dtype)).float()
-        home, _, key = name.rpartition(".")
-        setattr(whole.get_submodule(home), key, torch.nn.Parameter(rounded, requires_grad=False))
-    if whole.config.tie_embeddings:
-        whole.lm_head.weight = whole.model["embed_tokens"].weight
+    tensors = whole.state_dict()
+    for name, tensor in tensors.items():
+        # channels are whole numbers
+        if tensor.is_floating_point():
+            tensors[name] = tensor.to(getattr(torch, dtype)).float()
+    # new tensors: those without an update are the model's own
+    whole.load_state_dict(tensors, assign=True)
+    whole.tie_head()
     found = evaluate(whole, texts.validation, state.autocast, job)
     if found is not None:
         report.say(f"rounded to {dtype}, as {report.config.ckpt} has its weights (export.py --save_dtype "
