@@ -64,6 +64,7 @@ from nanolost.low_rank_layers import to_low_rank
 from nanolost.methods import merge_layers
 from nanolost.settings import DEVICES, autocast
 from nanolost.sparse_layers import to_sparse
+from nanolost.splitting import split_bytes
 from nanolost.threads import use_threads
 from nanolost.tokenizer import Tokenizer
 
@@ -303,8 +304,7 @@ def disk_bytes(config: Config, model: Llama) -> int:
     need = spool_bytes(model, config.calibration_tokens)
     if config.method == "fisher" and config.form == "sparse":
         values = sum(linear.weight.numel() for linear in linears(model).values())
-        # eigenvectors are of the size of the covariances; three numbers a weight beside them
-        need += covariance_bytes(model) * model.config.n_layer + 9 * values
+        need += split_bytes(model)
         # the best entries so far, while directions are tried
         need += 4 * values if config.factors else 0
     return need

@@ -179,12 +179,14 @@ def say_rounding(state: State, texts: run.Texts, dtype: str, job: Job, report: R
     if dtype == "float32" or texts.validation is None or report.val_loss is None:
         return
     whole = adapters.merged(state.model)
-    for name, p in whole.named_parameters():
-        rounded = p.to(getattr(torch, dtype)).float()
-        home, _, key = name.rpartition(".")
-        setattr(whole.get_submodule(home), key, torch.nn.Parameter(rounded, requires_grad=False))
-    if whole.config.tie_embeddings:
-        whole.lm_head.weight = whole.model["embed_tokens"].weight
+    tensors = whole.state_dict()
+    for name, tensor in tensors.items():
+        # channels are whole numbers
+        if tensor.is_floating_point():
+            tensors[name] = tensor.to(getattr(torch, dtype)).float()
+    # new tensors: those without an update are the model's own
+    whole.load_state_dict(tensors, assign=True)
+    whole.tie_head()
     found = evaluate(whole, texts.validation, state.autocast, job)
     if found is not None:
         report.say(f"rounded to {dtype}, as {report.config.ckpt} has its weights (export.py --save_dtype "
@@ -202,9 +204,24 @@ def start(
     make_trained(model, config)
     return State.of(model, config), now
 
-def go_on(folder: str, config: Config, texts: run.Texts, plan: Once, job: Job, report: Report) -> tuple:
+class Opened(NamedTuple):
+    """What a run begins with. source: the folder of `model` and its state.json, `saved`; there, beside: its
+    shares of zeros, as `warn` takes them."""
+
+    source: str
+    model: Llama
+    saved: dict
+    there: float
+    beside: float
+    texts: run.Texts
+    plan: Once
+
+def go_on(folder: str, found: Opened, config: Config, job: Job, report: Report) -> tuple:
     """State and identity of the run that the checkpoint `folder` belongs to, and the number of its stage."""
-    model, saved = checkpoint.load_folder(folder)
+    source, model, saved, _, _, texts, plan = found
+    # a run of train.py, or one that has saved since
+    if folder != source:
+        model, saved = checkpoint.load_folder(folder)
     if "config" not in saved:
         raise UserError(f"{folder} has no training state to continue from: it is a model alone")
     if "stage_steps" not in saved["config"]:
@@ -221,17 +238,6 @@ def go_on(folder: str, config: Config, texts: run.Texts, plan: Once, job: Job, r
     checkpoint.load_optimizer(folder, state.model, state.optimizers)
     state.restore(saved)
     return state, now, number
-
-class Opened(NamedTuple):
-    """What a run begins with. source: the folder of `model`; there, beside: its shares of zeros, as `warn`
-    takes them."""
-
-    source: str
-    model: Llama
-    there: float
-    beside: float
-    texts: run.Texts
-    plan: Once
 
 def begun(config: Config, job: Job) -> tuple[str | None, dict]:
     """The newest good checkpoint of the run in out_dir, and its settings; (None, {}) where none has begun."""
@@ -250,7 +256,7 @@ def opened(config: Config, job: Job, at_end: contextlib.ExitStack) -> Opened:
     own, before = begun(config, job)
     tuning.remember(config, before)
     source = own or checkpoint.checkpoint_folder(config.ckpt)
-    model, tokenizer, _ = checkpoint.load_with_tokenizer(source)
+    model, tokenizer, saved = checkpoint.load_with_tokenizer(source)
     there = adapters.share_of_zeros(model)
     # before they may be merged
     beside = adapters.share_beside_factors(model)
@@ -259,7 +265,7 @@ def opened(config: Config, job: Job, at_end: contextlib.ExitStack) -> Opened:
     check_layers(model, config)
     texts = texts_of(config, tokenizer, model, job.world)
     plan = plan_of(config, model, texts, job, there, at_end)
-    return Opened(source, model, there, beside, texts, plan)
+    return Opened(source, model, saved, there, beside, texts, plan)
 
 def describe_run(model: Llama, config: Config, texts: run.Texts, plan: Once, job: Job) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -287,7 +293,8 @@ def main(config: Config):
         Report(config, job) as report,
         failures_with_their_repair(),
     ):
-        source, model, there, beside, texts, plan = opened(config, job, at_end)
+        found = opened(config, job, at_end)
+        source, model, _, there, beside, texts, plan = found
         # what was chosen, and steps of all stages
         report.config = dataclasses.replace(config, steps=plan.steps)
         if config.dry_run:
@@ -299,7 +306,7 @@ def main(config: Config):
         folder = job.first(lambda: prepare_out_dir(config, texts, model))
 
         if folder:
-            state, now, number = go_on(folder, config, texts, plan, job, report)
+            state, now, number = go_on(folder, found, config, job, report)
         else:
             state, now = start(source, model, config, texts, plan, job)
             number = -1

@@ -385,11 +385,15 @@ class Llama(nn.Module):
             "norm": nn.RMSNorm(config.n_embd, eps=config.norm_eps),
         })
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.model["embed_tokens"].weight
+        self.tie_head()
         # shapes alone have nothing to draw
         if not self.lm_head.weight.is_meta:
             self.init_weights(seed)
+
+    def tie_head(self):
+        """Let embedding and head be one parameter where the config says so; assigning tensors makes two."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.model["embed_tokens"].weight
 
     @torch.no_grad()
     def init_weights(self, seed: int | None = None):

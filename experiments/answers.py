@@ -7,9 +7,8 @@ from experiments.arms import ROWS, Config, Trial, against
 from experiments.gaps import losses, results, seeds_of
 from experiments.runs import chosen
 from experiments.stages import START, Stages, bracketed, check
-from experiments.tables import fill, markdown, pyplot, save_figure, spread
+from experiments.tables import markdown, pyplot, save_figure, show, spread
 from nanolost.errors import UserError
-from nanolost.flags import say
 
 class Answer:
     """What the tables are made of."""
@@ -235,15 +234,8 @@ def tables(answer: Answer) -> str:
 
 # --- verbs ---
 
-def show(config: Config, name: str, text: str):
-    """Print it, or put it between the markers `name` of a document."""
-    if config.fill:
-        fill(config.fill, name, text)
-    else:
-        say(text)
-
 def table(config: Config):
-    show(config, "isoflop", tables(Answer(config)))
+    show(config.fill, "isoflop", tables(Answer(config)))
 
 def figure(config: Config):
     """The gap to dense against updates, with 2 s / √n on both sides."""
@@ -288,4 +280,4 @@ def fit(config: Config):
     if not body:
         raise UserError(f"{config.results} has fewer than two lengths of any kind: run first")
     head = ["", "points", "b, 95 % interval", "a", "row, updates of its dense row: loss"]
-    show(config, "isoflop-fit", markdown(head, body))
+    show(config.fill, "isoflop-fit", markdown(head, body))

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 # first of ours: it imports nanolost before torch
 from experiments import runs
 from experiments.runs import add_line, chosen, drive, read_lines
-from experiments.tables import fill, markdown, pyplot, save_figure, spread
+from experiments.tables import markdown, pyplot, save_figure, show, spread
 from nanolost.files import read_json
 from nanolost.flags import flag, say
 
@@ -354,10 +354,7 @@ def table(config: Config):
     plain = [line for line in lines if not line["healed"]]
     texts = {"compression": unhealed(plain), "compression-costs": costs(plain), "healing": healed(lines)}
     for name, text in texts.items():
-        if config.fill:
-            fill(config.fill, name, text)
-        else:
-            say(text)
+        show(config.fill, name, text)
 
 # --- figures ---
 

@@ -28,10 +28,10 @@ import numpy as np
 # first of ours: it imports nanolost before torch, and registers kinds before --linear lists them
 from experiments import layers
 from experiments.runs import Experiment, Key, Rates, Run, Settings, chosen, drive, extra, folder_of, shapes
-from experiments.tables import fill, markdown, pyplot, save_figure, spread
+from experiments.tables import markdown, pyplot, save_figure, show, spread
 from model import MODELS, Llama
 from nanolost.counts import count_flops, count_parameters
-from nanolost.flags import flag, say
+from nanolost.flags import flag
 
 # a budget that is spent on rank alone, at CoLA's scale
 NO_SPARSE = {"sparsity": 0, "gamma": 1}
@@ -326,10 +326,7 @@ def tables(config: Config) -> str:
 
 def table(config: Config):
     """Print the tables, or put them between the markers of a document."""
-    if config.fill:
-        fill(config.fill, "controls", tables(config))
-    else:
-        say(tables(config))
+    show(config.fill, "controls", tables(config))
 
 # --- the figure ---
 

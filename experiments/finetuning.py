@@ -31,7 +31,7 @@ import torch
 # first of ours: it imports nanolost before torch
 from experiments import benchmarks, runs, sst2
 from experiments.runs import Key, Rates, Settings, chosen, drive, extra, folder_of
-from experiments.tables import fill, markdown, pyplot, save_figure, spread
+from experiments.tables import markdown, pyplot, save_figure, show, spread
 from experiments.tuned import ENDS, Tuned, Tuning
 from nanolost import estimate, tuning
 from nanolost.checkpoint import checkpoint_folder
@@ -585,10 +585,7 @@ def table(config: Config):
     if not found:
         raise UserError(f"nothing is measured in {config.out_dir}: run first, with the same flags")
     for name, text in found.items():
-        if config.fill:
-            fill(config.fill, name, text)
-        else:
-            say(text)
+        show(config.fill, name, text)
 
 # --- figure ---
 

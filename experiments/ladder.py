@@ -22,11 +22,11 @@ import numpy as np
 # first of ours: it imports nanolost before torch
 from experiments import controls
 from experiments.runs import Rates, chosen, drive
-from experiments.tables import fill, markdown, pyplot, save_figure, spread
+from experiments.tables import markdown, pyplot, save_figure, show, spread
 from model import MODELS
 from nanolost.counts import count_parameters
 from nanolost.errors import UserError
-from nanolost.flags import flag, say
+from nanolost.flags import flag
 
 # Student's t for 95 %, both sides, by degrees of freedom: a ladder has few sizes
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447}
@@ -182,10 +182,7 @@ def table(config: Config):
     points = {}
     for row in chosen(config, controls.ROWS):
         points[row] = [point(each[width], width, row) for width in each]
-    if config.fill:
-        fill(config.fill, "ladder", tables(points))
-    else:
-        say(tables(points))
+    show(config.fill, "ladder", tables(points))
     return draw(points, config)
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ import torch
 
 from bench import race
 from experiments.runs import drive
-from experiments.tables import fill, markdown
+from experiments.tables import markdown, show
 from model import Llama
 from nanolost.checkpoint import load_model
 from nanolost.decode import compile_step, generate
 from nanolost.errors import UserError
-from nanolost.flags import flag, say
+from nanolost.flags import flag
 from nanolost.threads import use_threads
 
 PROMPT = 512
@@ -101,10 +101,7 @@ def run(config: Config):
     for name in found:
         head += [f"{name}, tokens/s", "over dense"]
     text = markdown(head, table)
-    if config.fill:
-        fill(config.fill, "compression-speed", text)
-    else:
-        say(text)
+    show(config.fill, "compression-speed", text)
 
 if __name__ == "__main__":
     drive({"run": run}, Config, __doc__)

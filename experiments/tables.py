@@ -49,6 +49,13 @@ def fill(path: str, name: str, text: str):
     # an empty line on both sides, without which Markdown takes a table for text
     write_atomic(path, f"{before}{begin}\n{text}\n\n{end}{after}".encode())
 
+def show(path: str | None, name: str, text: str):
+    """Print `text`, or put it between the markers `name` of the document `path`."""
+    if path:
+        fill(path, name, text)
+    else:
+        say(text)
+
 # --- figures ---
 
 def pyplot():

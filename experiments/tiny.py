@@ -21,9 +21,9 @@ from dataclasses import dataclass
 # first of ours: it imports nanolost before torch
 from experiments import controls
 from experiments.runs import Experiment, Key, Rates, Run, Settings, chosen, drive, extra, folder_of, shapes
-from experiments.tables import fill, markdown, spread
+from experiments.tables import markdown, show, spread
 from nanolost.counts import count_flops, count_parameters
-from nanolost.flags import flag, say
+from nanolost.flags import flag
 from nanolost.settings import RECIPES
 
 # flags of train.py
@@ -125,15 +125,8 @@ def tables(config: Config) -> str:
     body = [main_row(config, found, row) for row in begun]
     return "\n".join([*parts, markdown(COLUMNS, body)])
 
-def show(config: Config, name: str, text: str):
-    """Print it, or put it between the markers `name` of a document."""
-    if config.fill:
-        fill(config.fill, name, text)
-    else:
-        say(text)
-
 def table(config: Config):
-    show(config, "tiny", tables(config))
+    show(config.fill, "tiny", tables(config))
 
 # --- the table of the first page ---
 
@@ -159,7 +152,7 @@ def short(config: Config):
         "tiny, each at its best learning rate", "parameters", "FLOPs a token",
         f"loss, {config.seeds} seeds", f"tokens/s of {config.jobs} at a time",
     ]
-    show(config, "tiny-short", markdown(head, body))
+    show(config.fill, "tiny-short", markdown(head, body))
 
 if __name__ == "__main__":
     drive({"run": train, "table": table, "short": short}, Config, __doc__)

@@ -280,9 +280,7 @@ def merged(model: Llama) -> Llama:
         for key, tensor in plain.state_dict().items():
             tensors[f"{name}.{key}"] = tensor
     whole.load_state_dict(tensors, assign=True)
-    if model.config.tie_embeddings:
-        # assigning made two parameters of one
-        whole.lm_head.weight = whole.model["embed_tokens"].weight
+    whole.tie_head()
     return whole
 
 def parts(model: Llama) -> dict[str, Tensor]:

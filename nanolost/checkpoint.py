@@ -936,9 +936,7 @@ def load_folder(folder: str, split=None) -> tuple[Llama, dict]:
     # a layer may refuse what its shapes allow, such as an index of a channel that it does not have
     with as_user_error(LOSTError, RuntimeError, prefix=f"{folder}: "):
         model.load_state_dict(tensors, assign=split is None)
-    if tied:
-        # assigning made two parameters of one
-        model.lm_head.weight = model.model["embed_tokens"].weight
+    model.tie_head()
     # a model alone has none, which is no state to train on but enough to sample from
     path = os.path.join(folder, STATE)
     return model, read_json(path) if os.path.exists(path) else {}

@@ -7,9 +7,10 @@ import torch
 from model import Llama
 from nanolost.calibration import WINDOW, calibration_windows, key_of, statistics_of, temporary_folder
 from nanolost.compression import Task
-from nanolost.covariance import Batch, covariance_bytes, linears, spool_bytes
+from nanolost.covariance import Batch, spool_bytes
 from nanolost.data import TokenDataset
 from nanolost.sparse_layers import to_sparse
+from nanolost.splitting import split_bytes
 
 @dataclass
 class Zeros:
@@ -45,9 +46,7 @@ def spooled(windows: list[Batch], model: Llama) -> int:
     """Bytes that choosing zeros takes on the disk meanwhile, as compress.py counts them."""
     # a text may have fewer than were asked for
     tokens = sum(batch.ids.numel() for batch in windows)
-    values = sum(layer.weight.numel() for layer in linears(model).values())
-    vectors = covariance_bytes(model) * model.config.n_layer
-    return spool_bytes(model, tokens) + vectors + 9 * values
+    return spool_bytes(model, tokens) + split_bytes(model)
 
 def put_zeros(model: Llama, config, folder: str, text: TokenDataset, device, context) -> dict[str, dict]:
     """Put config.zeros of zeros into the blocks' matrices by config.masks, with the values that go with them;

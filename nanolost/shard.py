@@ -124,9 +124,8 @@ def is_split_model(model: nn.Module) -> bool:
 def make_room(model: Llama, device: torch.device):
     """Give a model of shapes alone memory on `device`, with whatever it holds."""
     model.to_empty(device=device)
-    if model.config.tie_embeddings:
-        # of one parameter that made two
-        model.lm_head.weight = model.model["embed_tokens"].weight
+    # of one parameter that made two
+    model.tie_head()
 
 def sum_copies(model: nn.Module, last: bool):
     """Whether the next backward pass adds up gradients over the copies: once an update is enough."""

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nanolost.covariance import GROUP_OF, Statistics, place_of
+from model import Llama
+from nanolost.covariance import GROUP_OF, Statistics, covariance_bytes, linears, place_of
 from nanolost.lowrank import shrunk
 from nanolost.pruning import EVERY, Patterns, largest_of_groups
 from nanolost.shelf import Shelf
@@ -34,6 +35,12 @@ TURNS = 60
 # an exact threshold is found by half of the bits of a float32 at a time
 HALF = 16
 LOWER = (1 << HALF) - 1
+
+def split_bytes(model: Llama) -> int:
+    """What is on the shelf while the zeros of a whole model are split."""
+    values = sum(layer.weight.numel() for layer in linears(model).values())
+    # eigenvectors are of the size of the covariances; beside them two numbers and a mask for each weight
+    return covariance_bytes(model) * model.config.n_layer + 9 * values
 
 # --- a layer in units of its own ---
 

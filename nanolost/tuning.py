@@ -124,12 +124,13 @@ class Config(RunFlags, TrainingFlags, TuneFlags):
         return steps // 10
 
 # a resume must agree in these; any other value that changed is printed
-FIXED = {f.name for f in dataclasses.fields(TuneFlags)} | {"seq_len", "seed", "optimizer", "freeze",
-                                                           "tokenizer_sha256", "batch_tokens"}
+FIXED = {"seq_len", "seed", "optimizer", "freeze", "tokenizer_sha256"}
+FIXED |= {f.name for f in dataclasses.fields(TuneFlags)}
 # where these lie is told by what is in them
-FIXED -= {"out_dir", "eval_dir", "eval", "statistics", "batch_tokens"}
+FIXED -= {"out_dir", "eval_dir", "eval", "statistics"}
 
 LIMITS = {
+    **settings.LIMITS,
     "zeros": ("be a share between 0 and 1, such as 0.5", lambda x: 0 < x < 1),
     "stages": ("be positive", lambda n: n >= 1),
     "rank": ("be positive", lambda n: n >= 1),
@@ -138,7 +139,6 @@ LIMITS = {
     "calibration_tokens": ("be positive", lambda n: n >= 1),
     "gradient_tokens": ("be positive", lambda n: n >= 1),
 }
-LIMITS = {**settings.LIMITS, **LIMITS}
 # of --pattern mixed:8
 MOST_MIXED = 7 / 8
 # flags that mean something with some methods alone
