@@ -5,10 +5,16 @@
 Forward and backward pass of 4 and of 8 blocks at their real width; the difference of the two is what a block
 adds, from which follows the whole model. Beside it what `train.py --dry_run` estimates. What is simulated has
 no waste of an allocator, no buffers of nccl and no second stream, which add some GB on a GPU."""
+import os
+import sys
+
+# this file is started by its path, so that Python looks for modules beside it only
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+
 import nanolost  # noqa: F401, I001  before torch: OpenMP reads its settings once
 
 import json
-import sys
 from dataclasses import dataclass
 
 import torch

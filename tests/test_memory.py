@@ -79,6 +79,17 @@ def test_the_estimate_lies_within_a_tenth_of_torchs_memory_tracker(size, linear,
 @pytest.mark.slow
 def test_torchs_memory_tracker_still_says_so():
     command = [sys.executable, "experiments/sharding.py", "--model", "7b"]
-    env = {**os.environ, "PYTHONPATH": ROOT}
-    found = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert json.loads(found)["forward_backward"] / 1e9 == pytest.approx(TRACKED["7b", "lost", 8], rel=0.02)
+
+@pytest.mark.slow
+def test_a_start_and_a_save_hold_less_than_twice_the_largest_tensor_above_a_part(tmp_path):
+    # at a real width: the packages that a split start loads take 80 MB
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "experiments/host_memory.py", "--model", "1b", "--out_dir", str(tmp_path)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for line in found.splitlines():
+        process = json.loads(line)
+        assert process["start_above_part"] < 2 * process["largest"], process
+        assert process["save_above"] < 1.1 * process["largest"], process
+    assert len(found.splitlines()) == 2
