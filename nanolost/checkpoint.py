@@ -345,6 +345,15 @@ def write_words(
             f.write(data)
     write_json(folder, "config.json", content)
 
+def weights_in(model: Llama, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """`model_tensors` in `dtype`; what has it already is not copied."""
+    tensors = model_tensors(model)
+    for name, tensor in tensors.items():
+        # channels are whole numbers
+        if tensor.is_floating_point():
+            tensors[name] = tensor.to(dtype)
+    return tensors
+
 def write_model(
     folder: str,
     model: Llama,
@@ -355,12 +364,7 @@ def write_model(
 ):
     """`write_words` and the weights, of a model that is not trained further."""
     write_words(folder, model, tokenizer, travelling, dtype)
-    tensors = model_tensors(model)
-    for name, tensor in tensors.items():
-        # channels are whole numbers
-        if tensor.is_floating_point():
-            tensors[name] = tensor.to(dtype)
-    write_weights(folder, tensors, longest)
+    write_weights(folder, weights_in(model, dtype), longest)
 
 # --- saving by several processes ---
 
@@ -451,7 +455,8 @@ def contents_of(whole: Llama, model: Llama, optimizers: list) -> list[Content]:
     """What a checkpoint of `model` holds in tensors. whole: the same with its updates merged."""
     # an optimizer that is refused leaves nothing behind: nothing is written yet
     notes = {"nanolost": json.dumps(optimizer_values(model, optimizers), sort_keys=True)}
-    found = [Content(WEIGHTS, model_tensors(whole), {"format": "pt"})]
+    # a resume goes on bit for bit
+    found = [Content(WEIGHTS, weights_in(whole, torch.float32), {"format": "pt"})]
     parts = adapters.parts(model)
     if parts:
         found.append(Content(UPDATE, parts, {"format": "pt"}))

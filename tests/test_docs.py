@@ -229,9 +229,9 @@ def test_the_code_of_the_readme_runs(capsys):
         run(code)
 
 def test_the_pages_but_one_have_no_other_code():
-    # what is shown there is run below, each block with what it is for, or in test_huggingface.py and
-    # test_sparse.py
-    known = {"README.md", "extending.md", "finetuning.md", "huggingface.md"}
+    # what is shown there is run below, each block with what it is for, or in test_huggingface.py,
+    # test_shard.py and test_sparse.py
+    known = {"README.md", "extending.md", "finetuning.md", "huggingface.md", "sharding.md"}
     assert {page.name for page in PAGES if blocks(page, "python")} <= known
 
 @pytest.fixture
