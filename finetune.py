@@ -293,6 +293,7 @@ def main(config: Config):
         Report(config, job) as report,
         failures_with_their_repair(),
     ):
+        run.check_alike(config, job)
         found = opened(config, job, at_end)
         source, model, _, there, beside, texts, plan = found
         # what was chosen, and steps of all stages
@@ -303,6 +304,7 @@ def main(config: Config):
         # read now: --overwrite may delete what the model comes from
         travelling = travelling_files(source)
         job.claim(config.out_dir)
+        out_dir.check_shared(config.out_dir, job)
         folder = job.first(lambda: prepare_out_dir(config, texts, model))
 
         if folder:

@@ -151,6 +151,7 @@ def main(config: Config):
         failures_with_their_repair(),
         job.exchanges(),
     ):
+        run.check_alike(config, job)
         shard.check_shards(config.shard, job.world)
         source = Source.of(config)
         # read now: --overwrite may delete what the model comes from
@@ -160,8 +161,7 @@ def main(config: Config):
         texts = texts_of(config, vocabulary(config))
         settle_allocation(config, source)
         job.claim(config.out_dir)
-        if job.world > 1:
-            out_dir.check_shared(config.out_dir, job)
+        out_dir.check_shared(config.out_dir, job)
         folder = job.first(lambda: prepare_out_dir(config, texts, source))
 
         if folder:

@@ -26,6 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from model import MODELS
 from nanolost import memory, shard
+from nanolost.errors import UserError
 from nanolost.flags import command, flag, parse
 from nanolost.methods import METHODS, build_model
 from nanolost.settings import resolve
@@ -87,6 +88,8 @@ def simulated(config: Config) -> dict:
     }
 
 def main(config: Config):
+    if config.shard < 1 or not 0 < config.few < config.many:
+        raise UserError("--shard must be 1 or more, and --few less than --many: give other values")
     dist.init_process_group("fake", rank=0, world_size=config.shard, store=FakeStore())
     print(json.dumps(simulated(config)))
 

@@ -60,12 +60,16 @@ def describe_sizes(model: Llama, config) -> list[str]:
     low_rank, sparse, dense = count_by_path(model)
     weights, gradients, moments = count_bytes(model, config.optimizer)
     total = low_rank + sparse + dense
+    # of a model that several processes hold together each has its part
+    shards = getattr(config, "shard", 1)
+    mine = [number / shards for number in (weights, gradients, moments)]
+    part = f", one of the {shards} that hold a copy," if shards > 1 else ""
     return [
         f"parameters  {total:,} = low-rank {low_rank:,} + sparse {sparse:,} + dense {dense:,}",
         f"compute     {count_multiplies(model):,} multiplications a token forward, "
         f"{count_flops(model):,} FLOPs a token of training",
-        f"memory      {size(weights + gradients + moments)} a process = weights {size(weights)} + gradients "
-        f"{size(gradients)} + moments {size(moments)}; activations come on top",
+        f"memory      {size(sum(mine))} a process{part} = weights {size(mine[0])} + gradients "
+        f"{size(mine[1])} + moments {size(mine[2])}; activations come on top",
         f"checkpoint  {size(weights + moments)}, the newest {config.keep} are kept",
     ]
 

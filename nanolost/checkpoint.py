@@ -425,17 +425,20 @@ class Writing:
             self.fault = self.fault or str(e)
         self.writer = None
 
-def write_turns(folder: str, queues: list[list[Turn]], rank: int) -> Writing:
-    """Write the queue of process `rank`. What is split is sent to who writes it, in one order: a process
-    holds the one tensor that it is to write."""
+def write_turns(folder: str, queues: list[list[Turn]], job) -> Writing:
+    """Write the queue of this process. What is split is sent to who writes it, in one order: a process holds
+    the one tensor that it is to write."""
     mine = Writing(folder)
     for turns in itertools.zip_longest(*queues):
+        # a disk may take longer than an exchange of tensors is waited for
+        if any(turn is not None and shard.is_split(turn.tensor) for turn in turns):
+            job.wait()
         held = None
         for number, turn in enumerate(turns):
             if turn is None:
                 continue
             tensor = shard.collected(turn.tensor, number)
-            if number == rank:
+            if number == job.rank:
                 held = turn, tensor.cpu()
             del tensor
         # all at once
@@ -485,7 +488,7 @@ def write(
     plans = [several(c.name, c.tensors, LONGEST) for c in contents]
     files = [file for c, plan in zip(contents, plans, strict=True) for file in turns_of(c, plan)]
     queues = [list(itertools.chain(*files[number::writers])) for number in range(writers)]
-    mine = write_turns(folder, queues, job.rank)
+    mine = write_turns(folder, queues, job)
     written = job.gather((mine.digests, mine.fault), patient=True)
     for _, fault in written:
         if fault is not None:
@@ -628,11 +631,6 @@ def write_whole(out_dir: str, write):
 
 # --- loading ---
 
-def load_tensors(path: str) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, on the CPU. UserError for any other file."""
-    files = TensorFiles.of(path)
-    return {name: files.read(name) for name in files}
-
 def read_part(files: TensorFiles, name: str, like: torch.Tensor) -> torch.Tensor:
     """A tensor of some files, laid out as `like` is: of a split one only this process's rows are read."""
     if not shard.is_split(like) or files.shape(name).shape != like.shape:
@@ -763,8 +761,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, states: dict[nn.Paramete
 def load_optimizer(folder: str, model: Llama, optimizers: list):
     """Put the saved state back. UserError if it is the state of other optimizers or of another model, or has
     what these optimizers cannot have written."""
-    path = os.path.join(folder, MOMENTS)
     kinds, states = saved_states(folder, dict(model.named_parameters()))
+    path = path_of(folder, MOMENTS)
     now = sorted({type(optimizer).__name__ for optimizer in optimizers})
     # an optimizer without state would take any other's, and any other would start anew from its
     if kinds not in (None, now):
@@ -842,6 +840,11 @@ def tensor_files(folder: str, name: str = WEIGHTS) -> TensorFiles:
                 where[tensor] = content.where[tensor]
     return TensorFiles(where)
 
+def path_of(folder: str, name: str) -> str | None:
+    """The path of the file `name`, or of the index of several in its place; None where there is neither."""
+    paths = [os.path.join(folder, file) for file in (name, index_of(name))]
+    return next(filter(os.path.exists, paths), None)
+
 def weights_dtype(folder: str) -> torch.dtype:
     """The dtype that a folder keeps its weights in, by the one that every model has."""
     name = "model.embed_tokens.weight"
@@ -911,10 +914,9 @@ def check_head(files: TensorFiles, folder: str):
             raise UserError(f"{folder}: its weights hold a head of their own, and tie_word_embeddings in "
                             "config.json is true: set it to false there")
 
-def load_folder(folder: str, split=None) -> tuple[Llama, dict]:
-    """`load_model` of a checkpoint folder that is known to be good. split(model): splits its matrices over
-    processes, and gives them memory; of those only this process's rows are read then."""
-    model = empty_model(read_json(os.path.join(folder, "config.json")), folder)
+def fitting_files(folder: str, model: Llama) -> TensorFiles:
+    """The weights that a folder has for `model`, of which shapes alone are looked at. UserError if they are
+    not exactly its."""
     files = tensor_files(folder)
     shapes = kept_shapes(files)
     tied = model.config.tie_embeddings
@@ -923,6 +925,14 @@ def load_folder(folder: str, split=None) -> tuple[Llama, dict]:
     check_fit(shapes, model, folder)
     if tied:
         check_head(files, folder)
+    return files
+
+def load_folder(folder: str, split=None) -> tuple[Llama, dict]:
+    """`load_model` of a checkpoint folder that is known to be good. split(model): splits its matrices over
+    processes, and gives them memory; of those only this process's rows are read then."""
+    model = empty_model(read_json(os.path.join(folder, "config.json")), folder)
+    files = fitting_files(folder, model)
+    tied = model.config.tie_embeddings
     if split is not None:
         split(model)
     tensors = {}
@@ -949,10 +959,13 @@ def load_folder(folder: str, split=None) -> tuple[Llama, dict]:
 def load_parts(folder: str, model: Llama, *switches):
     """Take the model of a checkpoint apart into frozen weights and updates, where it was saved with some.
     switches: those of `adapters.restore`. UserError for a file that does not fit."""
-    path = os.path.join(folder, UPDATE)
-    if os.path.exists(path):
-        with as_user_error(AttributeError, KeyError, RuntimeError, prefix=f"{path} does not fit: "):
-            adapters.restore(model, load_tensors(path), *switches)
+    path = path_of(folder, UPDATE)
+    if path is None:
+        return
+    files = tensor_files(folder, UPDATE)
+    parts = {name: files.read(name) for name in files}
+    with as_user_error(AttributeError, KeyError, RuntimeError, prefix=f"{path} does not fit: "):
+        adapters.restore(model, parts, *switches)
 
 def load_model(path: str) -> tuple[Llama, dict]:
     """Model and state.json (empty for a folder of Hugging Face) from an out_dir or a checkpoint folder, on

@@ -105,6 +105,9 @@ class Alone:
     def gather(self, value, patient: bool = False) -> list:
         return [value]
 
+    def wait(self):
+        pass
+
 class Job:
     """This process among the `world` that train one model: `rank`, `local_rank`, `device`, and `asked`, the
     names of the signals that asked for a stop. A context, made by `Job.start`.
@@ -191,8 +194,7 @@ class Job:
 
     def _part(self):
         """End together: one that left at once would look lost to those that are an exchange behind."""
-        with self._together():
-            dist.barrier(group=self.patient)
+        self.wait()
         dist.destroy_process_group()
 
     def _linger(self):
@@ -212,7 +214,9 @@ class Job:
         try:
             yield
         except RuntimeError as e:
-            if self.world == 1 or not BACKEND.search(str(e)):
+            # the store has errors of its own, as where groups are made
+            of_exchange = isinstance(e, dist.DistError) or BACKEND.search(str(e))
+            if self.world == 1 or not of_exchange:
                 raise
             raise ConnectionError(self.first_fault(f"lost another process ({_cause(e)})")) from e
 
@@ -255,6 +259,12 @@ class Job:
             with self._together():
                 dist.all_gather_object(values, value, group=self.patient if patient else None)
         return values
+
+    def wait(self):
+        """For all processes, up to ten times --timeout."""
+        if self.world > 1:
+            with self._together():
+                dist.barrier(group=self.patient)
 
     def broadcast(self, tensor: torch.Tensor, src: int):
         """Fill `tensor` with that of process `src`, in place."""

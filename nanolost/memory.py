@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 
 from model import Llama
-from nanolost.budget import count_bytes, size
+from nanolost.budget import count, count_bytes, size
 from nanolost.loss import LEAST_ROWS, SLICES
 from nanolost.methods import kind_of
 from nanolost.settings import divisors, split_batch
@@ -156,32 +156,45 @@ def traffic(model: Llama, config, world: int, accumulation: int) -> tuple[float,
     item = getattr(torch, config.dtype).itemsize
     blocks = sum(map(matrices, model.model["layers"]))
     words = sum(p.numel() for p in words_of(model))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad and p.dim() >= 2)
     inside = 0
     if shards > 1:
         # gathered forward and backward, and a sum in float32, each micro-batch
-        each = 2 * item * blocks + 2 * 4 * words + 4 * (blocks + words)
-        inside = accumulation * each * (shards - 1) / shards
+        each = 2 * item * blocks + 2 * 4 * words + 4 * trained
+        # Muon's updates, in bfloat16, once
+        once = 2 * sum(p.numel() for p in muon_matrices(model, config))
+        inside = (accumulation * each + once) * (shards - 1) / shards
     # an all-reduce sends everything twice, once an update
-    between = 2 * 4 * (blocks + words) / shards * (copies - 1) / copies
+    between = 2 * 4 * trained / shards * (copies - 1) / copies
     return inside, between
+
+def muon_matrices(model: Llama, config) -> list[nn.Parameter]:
+    if config.optimizer != "muon":
+        return []
+    blocks = model.model["layers"].parameters()
+    return [p for p in blocks if p.requires_grad and p.dim() >= 2]
 
 def fits(need: Need, memory: float) -> bool:
     return need.total * (1 + SPARE) + 1e9 <= memory
 
-def smallest(model: Llama, config, world: int, memory: float):
-    """(--shard, --micro_batch, Need) that fits into `memory` bytes: the fewest processes of a copy with the
-    micro-batch that the run would have, else with the largest one that fits; None where nothing does."""
+def fitting(model: Llama, config, world: int, memory: float) -> dict[int, tuple[int, Need]]:
+    """By the values of --shard with which the run fits into `memory` bytes, fewest processes first: the
+    largest --micro_batch that does, up to the run's own, and what is needed then."""
     wanted, accumulation = split_batch(config, world)
     share = wanted * accumulation
-    # that of the run first: gathers of a larger --shard hide behind computing, smaller products are slow
+    found = {}
     for micro in sorted((d for d in divisors(share) if d <= wanted), reverse=True):
         # the same for any --shard
         activations = activation_bytes(model, config, micro)
-        for shards in divisors(world):
+        for shards in possible_shards(config, world):
             need = estimate(model, replace(config, shard=shards), micro, activations)
-            if fits(need, memory):
-                return shards, micro, need
-    return None
+            if shards not in found and fits(need, memory):
+                found[shards] = micro, need
+    return dict(sorted(found.items()))
+
+def possible_shards(config, world: int) -> list[int]:
+    # a dense start needs whole matrices
+    return [1] if config.dense_start else divisors(world)
 
 def describe_memory(model: Llama, config, world: int) -> list[str]:
     """The lines of a dry run about one GPU."""
@@ -189,22 +202,31 @@ def describe_memory(model: Llama, config, world: int) -> list[str]:
     need = estimate(model, config, micro)
     inside, between = traffic(model, config, world, accumulation)
     parts = ", ".join(f"{name} {size(value)}" for name, value in vars(need).items())
+    members = count(config.shard, "process", "processes")
+    copies = count(world // config.shard, "copy", "copies")
     lines = [
         f"a GPU       {size(need.total)} at the peak, estimated: {parts}",
-        f"traffic     a GPU sends {size(inside)} inside the {config.shard} processes of a copy and "
-        f"{size(between)} between the {world // config.shard} copies, an update",
+        f"traffic     a GPU sends {size(inside)} inside the {members} of a copy and {size(between)} between "
+        f"{copies}, an update",
     ]
     if config.gpu_memory is not None:
         lines.append(describe_fit(model, config, world))
     return lines
 
 def describe_fit(model: Llama, config, world: int) -> str:
-    memory = config.gpu_memory * 1e9
-    found = smallest(model, config, world, memory)
-    where = f"{world} GPUs of {config.gpu_memory:g} GB"
-    if found is None:
-        need = estimate(model, replace(config, shard=world), 1)
-        return (f"fits        not on {where}: --shard {world} --micro_batch 1 needs {size(need.total)}, "
-                "and a tenth and 1 GB more; use more GPUs, or --recompute true")
-    shards, micro, need = found
-    return f"fits        on {where}: --shard {shards} --micro_batch {micro}, {size(need.total)} at the peak"
+    found = fitting(model, config, world, config.gpu_memory * 1e9)
+    where = f"{count(world, 'GPU', 'GPUs')} of {config.gpu_memory:g} GB"
+    if not found:
+        most = possible_shards(config, world)[-1]
+        need = estimate(model, replace(config, shard=most), 1)
+        less = "" if config.recompute else ", or --recompute true"
+        return (f"fits        not on {where}: --shard {most} --micro_batch 1 needs {size(need.total)}, "
+                f"and a tenth and 1 GB more; use more GPUs{less}")
+    # gathers of a larger --shard hide behind computing, and smaller products are slow: the larger
+    # micro-batch comes first, and beside it the fewest processes
+    largest = max(micro for micro, _ in found.values())
+    first = next(shards for shards, (micro, _) in found.items() if micro == largest)
+    choices = dict.fromkeys((first, min(found)))
+    said = [f"--shard {shards} --micro_batch {found[shards][0]}, {size(found[shards][1].total)} at the peak"
+            for shards in choices]
+    return f"fits        on {where}: {'; or '.join(said)}"

@@ -93,23 +93,31 @@ SEEN = 10
 def check_shared(out_dir: str, job):
     """UserError on all processes where one of them does not see rank 0's folder: each machine would read and
     write one of its own."""
-    probe = job.first(lambda: write_probe(out_dir))
+    if job.world == 1:
+        return
+    # each looks where it would read: a relative name may mean another folder in another process
+    probe = os.path.join(out_dir, job.first(lambda: write_probe(out_dir)))
     end = time.monotonic() + SEEN
     while not os.path.exists(probe) and time.monotonic() < end:
         time.sleep(0.1)
-    seen = job.gather(os.path.exists(probe))
+    seen = job.gather(os.path.exists(probe), patient=True)
     job.first(lambda: os.remove(probe))
     blind = [str(rank) for rank, sees in enumerate(seen) if not sees]
     if blind:
-        raise UserError(f"process {', '.join(blind)} does not see {out_dir} of process 0: on several "
-                        "machines --out_dir must be on a file system that all of them share (NFS, Lustre), "
-                        "not on a local disk")
+        raise UserError(f"process {', '.join(blind)} does not see {os.path.abspath(out_dir)} of process 0: "
+                        "start all of them in one folder, and on several machines put --out_dir on a file "
+                        "system that they share (NFS, Lustre), not on a local disk")
 
 def write_probe(out_dir: str) -> str:
+    """The name of a new file in out_dir."""
+    for name in os.listdir(out_dir):
+        # of a job that was killed meanwhile
+        if name.startswith(PROBE):
+            os.remove(os.path.join(out_dir, name))
     # a name that no machine can remember as missing
-    path = os.path.join(os.path.abspath(out_dir), f"{PROBE}{os.getpid()}_{time.time_ns()}")
-    write_atomic(path, b"")
-    return path
+    name = f"{PROBE}{os.getpid()}_{time.time_ns()}"
+    write_atomic(os.path.join(out_dir, name), b"")
+    return name
 
 # --- where a run begins ---
 

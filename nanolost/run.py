@@ -66,6 +66,22 @@ class Texts:
         # where the data are read next is a function of the samples read so far, so nothing is replayed
         return self.order[np.arange(count) + state.samples].reshape(shape)
 
+# --- one run by several processes ---
+
+# where something lies, and what does the work, each machine may say for itself
+LOCAL = ("data_dir", "data", "eval_dir", "eval", "calibration_dir", "out_dir", "init_from", "ckpt", "dense",
+         "tokenizer", "allocation", "statistics", "device", "threads")
+
+def check_alike(config, job: Job):
+    """UserError on all processes where one was started with other flags."""
+    configs = job.gather({name: value for name, value in vars(config).items() if name not in LOCAL})
+    for rank, other in enumerate(configs):
+        for name, value in other.items():
+            first = configs[0][name]
+            if value != first:
+                raise UserError(f"process {rank} has --{name} {shown(value)}, and process 0 {shown(first)}: "
+                                "start all of them with the same flags")
+
 # --- a run that goes on ---
 
 def unlike(name: str, before, now) -> tuple:

@@ -184,7 +184,7 @@ FIXED -= {"model"}
 POSITIVE = (
     "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn",
     "seq_len", "batch_tokens", "micro_batch", "steps",
-    "eval_every", "eval_tokens", "paper_batch", "save_every", "keep", "log_every", "shard", "world_size",
+    "eval_every", "eval_tokens", "paper_batch", "save_every", "keep", "log_every",
 )
 FINITE = ("lr", "aux_lr", "init_std", "gpu_memory")
 
@@ -193,11 +193,16 @@ MOST_THREADS = max(1024, 4 * (os.cpu_count() or 1))
 # seconds: three years. C++ counts ten times as many in nanoseconds, of 64 bits
 LONGEST = 10**8
 
+# ten times the largest machines
+MOST_PROCESSES = 10**6
+
 # name → (what its value must do, the test of it)
 LIMITS = {
     **dict.fromkeys(POSITIVE, ("be positive", lambda n: n >= 1)),
     **dict.fromkeys(FINITE, ("be positive and finite", lambda x: 0 < x < math.inf)),
     "threads": (f"lie between 1 and {MOST_THREADS}", lambda n: 1 <= n <= MOST_THREADS),
+    "shard": (f"lie between 1 and {MOST_PROCESSES}", lambda n: 1 <= n <= MOST_PROCESSES),
+    "world_size": (f"lie between 1 and {MOST_PROCESSES}", lambda n: 1 <= n <= MOST_PROCESSES),
     "timeout": (f"be positive and at most {LONGEST}", lambda n: 1 <= n <= LONGEST),
     "weight_decay": ("be finite and not negative", lambda x: 0 <= x < math.inf),
     "grad_clip": ("not be negative", lambda x: x >= 0),
@@ -320,9 +325,10 @@ def resolve(given: dict) -> Config:
 
 def check_shard(config: Config):
     """UserError for what only a dry run can say."""
-    for name in ("world_size", "gpu_memory"):
+    instead = {"world_size": "start so many processes by torchrun", "gpu_memory": "leave it out"}
+    for name, repair in instead.items():
         if getattr(config, name) is not None and not config.dry_run:
-            raise UserError(f"--{name} means nothing without --dry_run: start so many processes by torchrun")
+            raise UserError(f"--{name} means nothing without --dry_run: {repair}")
     if config.shard > 1 and config.dense_start:
         raise UserError("--dense_start needs whole matrices, and --shard splits them: drop one of them")
 

@@ -79,6 +79,9 @@ def split_like(part: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 def check_shards(shards: int, world: int):
     """UserError for a --shard that does not divide the processes."""
+    if world == 1 and shards > 1:
+        raise UserError(f"--shard {shards} needs {shards} processes, or a multiple, and there is 1: start them "
+                        "by torchrun, or with --dry_run give their number by --world_size")
     if world % shards:
         valid = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
         raise UserError(f"--shard {shards} does not divide {world} processes: use one of {valid}")
@@ -122,7 +125,15 @@ def is_split_model(model: nn.Module) -> bool:
     return hasattr(model, "set_requires_all_reduce")
 
 def make_room(model: Llama, device: torch.device):
-    """Give a model of shapes alone memory on `device`, with whatever it holds."""
+    """Give a model of shapes alone memory on `device`, with whatever it holds. UserError for a buffer that
+    nobody would fill."""
+    kept = model.state_dict().keys()
+    for name, _ in model.named_buffers():
+        layer = model.get_submodule(name.rpartition(".")[0])
+        # one that loads in its own way may derive it from what it loads, as a pinned layer does
+        plain = type(layer)._load_from_state_dict is nn.Module._load_from_state_dict
+        if name not in kept and plain:
+            raise UserError(f"{name} is a buffer that no checkpoint keeps: register it with persistent=True")
     model.to_empty(device=device)
     # of one parameter that made two
     model.tie_head()

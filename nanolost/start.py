@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from model import Llama, first_values
 from nanolost import shard
-from nanolost.checkpoint import tensor_files
+from nanolost.checkpoint import fitting_files
 from nanolost.errors import UserError
 from nanolost.methods import METHODS, build_model, keep_function, kind_of, model_config, owners
 from nanolost.tensors import TensorFiles
@@ -30,27 +30,32 @@ class Drawn:
         return p
 
 class Folder:
-    """Dense weights of a folder by name, float32."""
+    """Dense weights of a folder by name, float32. UserError if they are not those of `shapes`."""
 
     def __init__(self, folder: str, shapes: Llama):
-        self.files: TensorFiles = tensor_files(folder)
+        self.files: TensorFiles = fitting_files(folder, shapes)
         self.shapes = shapes
 
     def read(self, name: str) -> torch.Tensor:
         return self.files.read(name).float()
 
 def own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of a module itself."""
-    pairs = itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
-    return dict(pairs)
+    """Parameters and buffers of a module itself, by name; of a kind of layer also those of modules inside."""
+    inside = kind_of(module) is not None
+    named = module.named_parameters(recurse=inside), module.named_buffers(recurse=inside)
+    return dict(itertools.chain(*named))
 
 def units_of(model: Llama) -> list[str]:
     """Names of the modules that have tensors, a tied head left out."""
-    names = [name for name, module in model.named_modules() if own_tensors(module)]
+    found = []
+    for name, module in model.named_modules():
+        inside = found and name.startswith(f"{found[-1]}.") and kind_of(model.get_submodule(found[-1]))
+        if own_tensors(module) and not inside:
+            found.append(name)
     # it is the embedding's tensor under a second name
     if model.config.tie_embeddings:
-        names.remove("lm_head")
-    return names
+        found.remove("lm_head")
+    return found
 
 @torch.no_grad()
 def made(name: str, weights, config, device, faithful: bool) -> dict[str, torch.Tensor]:
@@ -127,9 +132,12 @@ def empty_like(own: torch.Tensor, device) -> torch.Tensor:
 def copy_whole(model: Llama, built: Llama, job):
     """Fill `model` from `built`, of which this process has made its share of the layers."""
     owner = owners(built, job.world)
+    def source_of(name: str) -> int:
+        # a layer may have modules inside
+        return next((rank for layer, rank in owner.items() if name.startswith(f"{layer}.")), 0)
     for (name, tensor), own in zip(built.state_dict().items(), model.state_dict().values(), strict=True):
         # also what all drew alike: two kinds of GPU may round a decomposition differently
-        job.broadcast(tensor, owner.get(name.rpartition(".")[0], 0))
+        job.broadcast(tensor, source_of(name))
         put(own, tensor)
 
 def fill(model: Llama, source, config, job):

@@ -14,7 +14,14 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_ON_NODE:-1}
 # one machine whose torchrun fails ends the others'
 export SLURM_KILL_BAD_EXIT=1
+# the out_dir whose status.json is read below
 out=${OUT:-out}
+for ((i = 1; i <= $#; i++)); do
+    case ${!i} in
+        --out_dir) next=$((i + 1)); out=${!next} ;;
+        --out_dir=*) out=${!i#*=} ;;
+    esac
+done
 begun=$(mktemp)
 nodes=${SLURM_JOB_NUM_NODES:-1}
 meet=(--standalone)
@@ -25,7 +32,7 @@ if [ "$nodes" -gt 1 ]; then
 fi
 srun bash -c 'exec torchrun ${SLURM_NODEID:+--node_rank=$SLURM_NODEID} "$@"' torchrun \
     "${meet[@]}" --nproc_per_node="${PROCESSES:-gpu}" --signals-to-handle=SIGUSR1,SIGTERM,SIGINT \
-    train.py --out_dir "$out" "$@"
+    train.py "$@" --out_dir "$out"
 if [ "$out/status.json" -nt "$begun" ] && grep -q '"state": "stopped"' "$out/status.json"; then  # in this turn
     scontrol requeue "$SLURM_JOB_ID"
 fi

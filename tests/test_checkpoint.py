@@ -18,6 +18,7 @@ from model import Llama, LlamaConfig
 from nanolost import checkpoint, files
 from nanolost.checkpoint import load_folder, load_model, load_optimizer, save_checkpoint
 from nanolost.errors import UserError
+from nanolost.tensors import TensorFiles
 from nanolost.tokenizer import Tokenizer
 
 FILES = ["model.safetensors", "optimizer.safetensors", "config.json", "state.json", "tokenizer.json",
@@ -485,7 +486,7 @@ def test_the_optimizer_comes_back_whole(tmp_path):
     optimizers = adamw(model)
     load_optimizer(folder, model, optimizers)
     again = checkpoint.optimizer_tensors(model, optimizers)
-    stored = checkpoint.load_tensors(os.path.join(folder, "optimizer.safetensors"))
+    stored = load_file(os.path.join(folder, "optimizer.safetensors"))
     assert again.keys() == stored.keys() and all(torch.equal(again[name], stored[name]) for name in stored)
     names = {name.rpartition(".")[2] for name in stored}
     assert names == {"step", "exp_avg", "exp_avg_sq"} and len(stored) == 3 * len(list(model.parameters()))
@@ -720,7 +721,7 @@ def test_weights_that_are_no_file_are_refused_at_once(tmp_path, name, thing):
         os.symlink(thing, path)
     assert checkpoint.verify(folder).startswith(f"{name} cannot be read")
     with pytest.raises(UserError, match=f"cannot read {path}"):
-        checkpoint.load_tensors(path)
+        TensorFiles.of(path)
 
 # --- what somebody else has written ---
 

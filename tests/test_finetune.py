@@ -109,6 +109,20 @@ def test_a_run_that_was_cut_ends_with_the_bits_of_one_that_was_not(tuned, tmp_pa
     assert weights_of(folder_of(again)) == weights_of(os.path.join(straight.out_dir, "checkpoints", last))
     assert told(again) == told(straight)
 
+@pytest.mark.parametrize("method", ["lora", "masked-lora"])
+def test_an_update_in_several_files_goes_on_as_one_in_a_single_file(tuned, tmp_path, monkeypatch, method):
+    flags = dict(method=method, **({"zeros": 0.5, "masks": "wanda"} if method == "masked-lora" else {}))
+    straight = tuned(**flags)
+    monkeypatch.setattr(checkpoint, "LONGEST", 20_000)
+    parted = tuned(**flags, out_dir=str(tmp_path / "parted"), keep=100)
+    folders = checkpoint.checkpoints(parted.out_dir)
+    assert os.path.exists(os.path.join(folders[0], "update.safetensors.index.json"))
+    for folder in folders[1:]:
+        shutil.rmtree(folder)
+    parted = tuned(**flags, out_dir=parted.out_dir, keep=100)
+    one, other = (load_folder(folder_of(config))[0].state_dict() for config in (straight, parted))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
 def test_a_finished_run_goes_on_when_it_is_given_more_steps(tuned):
     tuned(method="losa", zeros=0.5, steps=10, stages=2)
     config = tuned(method="losa", zeros=0.5, steps=14, stages=2)

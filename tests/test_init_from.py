@@ -20,6 +20,7 @@ from conftest import (
     updates,
     val_losses,
 )
+from safetensors.torch import load_file, save_file
 from small_models import MIXTURE, largest_difference, mixed, sparse_of
 
 import eval as evaluation
@@ -71,6 +72,40 @@ def logits(model, count=40):
     idx = torch.arange(count)[None] * 7 % 257
     with torch.no_grad():
         return model(idx, idx)[0]
+
+def other(tensors: dict, fault: str) -> str:
+    """Change a folder's tensors in place; what is said of it then."""
+    norm = "model.norm.weight"
+    query = "model.layers.0.self_attn.q_proj"
+    if fault == "shape":
+        tensors[norm] = torch.ones(1)
+        return r"model.norm.weight is \[1\], not \[32\]"
+    if fault == "missing":
+        del tensors[f"{query}.weight"]
+        return "q_proj.weight is missing"
+    if fault == "dtype":
+        tensors[f"{query}.weight"] = tensors[f"{query}.weight"].to(torch.int32)
+        return "q_proj.weight is torch.int32, not torch.float32"
+    if fault == "more":
+        tensors[f"{query}.bias"] = torch.zeros(32)
+        return "q_proj.bias is not in the model"
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    return "its weights hold a head of their own"
+
+@pytest.mark.parametrize("linear", [None, "lost", "lowrank"])
+@pytest.mark.parametrize("fault", ["shape", "missing", "dtype", "more", "head"])
+def test_weights_that_do_not_fit_are_refused_also_where_layers_are_replaced(
+        small, tmp_path, from_folder, fault, linear):
+    # tied, so that a head of its own is one too many
+    folder = folder_of_kind("tied", small, tmp_path)
+    path = os.path.join(folder, "model.safetensors")
+    tensors = load_file(path)
+    said = other(tensors, fault)
+    save_file(tensors, path, {"format": "pt"})
+    given = {} if linear is None else {"linear": linear, "rank": 8}
+    with pytest.raises(UserError, match=said):
+        train.main(from_folder(folder, **given))
+    assert not os.path.exists(tmp_path / "out" / "metrics.jsonl")
 
 # --- what a folder brings ---
 

@@ -1,6 +1,7 @@
 """memory.py: what a GPU of a split run holds and sends, before there is one."""
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -28,7 +29,7 @@ def test_a_dry_run_says_without_a_launcher_what_a_gpu_of_a_cluster_holds(capsys,
     assert found["a GPU"].startswith("35.1 GB at the peak, estimated: weights 2.82 GB, gradients 2.82 GB")
     assert "16 processes" in found["tokens"] and found["device"].startswith("cuda, bfloat16, compile true")
     # an all-reduce between two copies: 2 × 4 × 5.65 G / 8 / 2
-    assert found["traffic"].endswith("2.82 GB between the 2 copies, an update")
+    assert found["traffic"].endswith("2.82 GB between 2 copies, an update")
     assert found["fits"].startswith("on 16 GPUs of 80 GB: --shard 2 --micro_batch 32, 68.9 GB")
     # the same, for less: first a smaller micro-batch, then more processes of a copy
     found = said(capsys, model="13b", world_size=16, shard=8, gpu_memory=24.0)
@@ -37,14 +38,46 @@ def test_a_dry_run_says_without_a_launcher_what_a_gpu_of_a_cluster_holds(capsys,
     assert found["fits"].startswith("not on 16 GPUs of 8 GB")
     assert not os.listdir(tmp_path)
 
+def test_a_dry_run_advises_what_a_run_takes(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = said(capsys, model="7b", world_size=16, shard=8, gpu_memory=24.0)
+    # the run's own micro-batch, and the fewest processes
+    assert re.fullmatch(r"on 16 GPUs of 24 GB: --shard 16 --micro_batch 32, [\d.]+ GB at the peak; "
+                        r"or --shard 4 --micro_batch \d+, [\d.]+ GB at the peak", found["fits"])
+    assert "a process, one of the 8 that hold a copy, =" in found["memory"]
+    # an eighth of the 42.7 GB
+    whole = said(capsys, model="7b")["memory"]
+    assert float(whole.split()[0]) == pytest.approx(8 * float(found["memory"].split()[0]), rel=0.01)
+    found = said(capsys, model="60m", dense_start=0.2, world_size=8, gpu_memory=10.0)
+    assert "--shard 1 " in found["fits"] and "or" not in found["fits"].split("GPUs")[1].split(":")[1]
+    found = said(capsys, model="13b", world_size=16, gpu_memory=8.0)
+    assert "not on" in found["fits"] and found["fits"].endswith("use more GPUs")
+    found = said(capsys, model="13b", world_size=16, gpu_memory=8.0, recompute=False)
+    assert found["fits"].endswith("use more GPUs, or --recompute true")
+
+def test_traffic_counts_the_updates_of_muon_and_no_gradients_of_what_is_frozen():
+    def inside(**given):
+        config = config_of(model="60m", shard=8, **given)
+        model = train.first_shapes(config, None)
+        return memory.traffic(model, config, 8, 1)[0]
+    model = build_model(config_of(model="60m"), "meta")
+    blocks = sum(p.numel() for p in model.model["layers"].parameters() if p.dim() >= 2)
+    assert inside(optimizer="muon") - inside() == pytest.approx(2 * blocks * 7 / 8)
+    words = model.lm_head.weight.numel() + model.model["embed_tokens"].weight.numel()
+    frozen = inside(freeze=["model.embed_tokens.weight", "lm_head.weight"])
+    assert inside() - frozen == pytest.approx(4 * words * 7 / 8)
+
 def test_a_run_that_asks_for_none_of_this_says_nothing_of_it(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert not {"a GPU", "traffic", "fits"} & set(said(capsys))
 
 @pytest.mark.parametrize("given, message", [
+    (dict(dry_run=True, shard=8), "--shard 8 needs 8 processes, or a multiple, and there is 1: start"),
+    (dict(gpu_memory=80.0), "--gpu_memory means nothing without --dry_run: leave it out"),
+    (dict(dry_run=True, world_size=10**9), "--world_size 1000000000: must lie between 1 and 1000000"),
     (dict(dry_run=True, world_size=8, shard=3), "--shard 3 does not divide 8 processes: use one of 1, 2, 4"),
     (dict(world_size=16), "--world_size means nothing without --dry_run"),
-    (dict(shard=0), "--shard 0: must be positive"),
+    (dict(shard=0), "--shard 0: must lie between 1 and 1000000"),
 ])
 def test_what_cannot_be_is_refused(given, message):
     with pytest.raises(UserError, match=message):

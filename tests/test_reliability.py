@@ -353,7 +353,7 @@ def test_the_slurm_script_queues_a_stopped_job_again_and_no_other(small, tmp_pat
         program.chmod(0o755)
     def job():
         env = {**os.environ, "PATH": f"{bin}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "PROCESSES": "2",
-               "OUT": config.out_dir, "OMP_NUM_THREADS": "1"}
+               "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(["bash", "runs/slurm.sh", *flags_of(config)], cwd=ROOT, env=env, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     process = job()

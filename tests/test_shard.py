@@ -1,7 +1,9 @@
 """shard.py: what several processes that hold one copy together compute, save and read."""
+import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import resource
@@ -9,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import test_reliability
@@ -37,7 +40,8 @@ from safetensors.torch import load_file, save_file
 
 import train
 from lost import apply_lost
-from nanolost import checkpoint, optim, shard
+from nanolost import checkpoint, methods, optim, out_dir, shard
+from nanolost.errors import UserError
 from nanolost.job import Job
 from nanolost.settings import resolve, settle_device
 from nanolost.tensors import TensorFiles, write_tensors
@@ -96,6 +100,20 @@ def test_shards_and_processes_may_change_at_every_start(small, straight, tmp_pat
     assert "changed: shard 1 → 2" in (tmp_path / "log").read_text()
     assert status(config)["state"] == "finished" and len(losses(config)) == 8
     assert checkpoint.load_model(config.out_dir)[1]["samples"] == 64
+
+def test_a_metric_of_the_page_on_extending_has_one_value_however_weights_are_split(small, tmp_path):
+    with open(os.path.join(ROOT, "docs", "extending.md"), encoding="utf-8") as f:
+        blocks = re.findall("```python\n(.*?)```", f.read(), flags=re.DOTALL)
+    code, = [block for block in blocks if "head_norm" in block]
+    found = []
+    for processes in (1, 2):
+        config = small(shard=processes, steps=4, out_dir=str(tmp_path / str(processes)))
+        def run(config=config):
+            exec(code, {})
+            train.main(config)
+        passes(processes, run, log=tmp_path / "log")
+        found.append(lines(config, "eval")[-1]["head_norm"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 def test_what_is_whole_on_every_process_stays_the_same_on_all(small, tmp_path):
     def check():
@@ -180,6 +198,100 @@ def test_the_first_weights_are_the_same_for_any_number_of_processes_and_parts(sm
     for name, t in model.state_dict().items():
         text.update(name.encode() + t.numpy().tobytes())
     assert found == {text.hexdigest()}
+
+class Nested(torch.nn.Module):
+    """y = x (U D)^T with D and U in modules of their own."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.down = torch.nn.Linear(in_features, 4, bias=False)
+        self.up = torch.nn.Linear(4, out_features, bias=False)
+
+    def settings(self) -> dict:
+        return {"in_features": self.down.in_features, "out_features": self.up.out_features}
+
+    def forward(self, x):
+        return self.up(self.down(x))
+
+@torch.no_grad()
+def nested_of(name, linear, config) -> Nested:
+    layer = Nested(linear.in_features, linear.out_features).to(linear.weight.device)
+    if linear.weight.device.type != "meta":
+        layer.down.weight.copy_(linear.weight[:4])
+        layer.up.weight.copy_(linear.weight[:, :4])
+    return layer
+
+def convert_to_nested(model, config, part):
+    names = [name for name, m in model.model["layers"].named_modules() if isinstance(m, torch.nn.Linear)]
+    for number, name in enumerate(names):
+        layer = nested_of(name, model.model["layers"].get_submodule(name), config)
+        if number % part[1] != part[0]:
+            # another process fills it
+            for p in layer.parameters():
+                torch.nn.init.constant_(p, math.nan)
+        model.model["layers"].set_submodule(name, layer)
+
+@pytest.mark.parametrize("one", [None, nested_of], ids=["all at once", "one at a time"])
+def test_layers_with_modules_inside_come_to_all_processes(small, data_dir, tmp_path, monkeypatch, one):
+    for known in (methods.KINDS, methods.METHODS):
+        monkeypatch.setitem(known, "nested", None)
+    methods.register("nested", Nested, convert_to_nested, one=one)
+    flags = {**SMALL, "linear": "nested", "data_dir": data_dir, "out_dir": str(tmp_path / "out")}
+    def write():
+        config = resolve({**flags, "shard": int(os.environ["WORLD_SIZE"])})
+        (tmp_path / f"{os.environ['WORLD_SIZE']}_{os.environ['RANK']}").write_text(digests_of(config))
+    for processes in (1, 2):
+        passes(processes, write, log=tmp_path / "log")
+    assert len({path.read_text() for path in tmp_path.glob("?_?")}) == 1
+
+def test_a_buffer_that_no_checkpoint_keeps_is_refused_by_name(small, monkeypatch):
+    build = train.build_model
+    def with_buffer(*args):
+        model = build(*args)
+        model.lm_head.register_buffer("mask", torch.ones(3, device="meta"), persistent=False)
+        return model
+    monkeypatch.setattr(train, "build_model", with_buffer)
+    with pytest.raises(UserError, match="lm_head.mask is a buffer that no checkpoint keeps"):
+        train.main(small())
+
+# --- what processes tell each other before they begin ---
+
+def refused(message, config, of_rank=None):
+    """Work for children of which each must be refused so. of_rank(rank): what is changed for one."""
+    def check():
+        rank = int(os.environ["RANK"])
+        changes = of_rank(rank) if of_rank else {}
+        with pytest.raises(UserError, match=message):
+            train.main(dataclasses.replace(config, **changes))
+    return check
+
+@pytest.mark.parametrize("flag, value", [("lr", 0.5), ("n_layer", 1), ("shard", 2), ("rank", 3)])
+def test_processes_with_different_flags_are_refused(small, tmp_path, flag, value):
+    config = small()
+    message = f"process 1 has --{flag} {value}, and process 0 {getattr(config, flag)}: start all of them"
+    check = refused(message, config, lambda rank: {flag: value} if rank else {})
+    passes(2, check, log=tmp_path / "log")
+
+def test_a_relative_out_dir_of_another_folder_is_refused(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(out_dir, "SEEN", 0.2)
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+    # of a job that was killed as it looked
+    (tmp_path / "0" / "out").mkdir()
+    (tmp_path / "0" / "out" / ".seen_1_2").write_text("")
+    config = small(out_dir="out")
+    def check():
+        os.chdir(tmp_path / os.environ["RANK"])
+        refused("process 1 does not see .*/0/out of process 0|process 1 does not see .*/1/out", config)()
+    passes(2, check, log=tmp_path / "log")
+    assert not list((tmp_path / "0" / "out").glob(".seen*"))
+
+def test_a_store_that_nobody_answers_is_a_lost_process(small, tmp_path):
+    def check():
+        with Job.start(settle_device(small())) as job:
+            with pytest.raises(ConnectionError, match="lost another process"), job.exchanges():
+                raise torch.distributed.DistStoreError("wait timeout after 4000ms, keys: /3/1")
+    passes(2, check, log=tmp_path / "log")
 
 # --- files ---
 
@@ -302,6 +414,18 @@ def test_a_disk_that_takes_half_of_a_save_ends_all_processes_with_the_reason(spl
     assert not [name for name in os.listdir(os.path.join(config.out_dir, "checkpoints")) if "tmp" in name]
 
 @slow
+def test_a_slow_disk_is_waited_for_longer_than_an_exchange(split, tmp_path, monkeypatch):
+    config = split(steps=4, save_every=4, timeout=4)
+    put = checkpoint.Writing.put
+    def slowly(self, turn, tensor):
+        if turn.tensor.numel() == 257 * 32:
+            time.sleep(6)
+        put(self, turn, tensor)
+    monkeypatch.setattr(checkpoint.Writing, "put", slowly)
+    train_in_forks(2, config, log=tmp_path / "log")
+    assert status(config)["state"] == "finished"
+
+@slow
 def test_random_kills_change_nothing(split, tmp_path, request):
     test_reliability.test_random_kills_change_nothing(split, tmp_path, 2, request)
 
@@ -402,7 +526,7 @@ if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> {tmp_path}/queue; fi
         program.chmod(0o755)
     number = str(free_port() % 10_000)
     env = {**os.environ, "PATH": f"{bin}:{os.environ['PATH']}", "SLURM_JOB_ID": number, "PROCESSES": "1",
-           "OUT": config.out_dir, "OMP_NUM_THREADS": "1", "SLURM_JOB_NUM_NODES": "2",
+           "OMP_NUM_THREADS": "1", "SLURM_JOB_NUM_NODES": "2",
            "SLURM_JOB_NODELIST": "two"}
     def job():
         return subprocess.Popen(["bash", "runs/slurm.sh", *flags_of(config)], cwd=ROOT, env=env, text=True,
