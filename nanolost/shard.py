@@ -80,8 +80,8 @@ def split_like(part: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 def check_shards(shards: int, world: int):
     """UserError for a --shard that does not divide the processes."""
     if world == 1 and shards > 1:
-        raise UserError(f"--shard {shards} needs {shards} processes, or a multiple, and there is 1: start them "
-                        "by torchrun, or with --dry_run give their number by --world_size")
+        raise UserError(f"--shard {shards} needs {shards} processes, or a multiple, and there is 1: start "
+                        "them by torchrun, or with --dry_run give their number by --world_size")
     if world % shards:
         valid = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
         raise UserError(f"--shard {shards} does not divide {world} processes: use one of {valid}")
