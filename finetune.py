@@ -33,6 +33,7 @@ from nanolost.loop import Report, State, Validation, evaluate
 from nanolost.masks import calibration_text
 from nanolost.methods import merge_layers, special_layers
 from nanolost.plans import Once, carry_out, plan_of
+from nanolost.pruning import BY_CHANCE
 from nanolost.settings import settle_device, split_batch
 from nanolost.source import WINDOW, own_checkpoint
 from nanolost.tuning import FIXED, METHODS, Config
@@ -165,11 +166,11 @@ def prepare_out_dir(config: Config, texts: run.Texts, model: Llama) -> str | Non
 def warn(config: Config, there: float, beside: float, report: Report):
     """Say what a run will do to the zeros of its folder, before it starts. there: their share of the
     matrices; beside: of those that have factors beside them."""
-    if there > tuning.BY_CHANCE and not METHODS[config.method].masks:
+    if there > BY_CHANCE and not METHODS[config.method].masks:
         report.say(f"warning: the folder's matrices are {there:.1%} zeros, which --method {config.method} "
                    "fills: --method masked-lora keeps them")
     # the others train them all, or merge them
-    if beside > tuning.BY_CHANCE and config.method != "lost":
+    if beside > BY_CHANCE and config.method != "lost":
         report.say(f"warning: the matrices beside factors are {beside:.1%} zeros, which --method "
                    f"{config.method} fills: --method lost trains the factors alone")
 

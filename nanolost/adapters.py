@@ -19,6 +19,7 @@ from lost import ACTIVATIONS, SparseLowRankLinear, as_autocast, check_sizes, dec
 from model import Llama, generator_of
 from nanolost.covariance import linears
 from nanolost.methods import rebuild, settings_of
+from nanolost.pruning import share_of
 
 # --- under a mask ---
 
@@ -229,15 +230,6 @@ def put_updates(
         if share:
             k = max(1, int(share * linear.in_features))
         model.set_submodule(name, Update(linear, rank, scale, masked, k, activation))
-
-def share_of(weights) -> float:
-    """The share of zeros in some matrices, 0 of none."""
-    zeros = 0
-    values = 0
-    for weight in weights:
-        zeros += int((weight == 0).sum())
-        values += weight.numel()
-    return zeros / max(values, 1)
 
 def has_factors(layer: nn.Module) -> bool:
     """Whether it is a matrix with others beside it, which make it dense where they are merged."""

@@ -27,8 +27,6 @@ from nanolost.tuning import METHODS, Config
 
 # M of --pattern mixed:8
 MIXED = 8
-# more zeros than were asked for, about which something is said
-FAR = 0.005
 
 # --- the model that is aimed at ---
 
@@ -90,9 +88,6 @@ class Once:
             found = self.before(state)
             self.choose(state)
         share = adapters.share_of_zeros(state.model)
-        if self.lacks() and share > self.config.zeros + FAR:
-            self.job.say(f"zeros       {share:.2%}, since those of the folder lie unevenly in its rows and "
-                         "matrices: --masks walk or fisher weigh all of them together")
         return {**found, "zeros": share}
 
     def lacks(self) -> bool:

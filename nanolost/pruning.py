@@ -62,6 +62,20 @@ def offered_patterns(name: str) -> list[Pattern]:
     m = int(width)
     return [(n, m) for n in range(1, m)]
 
+# --- zeros that are there ---
+
+# those that a trained model has by chance are no sparsity
+BY_CHANCE = 0.01
+
+def share_of(weights) -> float:
+    """The share of zeros in some matrices, 0 of none."""
+    zeros = 0
+    values = 0
+    for weight in weights:
+        zeros += int((weight == 0).sum())
+        values += weight.numel()
+    return zeros / max(values, 1)
+
 # --- which entries stay ---
 
 # the score of an entry that never stays, such as one that is zero already

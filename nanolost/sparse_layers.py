@@ -11,10 +11,19 @@ from nanolost.allocate import Option, allocate
 from nanolost.compression import Task, damage_of, dense_layer, entry_of, require
 from nanolost.covariance import linears
 from nanolost.lowrank import shrunk
-from nanolost.pruning import NEAR, Pattern, Patterns, Roots
+from nanolost.pruning import BY_CHANCE, NEAR, Pattern, Patterns, Roots, share_of
 from nanolost.shelf import Shelf
 from nanolost.splitting import Scaled
-from nanolost.zeros import Matrices, Weights, alone, own_shares, split_zeros, walked, walked_in_patterns
+from nanolost.zeros import (
+    Matrices,
+    Weights,
+    alone,
+    fitted_one_by_one,
+    own_shares,
+    split_zeros,
+    walked,
+    walked_in_patterns,
+)
 
 def weights_of(task: Task) -> Weights:
     """Those of the dense model."""
@@ -22,8 +31,10 @@ def weights_of(task: Task) -> Weights:
     return {name: linear.weight for name, linear in layers.items()}
 
 def matrices_of(task: Task) -> Matrices:
-    """The same, and what is known of them."""
-    return Matrices(weights_of(task), task.statistics, task.folder, task.device)
+    """The same, and what is known of them. Zeros of a model that was sparse before stay zeros."""
+    weights = weights_of(task)
+    nested = share_of(weights.values()) > BY_CHANCE
+    return Matrices(weights, task.statistics, task.folder, task.device, nested)
 
 # --- matrices one by one ---
 
@@ -32,6 +43,9 @@ def one_by_one(task: Task) -> tuple[Weights, None]:
     config = task.config
     pattern = pruning.pattern_of(config.pattern)
     matrices = matrices_of(task)
+    if matrices.nested and not pattern:
+        # some may have fewer left than that
+        return fitted_one_by_one(matrices, config.method, task.values(), None), None
     roots = matrices.roots(config.method)
     found = {}
     for name, _ in task.layers(config.method):

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import Llama
-from nanolost import pruning, splitting
+from nanolost import splitting
 from nanolost.covariance import (
     GROUP_OF,
     Batch,
@@ -34,7 +34,7 @@ from nanolost.covariance import (
 )
 from nanolost.losa import kept_counts
 from nanolost.pruning import NEAR, Pattern
-from nanolost.zeros import Matrices, Weights, alone, split_zeros, walked, walked_in_patterns
+from nanolost.zeros import Matrices, Weights, fitted_one_by_one, split_zeros, walked, walked_in_patterns
 
 # those of compress.py that look at a matrix alone, and at all of a block
 ALONE = ("wanda", "sparsegpt")
@@ -164,23 +164,6 @@ class Seen:
         """G (out, out) of the layer `name`, float32."""
         return self.dense.gradients(name)
 
-def one_by_one(matrices: Matrices, method: str, kept: int, pattern: Pattern | None) -> Weights:
-    """Each matrix by itself, with as many entries of each as its part of `kept`."""
-    weights = matrices.weights
-    sizes = [W.numel() for W in weights.values()]
-    nonzeros = [int(W.count_nonzero()) for W in weights.values()]
-    rate = 1 - kept / sum(sizes)
-    even = kept_counts([rate] * len(sizes), sizes)
-    # a matrix that has fewer already keeps them, and the others more
-    counts = pruning.fitted(torch.tensor(even), torch.tensor(nonzeros))
-    roots = matrices.roots(method)
-    found = {}
-    for name, size, count in zip(weights, sizes, counts.tolist(), strict=True):
-        # half an entry more, since a share rounds
-        share = (count + 0.5) / size
-        found[name] = alone(matrices, method, name, share, pattern, roots)
-    return found
-
 def together(matrices: Matrices, method: str, kept: int, pattern: Pattern | None) -> Weights:
     """All matrices under one threshold, by `walk` or `fisher`."""
     patterns = None
@@ -205,7 +188,7 @@ def chosen(matrices: Matrices, method: str, kept: int, pattern: Pattern | None) 
     if not pattern and kept >= count_nonzeros(matrices.weights):
         # nothing else has to go
         return matrices.weights
-    choose = together if method in TOGETHER else one_by_one
+    choose = together if method in TOGETHER else fitted_one_by_one
     return choose(matrices, method, kept, pattern)
 
 def masked_block(

@@ -213,15 +213,13 @@ def typed(config: Config) -> dict:
         del found["gradient_tokens"]
     return found
 
-# zeros that a trained model has by chance are no sparsity
-BY_CHANCE = 0.01
 # what a share may be off by where it was asked for
 NEAR = 1e-3
 
 def settle_zeros(config: Config, there: float, factored: bool = False):
     """Fill in the method and the share of zeros of the result, for a model with a share `there` of them.
     factored: whether its layers have no single matrix. UserError for fewer zeros than it has."""
-    if there < BY_CHANCE:
+    if there < pruning.BY_CHANCE:
         there = 0.0
     known = pruning.pattern_of(config.pattern)
     if known:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from nanolost import pruning, splitting
 from nanolost.compression import ROUNDING
 from nanolost.covariance import Statistics
+from nanolost.losa import kept_counts
 from nanolost.lowrank import shrunk
 from nanolost.pruning import NEVER, Pattern, Patterns, Roots, Walker
 from nanolost.shelf import Shelf
@@ -93,6 +94,23 @@ def alone(
     else:
         mask = pruning.largest(score, int(share * W.numel() + ROUNDING))
     return W * mask
+
+def fitted_one_by_one(matrices: Matrices, method: str, kept: int, pattern: Pattern | None) -> Weights:
+    """Each matrix by itself, with as many entries of each as its part of `kept`; where one has fewer left,
+    the others keep more."""
+    weights = matrices.weights
+    sizes = [W.numel() for W in weights.values()]
+    nonzeros = [int(W.count_nonzero()) for W in weights.values()]
+    rate = 1 - kept / sum(sizes)
+    even = kept_counts([rate] * len(sizes), sizes)
+    counts = pruning.fitted(torch.tensor(even), torch.tensor(nonzeros))
+    roots = matrices.roots(method)
+    found = {}
+    for name, size, count in zip(weights, sizes, counts.tolist(), strict=True):
+        # half an entry more, since a share rounds
+        share = (count + 0.5) / size
+        found[name] = alone(matrices, method, name, share, pattern, roots)
+    return found
 
 # --- matrices together ---
 
