@@ -132,7 +132,8 @@ class Encoder:
         # a choice that lost some would be another, and likelier
         if room < 0:
             raise UserError(f"{self.path}:{line}: has a choice of {tokens} tokens, too long for the "
-                            f"{self.longest} that are read: mend or remove it, or use a larger --seq_len")
+                            f"{self.longest} that are read at most: mend or remove it, or use a larger "
+                            "--seq_len as far as the model goes")
 
 class Questions:
     """The questions of a file, encoded. readings: the longest first, so that those of a batch have similar

@@ -8,7 +8,8 @@ from model import Llama
 from nanolost.calibration import WINDOW, calibration_windows, key_of, statistics_of, temporary_folder
 from nanolost.compression import Task
 from nanolost.covariance import Batch, spool_bytes
-from nanolost.data import TokenDataset
+from nanolost.data import TokenDataset, load_manifest
+from nanolost.errors import UserError
 from nanolost.sparse_layers import to_sparse
 from nanolost.splitting import split_bytes
 
@@ -36,11 +37,16 @@ def untrained(model: torch.nn.Module):
 
 def calibration_text(config, train: TokenDataset, limit: int) -> TokenDataset:
     """The text that is looked at: --calibration_dir's, else that of the training, in windows of their own."""
-    place = config.calibration_dir
     # lines are rows by themselves, which are not cut
-    if place is None and train.row:
+    if config.calibration_dir is None and train.row:
         return train
-    return TokenDataset(place or config.data, "train", min(WINDOW, limit))
+    place = config.calibration_dir or config.data
+    manifest = load_manifest(place) or {}
+    row = manifest.get("row")
+    if row and row > limit:
+        raise UserError(f"{place} has rows of {row} tokens, and the model was made for {limit}: prepare them "
+                        f"again with --rows {limit} or less, or name another --calibration_dir")
+    return TokenDataset(place, "train", row or min(WINDOW, limit))
 
 def spooled(windows: list[Batch], model: Llama) -> int:
     """Bytes that choosing zeros takes on the disk meanwhile, as compress.py counts them."""

@@ -487,6 +487,19 @@ def test_zeros_of_a_folder_stay_zeros_and_more_are_as_many_as_asked_for(tuned, t
     before = masks_of(folder_of(first))
     assert not any((mask & ~before[name]).any() for name, mask in masks_of(folder_of(more)).items())
 
+def test_zeros_are_chosen_by_rows_of_shards_of_any_length_that_the_model_reads(tuned, tmp_path):
+    text = tmp_path / "text.jsonl"
+    texts = [json.dumps({"text": "a few words for a row " * (2 + i % 3)}) for i in range(200)]
+    text.write_text("\n".join(texts))
+    for length in (48, 128):
+        prepare_c4.main(prepare_c4.Config(input=[str(text)], tokenizer="byte", rows=length, workers=1,
+                                          out_dir=str(tmp_path / str(length))))
+    flags = dict(method="masked-lora", zeros=0.5, masks="wanda")
+    config = tuned(**flags, calibration_dir=str(tmp_path / "48"))
+    assert zeros_of(folder_of(config)) == pytest.approx(0.5, abs=1e-3)
+    with pytest.raises(UserError, match="rows of 128 tokens, and the model was made for 64"):
+        tuned(**flags, calibration_dir=str(tmp_path / "128"), out_dir=str(tmp_path / "more"))
+
 def test_the_run_of_another_command_is_not_continued(tuned, source, data_dir, tmp_path):
     run = train.resolve(dict(init_from=source, data_dir=data_dir, out_dir=str(tmp_path / "out"), seq_len=32,
                              batch_tokens=128, steps=1, device="cpu", threads=1, eval_tokens=100))
