@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # What only GPUs can show of --shard (docs/sharding.md): one JSON line a question. Needs two or more GPUs, the project's
-# environment and prepared text; about ten minutes.
+# environment and prepared text; about ten minutes. GPUS=2 tries it with two processes on a CPU.
 #     bash experiments/gpu.sh [MODEL] [DATA_DIR] > gpu.jsonl
 set -u
 model=${1:-1b}
 data=${2:-data/c4}
-gpus=$(python -c "import torch; print(torch.cuda.device_count())")
+gpus=${GPUS:-$(python -c "import torch; print(torch.cuda.device_count())")}
 home=$(mktemp -d)
 cd "$(dirname "$0")/.." || exit 1
 
