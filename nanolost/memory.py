@@ -38,11 +38,19 @@ class Need:
 
 def words_of(model: Llama) -> list[nn.Parameter]:
     """Embedding and head, once where they are tied."""
-    named = model.named_parameters()
-    return [p for name, p in named if p.dim() >= 2 and not name.startswith("model.layers.")]
+    found = []
+    for name, p in model.named_parameters():
+        if p.dim() >= 2 and not name.startswith("model.layers."):
+            found.append(p)
+    return found
+
+def count_matrices(parameters) -> int:
+    """Numbers in the matrices among some parameters. Vectors are whole everywhere, and too few to count: 0.01 %
+    of a 7b."""
+    return sum(p.numel() for p in parameters if p.dim() >= 2)
 
 def matrices(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.dim() >= 2)
+    return count_matrices(module.parameters())
 
 def largest_block(model: Llama) -> nn.Module:
     return max(model.model["layers"], key=matrices)
@@ -132,15 +140,17 @@ def gathered_bytes(model: Llama, config) -> int:
     item = getattr(torch, config.dtype).itemsize
     if config.shard == 1:
         # autocast keeps its copies of the weights for a whole pass
-        return item * sum(map(matrices, model.model["layers"])) if item < 4 else 0
-    return 4 * sum(p.numel() for p in words_of(model)) + 2 * item * matrices(largest_block(model))
+        return item * matrices(model.model["layers"]) if item < 4 else 0
+    words = 4 * count_matrices(words_of(model))
+    # the block that computes, and the next one
+    blocks = 2 * item * matrices(largest_block(model))
+    return words + blocks
 
 def estimate(model: Llama, config, micro: int, activations: float | None = None) -> Need:
     """What a GPU of a run needs at its peak. model: on the meta device. activations: where they are known."""
     if activations is None:
         activations = activation_bytes(model, config, micro)
     weights, gradients, moments = count_bytes(model, config.optimizer)
-    # vectors, which are whole on every process, are too few to count apart: 0.01 % of a 7b
     return Need(
         weights / config.shard,
         gradients / config.shard,
@@ -154,25 +164,24 @@ def traffic(model: Llama, config, world: int, accumulation: int) -> tuple[float,
     shards = config.shard
     copies = world // shards
     item = getattr(torch, config.dtype).itemsize
-    blocks = sum(map(matrices, model.model["layers"]))
-    words = sum(p.numel() for p in words_of(model))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad and p.dim() >= 2)
+    blocks = matrices(model.model["layers"])
+    words = count_matrices(words_of(model))
+    trained = count_matrices(trained_of(model))
     inside = 0
     if shards > 1:
         # gathered forward and backward, and a sum in float32, each micro-batch
         each = 2 * item * blocks + 2 * 4 * words + 4 * trained
-        # Muon's updates, in bfloat16, once
-        once = 2 * sum(p.numel() for p in muon_matrices(model, config))
+        once = 0
+        if config.optimizer == "muon":
+            # the blocks' updates, in bfloat16
+            once = 2 * count_matrices(trained_of(model.model["layers"]))
         inside = (accumulation * each + once) * (shards - 1) / shards
     # an all-reduce sends everything twice, once an update
     between = 2 * 4 * trained / shards * (copies - 1) / copies
     return inside, between
 
-def muon_matrices(model: Llama, config) -> list[nn.Parameter]:
-    if config.optimizer != "muon":
-        return []
-    blocks = model.model["layers"].parameters()
-    return [p for p in blocks if p.requires_grad and p.dim() >= 2]
+def trained_of(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
 
 def fits(need: Need, memory: float) -> bool:
     return need.total * (1 + SPARE) + 1e9 <= memory
@@ -226,7 +235,9 @@ def describe_fit(model: Llama, config, world: int) -> str:
     # micro-batch comes first, and beside it the fewest processes
     largest = max(micro for micro, _ in found.values())
     first = next(shards for shards, (micro, _) in found.items() if micro == largest)
-    choices = dict.fromkeys((first, min(found)))
-    said = [f"--shard {shards} --micro_batch {found[shards][0]}, {size(found[shards][1].total)} at the peak"
-            for shards in choices]
-    return f"fits        on {where}: {'; or '.join(said)}"
+    choices = []
+    # once where they are one
+    for shards in dict.fromkeys((first, min(found))):
+        micro, need = found[shards]
+        choices.append(f"--shard {shards} --micro_batch {micro}, {size(need.total)} at the peak")
+    return f"fits        on {where}: {'; or '.join(choices)}"
