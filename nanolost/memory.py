@@ -45,8 +45,8 @@ def words_of(model: Llama) -> list[nn.Parameter]:
     return found
 
 def count_matrices(parameters) -> int:
-    """Numbers in the matrices among some parameters. Vectors are whole everywhere, and too few to count: 0.01 %
-    of a 7b."""
+    """Numbers in the matrices among some parameters. Vectors are whole everywhere, and too few to count:
+    0.01 % of a 7b."""
     return sum(p.numel() for p in parameters if p.dim() >= 2)
 
 def matrices(module: nn.Module) -> int:

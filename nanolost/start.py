@@ -73,6 +73,16 @@ def made(name: str, weights, config, device, faithful: bool) -> dict[str, torch.
         keep_function(layer, config)
     return layer.state_dict()
 
+def check_alike(name: str, found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]):
+    """UserError for a layer whose tensors are not those that it has in the model, which its kind makes by
+    another function: the processes would wait for each other's bytes."""
+    shapes = {key: (list(tensor.shape), tensor.dtype) for key, tensor in found.items()}
+    for key, tensor in wanted.items():
+        own = list(tensor.shape), tensor.dtype
+        if shapes.get(key) != own:
+            raise UserError(f"{name}.{key} is {shapes.get(key)} as the `one` of its kind makes it, and {own} "
+                            "as its `convert` does: let both make the same")
+
 class Filling:
     """Fills `model`, which has memory for what this process holds. weights: of the dense model, by name."""
 
@@ -87,9 +97,14 @@ class Filling:
         """All tensors of the module `name`, whole."""
         module = self.model.get_submodule(name)
         if kind_of(module):
-            return made(name, self.weights, self.config, self.job.device, self.faithful)
-        found = {key: self.weights.read(f"{name}.{key}") for key in own_tensors(module)}
-        return {key: tensor.to(self.job.device) for key, tensor in found.items()}
+            found = made(name, self.weights, self.config, self.job.device, self.faithful)
+            check_alike(name, found, own_tensors(module))
+            return found
+        found = {}
+        for key in own_tensors(module):
+            tensor = self.weights.read(f"{name}.{key}")
+            found[key] = tensor.to(self.job.device)
+        return found
 
     def attempt(self, names: list[str]) -> dict[str, torch.Tensor]:
         """This process's one of the modules `names`; a UserError of any is raised on all."""

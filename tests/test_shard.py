@@ -244,6 +244,18 @@ def test_layers_with_modules_inside_come_to_all_processes(small, data_dir, tmp_p
         passes(processes, write, log=tmp_path / "log")
     assert len({path.read_text() for path in tmp_path.glob("?_?")}) == 1
 
+def test_a_kind_whose_two_functions_make_unlike_layers_is_refused(small, data_dir, tmp_path, monkeypatch):
+    for known in (methods.KINDS, methods.METHODS):
+        monkeypatch.setitem(known, "nested", None)
+    def other(name, linear, config):
+        layer = nested_of(name, linear, config)
+        layer.up = torch.nn.Linear(4, 1, bias=False)
+        return layer
+    methods.register("nested", Nested, convert_to_nested, one=other)
+    flags = {**SMALL, "linear": "nested", "data_dir": data_dir, "out_dir": str(tmp_path / "out")}
+    with pytest.raises(UserError, match=r"up.weight is \(\[1, 4\], .* makes it, and \(\[32, 4\]"):
+        train.main(resolve(flags))
+
 def test_a_buffer_that_no_checkpoint_keeps_is_refused_by_name(small, monkeypatch):
     build = train.build_model
     def with_buffer(*args):
