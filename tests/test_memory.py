@@ -76,6 +76,7 @@ def test_a_run_that_asks_for_none_of_this_says_nothing_of_it(capsys, tmp_path, m
     (dict(gpu_memory=80.0), "--gpu_memory means nothing without --dry_run: leave it out"),
     (dict(dry_run=True, world_size=10**9), "--world_size 1000000000: must lie between 1 and 1000000"),
     (dict(dry_run=True, world_size=8, shard=3), "--shard 3 does not divide 8 processes: use one of 1, 2, 4"),
+    (dict(shard=2, dense_start=0.1), "--dense_start needs whole matrices, and --shard splits them: drop one"),
     (dict(world_size=16), "--world_size means nothing without --dry_run"),
     (dict(shard=0), "--shard 0: must lie between 1 and 1000000"),
 ])
