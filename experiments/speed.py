@@ -93,13 +93,11 @@ def run(config: Config):
     for name, model in models.items():
         cells = []
         for speeds in found.values():
-            cells += [f"{speeds[name]:.1f}", f"{speeds[name] / speeds[first]:.2f}"]
+            cells.append(f"{speeds[name]:.1f} ({speeds[name] / speeds[first]:.2f})")
         parameters = sum(p.numel() for p in model.parameters())
         label = os.path.basename(os.path.normpath(name))
         table.append([label, f"{parameters:,}", f"{read_bytes(model):,}", *cells])
-    head = ["", "parameters", "bytes a step reads"]
-    for name in found:
-        head += [f"{name}, tokens/s", "over dense"]
+    head = ["", "parameters", "bytes a step reads", *found]
     text = markdown(head, table)
     show(config.fill, "compression-speed", text)
 
