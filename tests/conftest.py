@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -220,6 +221,13 @@ def updates(config, state, texts, job, count: int) -> list:
     micro, accumulation = split_batch(config, job.world)
     shape = (accumulation, job.world, micro)
     return [update(state, texts.train, texts.samples(state, shape), config, job) for _ in range(count)]
+
+# --- pages ---
+
+def blocks(page, language: str) -> list[str]:
+    """The blocks of code in a page, by its path or by its name in docs."""
+    with open(os.path.join(ROOT, "docs", page), encoding="utf-8") as f:
+        return re.findall(rf"^```{language}\n(.*?)^```", f.read(), re.S | re.M)
 
 # --- several processes, without the seconds that torch takes to load ---
 

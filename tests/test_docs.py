@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import losses, metrics
+from conftest import blocks, losses, metrics
 
 import train
 from experiments import tiny
@@ -33,9 +33,6 @@ FOREIGN = {"--standalone", "--nproc_per_node", "--nnodes", "--node_rank", "--mas
            "--nodes", "--signals-to-handle", "--signal", "--slow", "--kills", "--ntasks-per-node"}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.S | re.M)
 
 def prose(page: Path) -> str:
     """A page without its blocks of code."""

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
+from conftest import blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from public_configs import CONFIGS
@@ -413,8 +414,7 @@ def test_a_public_model_that_loads_has_the_logits_of_transformers(name, tmp_path
     assert again["model_type"] == CONFIGS[name]["model_type"] and config_from_hf(again) == ours.config
 
 def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
-    with open(os.path.join(ROOT, "docs/huggingface.md"), encoding="utf-8") as f:
-        (code,) = re.findall("```python\n(.*?)```", f.read(), re.S)
+    (code,) = blocks("huggingface.md", "python")
     model = apply_lost(small(), 6, 0.1)
     saved(model, tmp_path / "out", step=1000)
     monkeypatch.chdir(tmp_path)

@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import resource
 import shutil
 import signal
@@ -20,6 +19,7 @@ from conftest import (
     PATIENCE,
     ROOT,
     SMALL,
+    blocks,
     ended,
     files_of,
     flags_of,
@@ -102,9 +102,7 @@ def test_shards_and_processes_may_change_at_every_start(small, straight, tmp_pat
     assert checkpoint.load_model(config.out_dir)[1]["samples"] == 64
 
 def test_a_metric_of_the_page_on_extending_has_one_value_however_weights_are_split(small, tmp_path):
-    with open(os.path.join(ROOT, "docs", "extending.md"), encoding="utf-8") as f:
-        blocks = re.findall("```python\n(.*?)```", f.read(), flags=re.DOTALL)
-    code, = [block for block in blocks if "head_norm" in block]
+    code, = [block for block in blocks("extending.md", "python") if "head_norm" in block]
     found = []
     for processes in (1, 2):
         config = small(shard=processes, steps=4, out_dir=str(tmp_path / str(processes)))
@@ -560,8 +558,7 @@ def test_the_code_of_the_page_splits_lost_layers_in_a_model_of_transformers(smal
     sizes = dict(vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                  num_attention_heads=2, use_cache=False)
     config = transformers.LlamaConfig(**sizes)
-    with open(os.path.join(ROOT, "docs", "sharding.md"), encoding="utf-8") as f:
-        code, = re.findall("```python\n(.*?)```", f.read(), flags=re.DOTALL)
+    code, = blocks("sharding.md", "python")
     # of a model as small as this one
     code = code.replace("rank=1024", "rank=8").replace("sparsity=0.01", "sparsity=0.05")
     def split(values, rank):

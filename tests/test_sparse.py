@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, blocks
 from small_models import all_logits, largest_difference, small, tokens
 from torch import nn
 from torch._inductor.utils import run_and_get_code
@@ -442,10 +442,8 @@ def test_the_docs_pack_a_model_in_transformers(kernel, tmp_path):
         block = model.model["layers"][0]
         block.set_submodule(name, with_low_rank(block.get_submodule(name), rank))
     folder = save_checkpoint(str(tmp_path), 1, model, [], {"step": 1}, Tokenizer.named("byte"), keep=1)
-    with open(os.path.join(ROOT, "docs", "finetuning.md"), encoding="utf-8") as page:
-        block = re.search("^```python\n(.*?)^```", page.read(), re.S | re.M)
     shown = {}
-    exec(block[1], shown)
+    exec(blocks("finetuning.md", "python")[0], shown)
     theirs = shown["packed"](folder, torch.float32)
     assert len(packed_layers(theirs)) == 14
     idx = tokens(1, 5)
