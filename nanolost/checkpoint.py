@@ -937,8 +937,9 @@ def load_folder(folder: str, split=None) -> tuple[Llama, dict]:
         split(model)
     tensors = {}
     for name, own in model.state_dict().items():
+        # the embedding under a second name: of many words the largest tensor, and read once
         if tied and name == "lm_head.weight":
-            name = "model.embed_tokens.weight"
+            continue
         tensor = files.read(name, shard.rows(own))
         if tensor.is_floating_point():
             tensor = tensor.float()

@@ -192,13 +192,17 @@ def fitting(model: Llama, config, world: int, memory: float) -> dict[int, tuple[
     wanted, accumulation = split_batch(config, world)
     share = wanted * accumulation
     found = {}
+    left = possible_shards(config, world)
     for micro in sorted((d for d in divisors(share) if d <= wanted), reverse=True):
+        if not left:
+            break
         # the same for any --shard
         activations = activation_bytes(model, config, micro)
-        for shards in possible_shards(config, world):
+        for shards in left:
             need = estimate(model, replace(config, shard=shards), micro, activations)
-            if shards not in found and fits(need, memory):
+            if fits(need, memory):
                 found[shards] = micro, need
+        left = [shards for shards in left if shards not in found]
     return dict(sorted(found.items()))
 
 def possible_shards(config, world: int) -> list[int]:

@@ -45,7 +45,7 @@ def one_by_one(task: Task) -> tuple[Weights, None]:
     matrices = matrices_of(task)
     if matrices.nested and not pattern:
         # some may have fewer left than that
-        return fitted_one_by_one(matrices, config.method, task.values(), None), None
+        return fitted_one_by_one(matrices, config.method, int(task.values()), None), None
     roots = matrices.roots(config.method)
     found = {}
     for name, _ in task.layers(config.method):

@@ -73,7 +73,7 @@ def made(name: str, weights, config, device, faithful: bool) -> dict[str, torch.
         keep_function(layer, config)
     return layer.state_dict()
 
-def check_alike(name: str, found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]):
+def check_made(name: str, found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]):
     """UserError for a layer whose tensors are not those that it has in the model, which its kind makes by
     another function: the processes would wait for each other's bytes."""
     shapes = {key: (list(tensor.shape), tensor.dtype) for key, tensor in found.items()}
@@ -98,7 +98,7 @@ class Filling:
         module = self.model.get_submodule(name)
         if kind_of(module):
             found = made(name, self.weights, self.config, self.job.device, self.faithful)
-            check_alike(name, found, own_tensors(module))
+            check_made(name, found, own_tensors(module))
             return found
         found = {}
         for key in own_tensors(module):
