@@ -1,6 +1,8 @@
 """Text that a trained model is looked at with, and what was found: windows, statistics, and the folders that
 they are kept in for the time of a command, or longer."""
 import contextlib
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -39,16 +41,37 @@ def calibration_windows(
 
 # --- what is known of it ---
 
+# of a folder that is in use, as long as somebody holds its lock
+PREFIX = "nanolost_"
+LOCK = ".in_use"
+
+def sweep(home: str):
+    """Delete the folders in `home` whose commands were killed."""
+    pattern = os.path.join(glob.escape(home), f"{PREFIX}*", LOCK)
+    for path in glob.glob(pattern):
+        # in use, of another user, or on a disk that has no locks
+        with contextlib.suppress(OSError), open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(os.path.dirname(path), ignore_errors=True)
+
 @contextlib.contextmanager
 def temporary_folder(need: int):
-    """A folder that goes in the end, with room for `need` bytes."""
-    # refused before the work, not in the middle of it
+    """A folder that goes in the end, with room for `need` bytes. A killed command leaves it to the next."""
     home = tempfile.gettempdir()
+    sweep(home)
+    # refused before the work, not in the middle of it
     free = shutil.disk_usage(home).free
     if need > free:
         raise UserError(f"{home} has {size(free)} free, and {size(need)} are needed meanwhile: name a larger "
                         "place by the variable TMPDIR")
-    with tempfile.TemporaryDirectory(prefix="nanolost-", dir=home) as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix=PREFIX, dir=home) as folder,
+        open(os.path.join(folder, f"{LOCK}_soon"), "w") as file,
+    ):
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        # held before a sweep can find it
+        os.replace(file.name, os.path.join(folder, LOCK))
         yield folder
 
 def key_of(config, folder: str, text: TokenDataset) -> dict:
