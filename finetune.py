@@ -99,6 +99,9 @@ def never_merges(model: Llama) -> bool:
 
 def check_layers(model: Llama, config: Config):
     """Merge LOST layers where the method needs matrices. UserError for those that SiLU keeps apart."""
+    # such a model is its own update
+    if config.method == "lost" and not plain_layers(model):
+        tuning.check_no_new_update(config)
     # these two train them as they are
     if config.method in ("full", "lost") or not special_layers(model):
         return

@@ -41,6 +41,9 @@ def tuned(source, data_dir, tmp_path):
             del flags["rank"]
         if not method.masks:
             del flags["calibration_tokens"]
+        # layers that are their own update get no other
+        if given.get("method") == "lost" and "ckpt" in given:
+            flags.pop("rank", None)
         config = resolve({**flags, **given})
         call(config)
         return config
@@ -323,6 +326,11 @@ def test_a_lost_model_is_tuned_by_its_own_factors_unless_told_otherwise(lost_sou
     finetune.main(config)
     with open(os.path.join(config.out_dir, "config.json")) as file:
         assert json.load(file)["method"] == "lost"
+
+@pytest.mark.parametrize("given", [{"rank": 4}, {"alpha": 4.0}, {"sparsity": 0.0}, {"activation": "silu"}])
+def test_a_lost_model_gets_no_new_update(tuned, lost_source, given):
+    with pytest.raises(UserError, match=f"--{next(iter(given))} means nothing here"):
+        tuned(ckpt=lost_source, method="lost", **given)
 
 @pytest.mark.parametrize("method", ["lora", "masked-lora", "losa"])
 def test_silu_between_the_factors_is_refused_where_matrices_are_needed(tuned, lost_source, method):
