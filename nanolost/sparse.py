@@ -48,6 +48,9 @@ PAD = 64
 # rows of a group and weights of a word of bits, as in sparse.cpp
 ROWS = 4
 WORD = 32
+# bytes of a piece of memory that packed matrices share, and what each of their parts begins at a multiple of
+PIECE = 32 << 20
+LINE = 64
 # weights that are unpacked at once: 8 MB in bfloat16, which a cache holds and no allocator gives back
 UNPACKED = 1 << 22
 
@@ -459,6 +462,31 @@ def pack_inside(parent: nn.Module, columns: int, holders: Counter):
         else:
             pack_inside(module, columns, holders)
 
+def move_together(layers: list[PackedLinear]):
+    """Give the parts of these layers one piece of memory. Linux backs it by pages of 2 MB, so that reading
+    them waits for fewer page tables: numpy asks for those, torch only under THP_MEM_ALLOC_ENABLE."""
+    places = [(layer, name) for layer in layers for name in Packed._fields]
+    parts = [getattr(layer, name) for layer, name in places]
+    sizes = [-(-part.nbytes // LINE) * LINE for part in parts]
+    piece = torch.from_numpy(np.empty(sum(sizes), dtype=np.uint8))
+    for (layer, name), part, room in zip(places, parts, piece.split(sizes), strict=True):
+        own = room[:part.nbytes].view(part.dtype).view(part.shape)
+        setattr(layer, name, own.copy_(part))
+
+def move_all(model: nn.Module):
+    """Never more than a piece, or a matrix, twice in memory."""
+    layers = []
+    size = 0
+    for layer in model.modules():
+        if isinstance(layer, PackedLinear):
+            layers.append(layer)
+            size += sum(part.nbytes for part in layer.buffers())
+        if size >= PIECE:
+            move_together(layers)
+            layers = []
+            size = 0
+    move_together(layers)
+
 @torch.no_grad()
 def pack(model: nn.Module, columns: int = 1) -> nn.Module:
     """Give every layer the form in which it decodes `columns` texts at once the fastest, in place and one by
@@ -468,6 +496,7 @@ def pack(model: nn.Module, columns: int = 1) -> nn.Module:
     for module in model.modules():
         holders.update(module.parameters(recurse=False))
     pack_inside(model, columns, holders)
+    move_all(model)
     return model
 
 # --- in a compiled decode step ---

@@ -216,8 +216,8 @@ def typed(config: Config) -> dict:
 def check_no_new_update(config: Config):
     """UserError for flags of an update that a model of LOST layers does not get."""
     for name in typed(config).keys() & {"rank", "alpha", "sparsity", "activation"}:
-        raise UserError(f"--{name} means nothing here: all layers of {config.ckpt} are low-rank, and --method "
-                        "lost trains their own factors and channels")
+        raise UserError(f"--{name} means nothing here: all layers of {config.ckpt} are low-rank, and "
+                        "--method lost trains their own factors and channels")
 
 # what a share may be off by where it was asked for
 NEAR = 1e-3

@@ -340,6 +340,22 @@ def test_packed_weights_alone_stay_in_memory(kernel):
     # a bit and 0.3 × 2 bytes a weight; 8 bytes for four rows
     assert held == pytest.approx(512 * 1024 * (1 / 8 + 0.3 * 2) + 128 * 8, rel=0.01)
 
+# bytes of the pieces, and how many the 14 matrices of a small model take
+@pytest.mark.parametrize("piece, count", [(1 << 30, 1), (1, 14)])
+def test_packed_matrices_share_pieces_of_memory(kernel, monkeypatch, piece, count):
+    monkeypatch.setattr(sparse, "PIECE", piece)
+    model, packed = sparse_model()
+    layers = [layer for layer in packed.modules() if isinstance(layer, PackedLinear)]
+    parts = [part for layer in layers for part in layer.buffers()]
+    assert len(layers) == 14
+    # of the same piece, and apart in it
+    assert len({part.untyped_storage().data_ptr() for part in parts}) == count
+    spans = sorted((part.data_ptr(), part.data_ptr() + part.nbytes) for part in parts)
+    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    for name, layer in packed.named_modules():
+        if isinstance(layer, PackedLinear):
+            assert torch.equal(layer.weight, model.get_submodule(name).weight)
+
 # --- whole models ---
 
 def sparse_model(zeros=0.6, **sizes):
