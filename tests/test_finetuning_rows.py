@@ -11,8 +11,10 @@ from small_models import small
 import compress
 import eval as evaluation
 import finetune
-from experiments import benchmarks, finetuning, runs, sst2
-from experiments.finetuning import ROWS, SHARES, Config, flags_of, peers, plan, run, tables
+from experiments import benchmarks, clock, finetuning, recipes, runs, sst2
+from experiments.clock import plan
+from experiments.finetuning import peers, run, tables
+from experiments.recipes import ROWS, SHARES, Config, flags_of
 from experiments.runs import Key, words_of
 from experiments.tuned import Tuned, Tuning, seconds_of
 from nanolost import tuning
@@ -64,7 +66,7 @@ def test_the_command_of_a_row_is_one_that_finetune_takes(row, tmp_path):
     assert (given.pattern == "2:4") == (given.method == "losa" and share == "2:4")
 
 def test_every_method_tries_three_rates_a_factor_of_three_apart():
-    for rates in [*finetuning.RATES.values(), *sst2.RATES.values()]:
+    for rates in [*recipes.RATES.values(), *sst2.RATES.values()]:
         assert len(rates) == 3
         assert all(2.9 < high / low < 3.5 for low, high in zip(rates, rates[1:], strict=False))
 
@@ -205,7 +207,7 @@ def test_the_figure_has_a_point_for_each_share(commands, tmp_path):
     config = config_of(tmp_path, rows=f"{MASKED}/masked LoRA on fisher 70%/masked LoRA on fisher 2:4")
     run(config)
     finetuning.figure(config)
-    found = finetuning.experiment(finetuning.of_file(config))
+    found = recipes.experiment(finetuning.of_file(config))
     assert finetuning.curve(found, "masked LoRA on fisher", "first") == [(60, 0.75), (70, 0.75)]
     assert os.path.exists(os.path.join(config.out_dir, "finetuning.png"))
 
@@ -228,14 +230,14 @@ def test_the_time_of_a_run_leaves_its_evaluations_out():
     assert seconds_of(lines, 21.0) is None
 
 def test_a_plan_counts_what_is_left(commands, source, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(finetuning, "rates_of_a_core", lambda: Rates(1e5, 1e5))
+    monkeypatch.setattr(clock, "rates_of_a_core", lambda: Rates(1e5, 1e5))
     config = config_of(tmp_path, ckpt=source, rows=f"{MASKED}/LoSA by fisher 60%", seeds=3)
     def left():
         plan(config)
         return [line.split(" | ")[2] for line in capfd.readouterr().out.splitlines() if "60%" in line]
     assert left() == ["5", "5"]
     # zeros are made once
-    making = finetuning.zeros_left(config, [MASKED, "refit on fisher 60%", "LoSA by fisher 60%"])
+    making = clock.zeros_left(config, [MASKED, "refit on fisher 60%", "LoSA by fisher 60%"])
     assert making == {MASKED: ("fisher", False)}
     run(config_of(tmp_path, ckpt=source))
     capfd.readouterr()
@@ -333,7 +335,7 @@ def test_a_row_is_made_and_tuned_and_keeps_its_zeros(in_process, tmp_path, sourc
     config = small_runs(tmp_path, source, data_dir)
     run(config)
     (line,) = runs.read_lines(os.path.join(config.out_dir, "results.jsonl"))
-    report = finetuning.report_of(config, MASKED)
+    report = recipes.report_of(config, MASKED)
     # measured by two commands on the same windows
     assert line["dense"] == pytest.approx(report["before"]["loss"], abs=1e-6)
     assert line["first"] == pytest.approx(report["after"]["loss"], abs=1e-6)
