@@ -3,6 +3,8 @@ models. A task is a file of the harness, DIR/tasks/local_NAME.yaml, and its data
 import glob
 import os
 
+import torch
+
 from experiments.runs import add_line, read_lines
 from experiments.tables import markdown
 from nanolost.errors import UserError
@@ -35,6 +37,8 @@ def ask(model: str, tasks: str, limit: int | None) -> dict[str, list[float]]:
         task_manager=TaskManager(include_path=tasks),
         limit=limit,
         batch_size=BATCH,
+        # from Python, unlike from the shell, it takes CUDA where there is none
+        device="cuda" if torch.cuda.is_available() else "cpu",
     )
     # a task may have no such measure, as a perplexity
     results = found["results"]

@@ -6,6 +6,7 @@ import sys
 import types
 
 import pytest
+import torch
 from small_models import small
 
 import compress
@@ -293,6 +294,8 @@ def test_lm_eval_is_asked_once_a_model(tmp_path, monkeypatch):
     asked = []
     def simple_evaluate(**given):
         asked.append(given["model_args"]["pretrained"])
+        # on its own it takes CUDA, whether there is any or not
+        assert given["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
         known = {"acc,none": 0.5, "acc_stderr,none": 0.05}
         return {"results": {name: known for name in given["tasks"]}}
     harness = types.ModuleType("lm_eval")
