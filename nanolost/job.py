@@ -108,6 +108,9 @@ class Alone:
     def wait(self):
         pass
 
+class Stopped(Exception):
+    """A signal, by its name, asked for a stop in the middle of work that leaves nothing behind."""
+
 class Job:
     """This process among the `world` that train one model: `rank`, `local_rank`, `device`, and `asked`, the
     names of the signals that asked for a stop. A context, made by `Job.start`.
@@ -122,6 +125,8 @@ class Job:
         self.timeout = None
         # filled by signal handlers, read at the end of a step
         self.asked = []
+        # whether a signal is answered in the middle of what is done now
+        self.at_once = False
         # the store stays None, and every exchange a no-op, in a job of one process
         self.store = self.patient = None
         self.stack = contextlib.ExitStack()
@@ -133,7 +138,7 @@ class Job:
         job = cls(pick_device(config.device))
         # undone where the start fails, else when the context is left
         with contextlib.ExitStack() as stack:
-            _catch_signals(stack, job.asked)
+            _catch_signals(stack, job)
             _set_up_device(stack, job.device, config.deterministic)
             if job.world > 1:
                 job._meet(config.timeout)
@@ -227,15 +232,20 @@ class Job:
         except RuntimeError as e:
             raise ConnectionError(self.first_fault(f"lost another process ({_cause(e)})")) from e
 
-    def first(self, work):
+    def first(self, work, at_once: bool = False):
         """Run work() on rank 0 alone, for up to ten times --timeout. All return its result, or raise the
-        UserError or OSError that it raised."""
+        UserError or OSError that it raised. at_once: a signal ends it, and all raise Stopped."""
         answer = [None, None]
         if self.rank == 0:
             # any other error ends rank 0, and with its connections the others
             try:
+                if at_once and self.asked:
+                    raise Stopped(self.asked[0])
+                self.at_once = at_once
                 answer[0] = work()
-            except (UserError, OSError) as error:
+                self.at_once = False
+            except (UserError, OSError, Stopped) as error:
+                self.at_once = False
                 answer[1] = error
         if self.world > 1:
             with self._together():
@@ -309,14 +319,19 @@ def _cause(error: Exception) -> str:
     line = str(error).partition("\n")[0]
     return re.sub(r"^\[\S+\] ", "", line).partition(". ")[0] or type(error).__name__
 
-def _catch_signals(stack: contextlib.ExitStack, asked: list[str]):
+def _catch_signals(stack: contextlib.ExitStack, job: Job):
     """A signal asks for a stop, on which all agree at the end of a step; a second Ctrl-C ends at once."""
     # Python allows handlers in the main thread alone; a notebook's own thread is stopped by the notebook
     if threading.current_thread() is not threading.main_thread():
         return
     def ask(number, frame):
-        asked.append(signal.Signals(number).name)
+        name = signal.Signals(number).name
+        job.asked.append(name)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if job.at_once:
+            # one is enough: what cleans up is not to be stopped
+            job.at_once = False
+            raise Stopped(name)
     for number in SIGNALS:
         before = signal.signal(number, ask)
         # None: one that was not set by Python, and cannot be put back

@@ -18,7 +18,7 @@ from nanolost.calibration import calibration_windows, key_of, statistics_of, tem
 from nanolost.covariance import linears, place_of
 from nanolost.errors import UserError
 from nanolost.files import read_json
-from nanolost.job import Job
+from nanolost.job import Job, Stopped
 from nanolost.loop import Report, State, evaluate, update
 from nanolost.methods import merge_layers
 from nanolost.refit import Refit, parts_of
@@ -123,7 +123,8 @@ class Once:
         folder = checkpoint.checkpoint_folder(self.config.ckpt)
         def put():
             masks.put_zeros(model, self.config, folder, text, self.job.device, state.autocast)
-        self.job.first(put)
+        # minutes, in which nothing is trained that could be lost
+        self.job.first(put, at_once=True)
         for layer in linears(model).values():
             self.job.broadcast(layer.weight.data, 0)
 
@@ -275,7 +276,8 @@ class Stages(Once):
         found = {}
         if number == 0:
             found = self.before(state)
-        ranks = self.job.first(lambda: self.stage(number, state))
+        # later ones would lose what is trained
+        ranks = self.job.first(lambda: self.stage(number, state), at_once=number == 0)
         for name, layer in adapters.updates(state.model).items():
             self.job.broadcast(layer.weight.data, 0)
             block, _ = place_of(name)
@@ -308,7 +310,10 @@ def carry_out(plan: Once, state: State, number: int, report: Report, save) -> st
             if stopped or state.step >= plan.steps:
                 return stopped
         number += 1
-        found = plan.enter(number, state)
+        try:
+            found = plan.enter(number, state)
+        except Stopped as signal:
+            return str(signal)
         if found:
             report.record("stage", stage=number + 1, **found)
         if found and METHODS[config.method].masks:

@@ -3,10 +3,11 @@
     python tests/job_driver.py FOLDER [--steps N] [--timeout S] [--fault KIND:RANK:STEP]
 
 FAULT at that step of that process: raise, once (not after a restart), user (a UserError), sleep (an hour);
-first (rank 0 works twice the time-out for all), late (the process never looks for the others). FOLDER gets
-`status`, by rank 0, `pid_RANK`, and `step_RANK` at step 20."""
+first (rank 0 works twice the time-out for all), stop (a signal comes in the middle of such work), late (the
+process never looks for the others). FOLDER gets `status`, by rank 0, `pid_RANK`, and `step_RANK` at step 20."""
 import argparse
 import os
+import signal
 import sys
 import time
 import types
@@ -18,7 +19,7 @@ import torch  # noqa: E402
 
 from nanolost.errors import UserError  # noqa: E402
 from nanolost.flags import command  # noqa: E402
-from nanolost.job import Job  # noqa: E402
+from nanolost.job import Job, Stopped  # noqa: E402
 
 def read_flags():
     parser = argparse.ArgumentParser()
@@ -48,6 +49,10 @@ def fail(kind):
     if kind == "sleep":
         time.sleep(3600)
 
+def work_and_stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(3600)
+
 def take_steps(flags, job):
     kind, rank, at = flags.fault.split(":")
     for step in range(1, flags.steps + 1):
@@ -56,6 +61,11 @@ def take_steps(flags, job):
                 fail(kind)
             if kind == "first":
                 job.first(lambda: time.sleep(2 * flags.timeout))
+            if kind == "stop":
+                try:
+                    job.first(work_and_stop, at_once=True)
+                except Stopped as reason:
+                    return f"stopped: {reason}"
         total = job.sum(torch.tensor([float(step)]))
         assert total.item() == step * job.world
         reason = job.stop_reason()

@@ -2,6 +2,8 @@
 import json
 import os
 import shutil
+import signal
+import time
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import finetune
 import prepare_c4
 import train
 from lost import LOSTLinear, apply_lost
-from nanolost import adapters, checkpoint
+from nanolost import adapters, checkpoint, masks, staging
 from nanolost.checkpoint import load_folder, write_model
 from nanolost.covariance import linears
 from nanolost.data import TokenDataset
@@ -356,6 +358,31 @@ def test_zeros_beside_factors_are_filled_with_a_word(tuned, factored_source, cap
     tuned(ckpt=factored_source, method=method, steps=1)
     output = capsys.readouterr().out
     assert (f"which --method {method} fills" in output.partition("step ")[0]) == said
+
+@pytest.mark.parametrize("method, where", [("masked-lora", "to_sparse"), ("refit", "to_sparse"),
+                                           ("losa", "choose_zeros")])
+def test_a_signal_ends_the_choice_of_zeros_and_the_same_command_begins_again(
+    tuned, tmp_path, monkeypatch, capsys, method, where
+):
+    flags = dict(method=method, zeros=0.5, steps=5, out_dir=str(tmp_path / "out"))
+    room = {"to_sparse": masks, "choose_zeros": staging}[where]
+    choose = getattr(room, where)
+    def slow(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        # a choice that takes minutes
+        time.sleep(60)
+        return choose(*given)
+    monkeypatch.setattr(room, where, slow)
+    started = time.monotonic()
+    config = tuned(**flags)
+    assert time.monotonic() - started < 50
+    assert "stopped at step 0 by SIGTERM: the same command continues" in capsys.readouterr().out
+    assert not checkpoint.checkpoints(config.out_dir)
+    monkeypatch.setattr(room, where, choose)
+    tuned(**flags)
+    whole = tuned(**{**flags, "out_dir": str(tmp_path / "whole")})
+    one, other = (load_folder(folder_of(run))[0].state_dict() for run in (config, whole))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 # --- data ---
 

@@ -331,6 +331,11 @@ def test_what_rank_0_does_for_all_may_take_longer_than_the_time_out(start):
     job = start("variables", 2, "--steps=30", "--timeout=3", "--fault=first:0:21")
     assert job.codes() == [0, 0], job.log()
 
+def test_a_signal_ends_what_rank_0_does_for_all_where_it_may(start, tmp_path):
+    job = start("variables", 2, "--steps=30", "--timeout=60", "--fault=stop:0:21")
+    assert job.codes() == [0, 0], job.log()
+    assert (tmp_path / "status").read_text() == "stopped: SIGTERM"
+
 def test_a_folder_of_another_run_is_refused_on_all_processes_and_said_once(start, tmp_path):
     with claim(str(tmp_path), "trains"):
         job = start("torchrun", 2)
