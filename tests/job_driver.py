@@ -4,7 +4,7 @@
 
 FAULT at that step of that process: raise, once (not after a restart), user (a UserError), sleep (an hour);
 first (rank 0 works twice the time-out for all), stop (a signal comes in the middle of such work), late (the
-process never looks for the others). FOLDER gets `status`, by rank 0, `pid_RANK`, and `step_RANK` at step 20."""
+process never looks for the others). FOLDER gets `status`, by rank 0, `pid_RANK`, `step_RANK` at step 20."""
 import argparse
 import os
 import signal
