@@ -94,7 +94,7 @@ class Config(Settings):
     steps: int = flag(30, "updates of a run")
     longer: int = flag(100, "updates with 50 % zeros")
     lrs: Rates | None = flag(None, "learning rates of every sweep (each method has three)")
-    widen: int = flag(0, "learning rates that a sweep may add where its best one is at an end")
+    widen: int = flag(1, "learning rates that a sweep may add where its best one is at an end")
     seeds: int = flag(1, "seeds of each row at the best learning rate")
     extra: str = flag("", "more flags of finetune.py, separated by spaces, for what no row sets")
     eval_tokens: int = flag(16_384, "validation text")

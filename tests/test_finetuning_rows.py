@@ -47,7 +47,7 @@ def reviews(tmp_path_factory):
     return str(folder)
 
 def config_of(tmp_path, **given):
-    flags = dict(ckpt="dense", data_dir="mine", out_dir=str(tmp_path / "out"), rows=MASKED, jobs=1)
+    flags = dict(ckpt="dense", data_dir="mine", out_dir=str(tmp_path / "out"), rows=MASKED, jobs=1, widen=0)
     return Config(**{**flags, **given})
 
 # --- commands ---
