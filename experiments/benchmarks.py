@@ -3,12 +3,11 @@ models. A task is a file of the harness, DIR/tasks/local_NAME.yaml, and its data
 import glob
 import os
 
-import torch
-
 from experiments.runs import add_line, read_lines
 from experiments.tables import markdown
 from nanolost.errors import UserError
 from nanolost.flags import say
+from nanolost.job import pick_device
 
 # questions of a forward pass
 BATCH = 8
@@ -38,7 +37,7 @@ def ask(model: str, tasks: str, limit: int | None) -> dict[str, list[float]]:
         limit=limit,
         batch_size=BATCH,
         # from Python, unlike from the shell, it takes CUDA where there is none
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=pick_device("auto"),
     )
     # a task may have no such measure, as a perplexity
     results = found["results"]

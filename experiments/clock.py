@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-# first of ours: it imports nanolost before torch
 from experiments import recipes, sst2
 from experiments.recipes import ROWS, Config, experiment
 from experiments.runs import chosen

@@ -5,6 +5,8 @@ An experiment has rows, each with flags of the command. First seed 0 of a row tr
 a sweep, then all seeds at the best one. Rows that differ little from another may go by that one's sweep. Runs
 that have finished are never repeated; each leaves one line in results.jsonl, from which a table can be
 printed when the runs are gone."""
+import nanolost  # noqa: F401, I001  before torch: OpenMP reads its settings once
+
 import dataclasses
 import functools
 import json

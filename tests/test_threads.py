@@ -46,7 +46,10 @@ def test_a_users_own_wait_is_left_alone(own):
     script = f"import nanolost\nprint(json.dumps({{n: os.environ[n] for n in {names} if n in os.environ}}))"
     assert ask(script, **own) == own
 
-@pytest.mark.parametrize("command", ["train", "sample", "bench"])
+COMMANDS = ["train", "sample", "bench"]
+DRIVERS = [f"experiments.{name}" for name in ("compression", "controls", "finetuning", "isoflop")]
+
+@pytest.mark.parametrize("command", COMMANDS + DRIVERS)
 def test_a_command_sets_it_before_torch_reads_it(command):
     script = ("before = {}\n"
               "class Watch:\n"
